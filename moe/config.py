@@ -1,0 +1,123 @@
+"""MoEConfig: one config a stage, and what the stages must agree on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import model_validator
+
+from moe.frozen import FrozenConfig
+from moe.gemm.config import ActivationType, GemmConfig, WeightFormat
+from moe.permute.config import FinalizeConfig, PermuteConfig
+from moe.routing.config import RoutingConfig, RoutingMethod
+
+
+class MoEConfig(FrozenConfig):
+    """A whole layer. `MoEConfig.create` fills it from a layer's usual numbers."""
+
+    routing: RoutingConfig
+    permute: PermuteConfig
+    gemm1: GemmConfig
+    gemm2: GemmConfig
+    finalize: FinalizeConfig = FinalizeConfig()
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        method: RoutingMethod | int | str = RoutingMethod.RENORMALIZE,
+        n_group: int = 0,
+        topk_group: int = 0,
+        routed_scaling_factor: float = 1.0,
+        norm_topk_prob: bool = True,
+        activation: ActivationType | int | str = ActivationType.Swiglu,
+        weight_format: WeightFormat = WeightFormat(),
+        local_expert_offset: int = 0,
+        num_local_experts: int | None = None,
+        tile_rows: int | None = None,
+    ) -> MoEConfig:
+        """The config of a layer: H=hidden_size, I=intermediate_size an expert, E=num_experts, K=top_k.
+
+        Raises:
+            ValueError: (pydantic's ValidationError) naming the field, what was wanted and what came.
+        """
+        local = num_experts if num_local_experts is None else num_local_experts
+        fields: dict[str, Any] = {
+            "routing": {
+                "num_experts": num_experts,
+                "top_k": top_k,
+                "method": method,
+                "n_group": n_group,
+                "topk_group": topk_group,
+                "routed_scaling_factor": routed_scaling_factor,
+                "norm_topk_prob": norm_topk_prob,
+            },
+            "permute": {
+                "num_experts": num_experts,
+                "num_local_experts": local,
+                "top_k": top_k,
+                "local_expert_offset": local_expert_offset,
+                "tile_rows": tile_rows,
+            },
+            "gemm1": {
+                "num_experts": local,
+                "in_features": hidden_size,
+                "out_features": intermediate_size,
+                "activation": activation,
+                "weight_format": weight_format,
+            },
+            "gemm2": {
+                "num_experts": local,
+                "in_features": intermediate_size,
+                "out_features": hidden_size,
+                "weight_format": weight_format,
+            },
+        }
+        return cls.model_validate(fields)
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> MoEConfig:
+        pairs = (
+            ("routing.num_experts", "permute.num_experts"),
+            ("routing.top_k", "permute.top_k"),
+            ("permute.num_local_experts", "gemm1.num_experts"),
+            ("permute.num_local_experts", "gemm2.num_experts"),
+            ("gemm1.out_features", "gemm2.in_features"),
+            ("gemm1.in_features", "gemm2.out_features"),
+        )
+        for first, second in pairs:
+            if self._at(first) != self._at(second):
+                raise ValueError(
+                    f"stages disagree: {first}={self._at(first)} but {second}={self._at(second)}; make them equal"
+                )
+        if self.gemm1.activation is None:
+            raise ValueError("gemm1.activation: expected Swiglu or Relu2, got None; name the activation")
+        if self.gemm2.activation is not None:
+            raise ValueError(
+                f"gemm2.activation: expected None, got {self.gemm2.activation.name}; gemm2 has no activation"
+            )
+        return self
+
+    def _at(self, path: str) -> Any:
+        stage, field = path.split(".")
+        return getattr(getattr(self, stage), field)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.gemm1.in_features
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.gemm1.out_features
+
+    @property
+    def num_experts(self) -> int:
+        return self.routing.num_experts
+
+    @property
+    def top_k(self) -> int:
+        return self.routing.top_k

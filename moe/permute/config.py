@@ -1,0 +1,98 @@
+"""How rows are grouped by expert, and how they are summed back."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from moe.checks import expect, expect_separate
+from moe.flow import Permutation, TopK
+from moe.frozen import Count, FrozenConfig, PowerOfTwo
+
+MIN_TILE_ROWS = 16  # fewest rows that a tensor-core instruction of any GPU takes
+MAX_TILE_ROWS = 128
+WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
+
+
+class PermuteConfig(FrozenConfig):
+    """Stage 2: experts [local_expert_offset, local_expert_offset + num_local_experts) of num_experts lie here."""
+
+    num_experts: Count
+    num_local_experts: Count
+    top_k: Count
+    local_expert_offset: int = Field(default=0, ge=0)
+    tile_rows: PowerOfTwo | None = Field(default=None, ge=MIN_TILE_ROWS, le=MAX_TILE_ROWS)  # None: by token count
+
+    @model_validator(mode="after")
+    def _slice_lies_within(self) -> PermuteConfig:
+        if self.num_local_experts > self.num_experts:
+            raise ValueError(
+                "local_num_experts must be between 1 and num_experts: "
+                f"got local_num_experts={self.num_local_experts}, num_experts={self.num_experts}"
+            )
+        if self.local_expert_offset + self.num_local_experts > self.num_experts:
+            raise ValueError(
+                "expert offset and count must be within valid range: got "
+                f"local_expert_offset={self.local_expert_offset}, local_num_experts={self.num_local_experts}, "
+                f"num_experts={self.num_experts}; their sum may reach num_experts at most"
+            )
+        return self
+
+    def rows_per_tile(self, num_tokens: int) -> int:
+        """Rows that each expert's segment is padded to: the mean load, rounded up to a power of two, within [16, 128]."""
+        if self.tile_rows is not None:
+            return self.tile_rows
+        mean_load = -(-num_tokens * self.top_k // self.num_experts)
+        return min(max(1 << (mean_load - 1).bit_length(), MIN_TILE_ROWS), MAX_TILE_ROWS) if mean_load else MIN_TILE_ROWS
+
+    def max_rows(self, num_tokens: int) -> int:
+        """P: rows in the worst case, when every chosen expert is local and as many tiles as possible are ragged."""
+        num_slots = num_tokens * self.top_k
+        tile_rows = self.rows_per_tile(num_tokens)
+        num_active = min(self.num_local_experts, num_slots)
+        return (num_active + (num_slots - num_active) // tile_rows) * tile_rows
+
+    def check(self, topk: TopK) -> None:
+        """Raise unless topk has expert_ids [T, K] int32 and weights [T, K] bf16 or fp32 on one device."""
+        dims = {"K": self.top_k}
+        expect("expert_ids", topk.expert_ids, "T K", dims, dtype=torch.int32, words=_IDS_WORDS)
+        expect(
+            "expert_weights",
+            topk.weights,
+            "T K",
+            dims,
+            dtype=WEIGHT_DTYPES,
+            device=topk.expert_ids.device,
+            words=_WEIGHTS_WORDS,
+        )
+        if topk.expert_ids.numel() >= 1 << 31:
+            raise ValueError(
+                f"expert_ids: expected fewer than 2^31 slots, got {topk.expert_ids.numel()}; split the batch"
+            )
+
+
+class FinalizeConfig(FrozenConfig):
+    """Stage 5: how the weighted sum is cut into programs."""
+
+    block_h: PowerOfTwo | None = Field(default=None, ge=64, le=8192)  # columns a program; None: by token count
+
+    def check(self, rows: Tensor, topk: TopK, permutation: Permutation, output: Tensor | None) -> None:
+        """Raise unless rows is [P, H] bf16, the maps are [T, K], and output is [T, H] bf16 memory of its own or None."""
+        device = permutation.row_of_slot.device
+        dims = {"P": permutation.max_rows}
+        expect("row_of_slot", permutation.row_of_slot, "T K", dims, dtype=torch.int32)
+        expect("expert_weights", topk.weights, "T K", dims, dtype=WEIGHT_DTYPES, device=device)
+        expect("rows", rows, "P H", dims, dtype=torch.bfloat16, device=device)
+        if output is not None:
+            expect("output", output, "T H", dims, dtype=torch.bfloat16, device=device)
+            read = {"rows": rows, "expert_weights": topk.weights, "row_of_slot": permutation.row_of_slot}
+            expect_separate("output", output, read)
+
+
+_IDS_WORDS = {
+    "rank": "expert_indices must be 2D.",
+    "K": "expert_indices dim1 must match top_k.",
+    "dtype": "expert_indices must be int32.",
+}
+_WEIGHTS_WORDS = {"dtype": "expert_weights must be bfloat16 or float32."}

@@ -1,0 +1,64 @@
+"""Which machine the kernels run on.
+
+A test that asks for `triton_device` or `numba_device` runs the real kernels: on the GPU where there is one, else emulated
+on the CPU. Each emulation is fixed when its library is imported, so each is a pytest process of its own:
+
+    pytest -m "not gpu"                            references, checks, offline compiles
+    TRITON_INTERPRET=1 pytest -m interpreter       Triton kernels in Triton's interpreter
+    NUMBA_ENABLE_CUDASIM=1 pytest -m simulator     routing kernels in numba's simulator
+    pytest -m gpu                                  all kernels on the GPU
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+IS_SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+if IS_INTERPRETED:
+    import emulation.bf16_interpreter  # noqa: F401
+if IS_SIMULATED:
+    import emulation.warp_simulator  # noqa: F401
+
+MARKERS_OF_FIXTURE = {
+    "triton_device": ("interpreter", "gpu"),
+    "numba_device": ("simulator", "gpu"),
+    "cuda": ("gpu",),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture, markers in MARKERS_OF_FIXTURE.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                for marker in markers:
+                    item.add_marker(marker)
+
+
+@pytest.fixture
+def triton_device() -> torch.device:
+    return _device_for(IS_INTERPRETED, "set TRITON_INTERPRET=1")
+
+
+@pytest.fixture
+def numba_device() -> torch.device:
+    return _device_for(IS_SIMULATED, "set NUMBA_ENABLE_CUDASIM=1")
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    return _device_for(False, "no emulation can stand in")
+
+
+def _device_for(is_emulated: bool, otherwise: str) -> torch.device:
+    if is_emulated:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    pytest.skip(f"no GPU here; {otherwise}")

@@ -1,0 +1,85 @@
+"""Inputs of tests and benchmarks, and the layer in float64 that results are held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe.config import MoEConfig
+from moe.flow import SwigluParams, TopK
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer's inputs. Weights are logical: w1 [E_local, N, H] with gate rows first, w2 [E_local, H, I]."""
+
+    logits: Tensor  # [T, E] float32
+    hidden_states: Tensor  # [T, H] bfloat16
+    w1: Tensor  # [E_local, 2I or I, H] bfloat16
+    w2: Tensor  # [E_local, H, I] bfloat16
+
+
+def make_problem(config: MoEConfig, num_tokens: int, *, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
+    """Random inputs of unit-scale activations: hidden states and logits normal, weights normal over sqrt(fan-in)."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+
+    hidden, inner, local = config.hidden_size, config.intermediate_size, config.gemm1.num_experts
+    return Problem(
+        logits=normal(num_tokens, config.num_experts, dtype=torch.float32),
+        hidden_states=normal(num_tokens, hidden),
+        w1=normal(local, config.gemm1.weight_rows, hidden, scale=hidden**-0.5),
+        w2=normal(local, hidden, inner, scale=inner**-0.5),
+    )
+
+
+def random_topk(
+    num_tokens: int, num_experts: int, top_k: int, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> TopK:
+    """Distinct experts a token, uniform, with weights that sum to one."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    scores = torch.rand(num_tokens, num_experts, generator=generator, device=device)
+    ids = scores.argsort(dim=1)[:, :top_k].to(torch.int32)
+    weights = torch.rand(num_tokens, top_k, generator=generator, device=device) + 0.1
+    return TopK(ids.contiguous(), (weights / weights.sum(1, keepdim=True)).to(torch.bfloat16))
+
+
+def experts_in_float64(
+    topk: TopK,
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    is_gated: bool = True,
+    local_expert_offset: int = 0,
+    swiglu: SwigluParams | None = None,
+) -> Tensor:
+    """The experts' part of the layer without any rounding: [T, H] float64. Weights as in `Problem`."""
+    output = torch.zeros(hidden_states.shape, dtype=torch.float64, device=hidden_states.device)
+    for local_id in range(w1.shape[0]):
+        token, choice = (topk.expert_ids == local_id + local_expert_offset).nonzero(as_tuple=True)
+        if not len(token):
+            continue
+        up = hidden_states[token].double() @ w1[local_id].double().T
+        if is_gated:
+            gate, up = up.chunk(2, dim=1)
+            act = _swiglu(gate, up, swiglu, local_id)
+        else:
+            act = up.clamp(min=0) ** 2
+        rows = act @ w2[local_id].double().T
+        output.index_add_(0, token, rows * topk.weights[token, choice, None].double())
+    return output
+
+
+def _swiglu(gate: Tensor, up: Tensor, swiglu: SwigluParams | None, local_id: int) -> Tensor:
+    def parameter(values: Tensor | None, default: float) -> float:
+        return default if values is None else values[local_id].item()
+
+    swiglu = swiglu or SwigluParams()
+    limit = parameter(swiglu.clamp_limit, float("inf"))
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(parameter(swiglu.alpha, 1.0) * gate) * (up + parameter(swiglu.beta, 0.0))
