@@ -105,7 +105,9 @@ def _lead(words: Mapping[str, str], kind: str) -> str:
 
 
 def _wanted(axes: Sequence[str], dims: dict[str, int]) -> str:
-    return "[" + ", ".join(f"{axis}={dims[axis]}" if axis in dims else axis for axis in axes) + "]"
+    return (
+        "[" + ", ".join(f"{axis}={dims[axis]}" if axis in dims and not axis.isdigit() else axis for axis in axes) + "]"
+    )
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -12,6 +12,11 @@ from moe.frozen import Count, FrozenConfig, PowerOfTwo
 
 MIN_TILE_ROWS = 16  # fewest rows that a tensor-core instruction of any GPU takes
 MAX_TILE_ROWS = 128
+BLOCK_SLOTS = 256  # slots ranked at once, one a thread: each is compared with the others of its block
+MAX_SLOTS_IN_ONE_LAUNCH = 4096  # up to here each program reads all ids again, which costs less than two more launches
+MAX_CHUNKS = (
+    512  # about four programs for each multiprocessor of a large GPU; bounds the counts to 4 MB at 2048 experts
+)
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -53,6 +58,19 @@ class PermuteConfig(FrozenConfig):
         num_active = min(self.num_local_experts, num_slots)
         return (num_active + (num_slots - num_active) // tile_rows) * tile_rows
 
+    def chunk_slots(self, num_slots: int) -> int:
+        """Slots that one program of a plan in three launches counts and places, in whole blocks."""
+        num_blocks = -(-num_slots // BLOCK_SLOTS)
+        return -(-num_blocks // MAX_CHUNKS) * BLOCK_SLOTS
+
+    def scratch_bytes(self, num_tokens: int) -> int:
+        """Bytes of the counts that a plan keeps beside its result: two a chunk and expert, and the totals."""
+        num_slots = num_tokens * self.top_k
+        if num_slots <= MAX_SLOTS_IN_ONE_LAUNCH:
+            return 0
+        num_chunks = -(-num_slots // self.chunk_slots(num_slots))
+        return (2 * num_chunks + 1) * self.num_local_experts * 4
+
     def check(self, topk: TopK) -> None:
         """Raise unless topk has expert_ids [T, K] int32 and weights [T, K] bf16 or fp32 on one device."""
         dims = {"K": self.top_k}
@@ -66,9 +84,14 @@ class PermuteConfig(FrozenConfig):
             device=topk.expert_ids.device,
             words=_WEIGHTS_WORDS,
         )
-        if topk.expert_ids.numel() >= 1 << 31:
+        self.check_num_tokens(topk.expert_ids.shape[0])
+
+    def check_num_tokens(self, num_tokens: int) -> None:
+        """Raise unless rows can be numbered in int32."""
+        if self.max_rows(num_tokens) >= 1 << 31:
             raise ValueError(
-                f"expert_ids: expected fewer than 2^31 slots, got {topk.expert_ids.numel()}; split the batch"
+                f"num_tokens: expected fewer than 2^31 rows, got num_tokens={num_tokens} with top_k={self.top_k}, "
+                f"{self.max_rows(num_tokens)} rows with padding; split the batch"
             )
 
 

@@ -1,0 +1,62 @@
+"""Stage 5, host side: weighted sum of each token's K expert rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from moe.flow import Permutation, TopK
+from moe.permute.config import FinalizeConfig
+from moe.permute.finalize_kernel import finalize_kernel
+
+COLUMNS_A_WARP = 256  # 16 bytes a lane
+MAX_WARPS = 8
+DEFAULT_BLOCK_H = 1024
+FEW_TOKENS = 16  # up to here blocks of one warp, to spread a row over more of the GPU
+
+
+def finalize_tokens(
+    rows: Tensor, topk: TopK, permutation: Permutation, *, config: FinalizeConfig, output: Tensor | None = None
+) -> Tensor:
+    """Weighted sum of each token's K expert rows: out[t] = sum over k of weights[t, k] * rows[row_of_slot[t, k]].
+
+    Summed in float32 over k ascending and rounded once, without atomics: the same bits each run. Slots without a row are
+    skipped, not multiplied by zero, so rows and weights that no slot uses may be NaN. A token without rows gets zeros.
+
+    Args:
+        rows: [P, H] bf16.
+        topk: weights [T, K] bf16 or float32, used in the precision they have.
+        permutation: row_of_slot [T, K] int32, -1 where the expert is not local.
+        config: how many columns a program sums.
+        output: [T, H] bf16 to write to, with memory of its own; None allocates.
+    Returns:
+        [T, H] bf16: `output` itself where given.
+    Raises:
+        ValueError: naming the tensor, what was wanted and what came.
+    """
+    config.check(rows, topk, permutation, output)
+    num_tokens, top_k = permutation.row_of_slot.shape
+    hidden_size = rows.shape[1]
+    if output is None:
+        output = torch.empty(num_tokens, hidden_size, dtype=torch.bfloat16, device=rows.device)
+    if not output.numel():
+        return output
+    block_h = config.block_h or _default_block_h(num_tokens, hidden_size)
+    with torch.cuda.device_of(rows):
+        finalize_kernel[(num_tokens * triton.cdiv(hidden_size, block_h),)](
+            rows,
+            topk.weights,
+            permutation.row_of_slot,
+            output,
+            TOP_K=top_k,
+            HIDDEN=hidden_size,
+            BLOCK_H=block_h,
+            num_warps=min(max(block_h // COLUMNS_A_WARP, 1), MAX_WARPS),
+        )
+    return output
+
+
+def _default_block_h(num_tokens: int, hidden_size: int) -> int:
+    block_h = COLUMNS_A_WARP if num_tokens <= FEW_TOKENS else DEFAULT_BLOCK_H
+    return min(block_h, max(triton.next_power_of_2(hidden_size), COLUMNS_A_WARP))

@@ -1,0 +1,31 @@
+"""Weighted sum of each token's K expert rows. One program per (token, block of H)."""
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def finalize_kernel(
+    rows_ptr,  # [P, HIDDEN] bf16
+    weights_ptr,  # [T, TOP_K] bf16 or fp32
+    row_of_slot_ptr,  # [T, TOP_K] int32
+    output_ptr,  # [T, HIDDEN] bf16
+    TOP_K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    num_blocks: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
+    # int64 first: a row times HIDDEN overflows int32 past 300k rows at 7168 columns.
+    token = (tl.program_id(0) // num_blocks).to(tl.int64)
+    column = tl.program_id(0) % num_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_row = column < HIDDEN
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for choice in tl.static_range(TOP_K):
+        row = tl.load(row_of_slot_ptr + token * TOP_K + choice).to(tl.int64)
+        # Masked, not branched, so that the loads of all choices are in flight together. Neither factor of a slot without
+        # a row is read, and 0 * 0 leaves the sum as it is.
+        weight = tl.load(weights_ptr + token * TOP_K + choice, mask=row >= 0, other=0.0).to(tl.float32)
+        values = tl.load(rows_ptr + row * HIDDEN + column, mask=in_row & (row >= 0), other=0.0)
+        total += weight * values.to(tl.float32)
+    tl.store(output_ptr + token * HIDDEN + column, total.to(tl.bfloat16), mask=in_row)

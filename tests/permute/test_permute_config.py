@@ -1,0 +1,69 @@
+"""The bound P on rows, which the host computes without knowing the ids."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe.permute.config import MAX_TILE_ROWS, MIN_TILE_ROWS, PermuteConfig
+
+
+def num_rows_of(counts: list[int], tile_rows: int) -> int:
+    return sum(-(-count // tile_rows) * tile_rows for count in counts)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> PermuteConfig:
+    num_experts = draw(st.integers(1, 300))
+    num_local = draw(st.integers(1, num_experts))
+    return PermuteConfig(
+        num_experts=num_experts,
+        num_local_experts=num_local,
+        local_expert_offset=draw(st.integers(0, num_experts - num_local)),
+        top_k=draw(st.integers(1, 32)),
+        tile_rows=draw(st.sampled_from([None, 16, 32, 64, 128])),
+    )
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(configs(), st.integers(0, 500), st.randoms(use_true_random=False))
+def test_no_choice_of_ids_takes_more_rows_than_the_bound(config, num_tokens, random) -> None:
+    num_slots = num_tokens * config.top_k
+    num_popular = random.randint(
+        1, config.num_local_experts
+    )  # duplicates in a row are allowed: any expert may take any slot
+    counts = [0] * config.num_local_experts
+    for _ in range(random.randint(0, num_slots)):
+        counts[random.randrange(num_popular)] += 1
+    assert num_rows_of(counts, config.rows_per_tile(num_tokens)) <= config.max_rows(num_tokens)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(configs(), st.integers(0, 500))
+def test_the_bound_is_reached_by_one_slot_an_expert_and_the_rest_on_one(config, num_tokens) -> None:
+    num_slots = num_tokens * config.top_k
+    num_active = min(config.num_local_experts, num_slots)
+    counts = [1] * num_active
+    if counts:
+        counts[0] += num_slots - num_active
+    assert num_rows_of(counts, config.rows_per_tile(num_tokens)) == config.max_rows(num_tokens)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(configs(), st.integers(0, 20000))
+def test_tiles_hold_the_mean_load_of_all_ranks(config, num_tokens) -> None:
+    tile_rows = config.rows_per_tile(num_tokens)
+    if config.tile_rows is not None:
+        assert tile_rows == config.tile_rows
+        return
+    mean_load = num_tokens * config.top_k / config.num_experts
+    assert tile_rows in (16, 32, 64, 128)
+    assert tile_rows >= min(mean_load, MAX_TILE_ROWS)
+    assert tile_rows == MIN_TILE_ROWS or tile_rows / 2 < mean_load
+
+
+@pytest.mark.parametrize("tile_rows", [8, 24, 256])
+def test_other_tile_sizes_are_refused(tile_rows) -> None:
+    with pytest.raises(ValueError, match="tile_rows"):
+        PermuteConfig(num_experts=8, num_local_experts=8, top_k=2, tile_rows=tile_rows)

@@ -1,0 +1,74 @@
+"""What the compiler makes of the launches that host code issues, on GPUs that this machine need not have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulation.offline_driver import OfflineGpu, offline_gpu
+
+from moe.flow import TopK
+from moe.permute.config import FinalizeConfig, PermuteConfig
+
+ARCHITECTURES = [80, 90, 100]
+MAX_SPILL_BYTES = 16  # a thread: an address or two that ptxas sets aside to fit one more block on a multiprocessor
+
+
+def launches_of_plan(num_tokens: int, num_experts: int, arch: int) -> OfflineGpu:
+    from moe.permute.plan import plan_permutation
+
+    config = PermuteConfig(num_experts=num_experts, num_local_experts=num_experts, top_k=8)
+    expert_ids = torch.zeros(num_tokens, 8, dtype=torch.int32)
+    with offline_gpu(arch) as gpu:
+        plan_permutation(TopK(expert_ids, torch.zeros(num_tokens, 8)), config=config)
+    return gpu
+
+
+def launches_of_finalize(num_tokens: int, hidden_size: int, weights: torch.dtype, arch: int) -> OfflineGpu:
+    from moe.permute.finalize import finalize_tokens
+    from moe.permute.reference import plan_permutation_reference
+
+    config = PermuteConfig(num_experts=32, num_local_experts=32, top_k=8)
+    topk = TopK(torch.zeros(num_tokens, 8, dtype=torch.int32), torch.zeros(num_tokens, 8, dtype=weights))
+    permutation = plan_permutation_reference(topk, config=config)
+    rows = torch.empty(permutation.max_rows, hidden_size, dtype=torch.bfloat16)
+    with offline_gpu(arch) as gpu:
+        finalize_tokens(rows, topk, permutation, config=FinalizeConfig())
+    return gpu
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("num_experts", [256, 2048])
+def test_plan_of_few_slots_is_one_launch_that_fits(num_experts, arch) -> None:
+    (launch,) = launches_of_plan(512, num_experts, arch).launches
+    assert launch.name == "plan_kernel"
+    assert launch.grid == (16, 1, 1)
+    assert launch.report.fits
+    assert launch.report.spill_bytes <= MAX_SPILL_BYTES
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("num_experts", "num_scans"), [(256, 16), (2048, 128)], ids=["E256", "E2048"])
+def test_plan_of_many_slots_is_three_launches_that_fit(num_experts, num_scans, arch) -> None:
+    launches = launches_of_plan(8192, num_experts, arch).launches
+    assert [launch.name for launch in launches] == ["count_kernel", "scan_kernel", "place_kernel"]
+    assert [launch.grid[0] for launch in launches] == [256, num_scans, 256]
+    assert all(launch.report.fits for launch in launches)
+    assert max(launch.report.spill_bytes for launch in launches) <= MAX_SPILL_BYTES
+    # Two blocks of 256 threads on a multiprocessor of 65536 registers at least.
+    assert launches[-1].report.registers <= 128
+
+
+def test_many_slots_take_chunks_of_several_blocks() -> None:
+    launches = launches_of_plan(1 << 17, 256, 90).launches
+    assert [launch.grid[0] for launch in launches] == [512, 16, 512]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16_weights", "fp32_weights"])
+@pytest.mark.parametrize("hidden_size", [2056, 7168])
+def test_finalize_reads_and_writes_sixteen_bytes_at_once(hidden_size, weights, arch) -> None:
+    (launch,) = launches_of_finalize(32, hidden_size, weights, arch).launches
+    assert launch.grid == (32 * -(-hidden_size // 1024), 1, 1)
+    assert launch.report.spill_bytes == 0
+    assert launch.report.count("ld.global.v4") == 8
+    assert launch.report.count("st.global.v4") == 1
