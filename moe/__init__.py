@@ -1,0 +1,36 @@
+"""A bf16 Mixture-of-Experts layer in five stages: route -> permute -> gemm1 -> gemm2 -> finalize."""
+
+from moe.config import MoEConfig
+from moe.flow import ExpertOutputs, Permutation, SwigluParams, TopK
+from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, GemmTile, WeightFormat, WeightLayout
+from moe.permute.config import FinalizeConfig, PermuteConfig
+from moe.pipeline import MoEPipeline, build_pipeline, reference_pipeline
+from moe.routing.config import RoutingConfig, RoutingMethod, RoutingMethodType
+from moe.shapes import NAMED_SHAPES, MoEShape
+from moe.trtllm import trtllm_bf16_moe, trtllm_bf16_routed_moe
+
+__all__ = [
+    "FLASHINFER",
+    "NAMED_SHAPES",
+    "ActivationType",
+    "ExpertOutputs",
+    "FinalizeConfig",
+    "GemmConfig",
+    "GemmTile",
+    "MoEConfig",
+    "MoEPipeline",
+    "MoEShape",
+    "Permutation",
+    "PermuteConfig",
+    "RoutingConfig",
+    "RoutingMethod",
+    "RoutingMethodType",
+    "SwigluParams",
+    "TopK",
+    "WeightFormat",
+    "WeightLayout",
+    "build_pipeline",
+    "reference_pipeline",
+    "trtllm_bf16_moe",
+    "trtllm_bf16_routed_moe",
+]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import model_validator
 
 from moe.frozen import FrozenConfig
 from moe.gemm.config import ActivationType, GemmConfig, WeightFormat
+from moe.hf_config import layer_fields
 from moe.permute.config import FinalizeConfig, PermuteConfig
 from moe.routing.config import RoutingConfig, RoutingMethod
 
@@ -78,6 +80,40 @@ class MoEConfig(FrozenConfig):
             },
         }
         return cls.model_validate(fields)
+
+    @classmethod
+    def from_hf_config(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        weight_format: WeightFormat | None = None,
+        local_expert_offset: int = 0,
+        num_local_experts: int | None = None,
+        tile_rows: int | None = None,
+    ) -> MoEConfig:
+        """The config of the MoE layers that a Hugging Face config.json describes.
+
+        Args:
+            config: the content of config.json, or `PretrainedConfig.to_dict()`; `moe.hf_config.FAMILIES` lists the model
+                types that are known. Where it has a `text_config`, that is read.
+            weight_format: how the weights that the layer is given lie; None: as transformers holds them.
+
+        Raises:
+            TypeError: not a mapping.
+            ValueError: an unknown model_type, a key that is missing, or a layer that this package does not compute.
+
+        Example:
+            >>> MoEConfig.from_hf_config(json.load(open("config.json")))
+        """
+        fields = layer_fields(config)
+        if weight_format is not None:
+            fields["weight_format"] = weight_format
+        return cls.create(
+            **fields,
+            local_expert_offset=local_expert_offset,
+            num_local_experts=num_local_experts,
+            tile_rows=tile_rows,
+        )
 
     @model_validator(mode="after")
     def _stages_agree(self) -> MoEConfig:

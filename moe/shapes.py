@@ -42,18 +42,32 @@ def _shape(
     return MoEShape(name, hidden, intermediate, experts, top_k, method, **fields)
 
 
+# Routing rules as transformers' modeling files have them, but for the two of Llama 4: this package's Llama4 rule weighs an
+# expert's output, the model its input.
 NAMED_SHAPES = {
     shape.name: shape
     for shape in (
         _shape("qwen3-30b-a3b", 2048, 768, 128, 8, "Renormalize"),
         _shape("qwen3-235b-a22b", 4096, 1536, 128, 8, "Renormalize"),
+        _shape("qwen3-next-80b-a3b", 2048, 512, 512, 10, "Renormalize"),
         _shape("mixtral-8x7b", 4096, 14336, 8, 2, "Renormalize"),
         _shape("olmoe-1b-7b", 2048, 1024, 64, 8, "Default"),
+        _shape(
+            "deepseek-v3", 7168, 2048, 256, 8, "DeepSeekV3",
+            n_group=8, topk_group=4, routed_scaling_factor=2.5,
+        ),
         _shape(
             "deepseek-v3-ep8", 7168, 2048, 256, 8, "DeepSeekV3",
             num_local_experts=32, n_group=8, topk_group=4, routed_scaling_factor=2.5,
         ),
+        _shape("kimi-k2", 7168, 2048, 384, 8, "DeepSeekV3", n_group=1, topk_group=1, routed_scaling_factor=2.827),
+        _shape("minimax-m2", 3072, 1536, 256, 8, "MiniMax2"),
+        _shape(
+            "nemotron-3-nano-30b-a3b", 2688, 1856, 128, 6, "DeepSeekV3",
+            n_group=1, topk_group=1, routed_scaling_factor=2.5, is_gated=False,
+        ),
         _shape("sonic-7b", 1536, 256, 128, 8, "Renormalize"),
         _shape("llama4-scout", 5120, 8192, 16, 1, "Llama4"),
+        _shape("llama4-maverick", 5120, 8192, 128, 1, "Llama4"),
     )
 }  # fmt: skip

@@ -56,6 +56,12 @@ def cuda() -> torch.device:
     return _device_for(False, "no emulation can stand in")
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU with the references, and the GPU with the kernels."""
+    return torch.device("cpu") if request.param == "cpu" else _device_for(False, "the CPU case runs")
+
+
 def _device_for(is_emulated: bool, otherwise: str) -> torch.device:
     if is_emulated:
         return torch.device("cpu")

@@ -1,0 +1,247 @@
+"""The layer: five callables in a row. This file is the architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moe.checks import expect, expect_separate
+from moe.config import MoEConfig
+from moe.flow import ExpertOutputs, SwigluParams, TopK
+from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
+from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
+from moe.routing.reference import select_experts_reference
+from moe.stages import Finalizer, GatherGemm, GroupedGemm, Permuter, Router
+
+ALLOCATION_BYTES = 512  # torch's CUDA allocator rounds every tensor up to a multiple of this
+
+
+@dataclass(frozen=True)
+class MoEPipeline:
+    """A bf16 MoE layer: route -> permute -> gemm1 -> gemm2 -> finalize.
+
+    Enter with logits (`pipeline(...)`, `expert_outputs`) or with chosen experts (`run_experts`,
+    `run_experts_unfinalized`); leave with tokens, or before finalize with rows, weights and map.
+    Any stage is swapped with `dataclasses.replace(pipeline, gemm1=mine)`.
+
+    Every entry checks all of its tensors before the first stage runs, and raises TypeError (not a tensor) or ValueError
+    (naming the tensor, what was wanted, what came and the cure). A pipeline whose stages take other tensors than `config`
+    says is built with `checks_inputs=False`; its stages then check for themselves.
+
+    Shapes: logits [T, E] float32 or bfloat16, bias [E] bfloat16 or float32, hidden_states [T, H] bfloat16,
+    w1 and w2 bfloat16 in `config.gemm1.weight_shape` and `config.gemm2.weight_shape`.
+    Forward only: no gradient is recorded.
+    """
+
+    config: MoEConfig
+    route: Router
+    permute: Permuter
+    gemm1: GatherGemm
+    gemm2: GroupedGemm
+    finalize: Finalizer
+    checks_inputs: bool = True
+
+    def __call__(
+        self,
+        logits: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        *,
+        bias: Tensor | None = None,
+        swiglu: SwigluParams | None = None,
+        output: Tensor | None = None,
+        routing_replay_out: Tensor | None = None,
+    ) -> Tensor:
+        """logits and hidden_states -> [T, H] bfloat16, in `output` where given.
+
+        Args:
+            swiglu: per-expert parameters of the activation.
+            output: [T, H] bfloat16 memory of its own to write.
+            routing_replay_out: [>=T, K] int16; rows [0, T) receive the chosen global ids.
+        """
+        self._check(
+            hidden_states,
+            w1,
+            w2,
+            swiglu,
+            logits=logits,
+            bias=bias,
+            output=output,
+            routing_replay_out=routing_replay_out,
+        )
+        topk = self.route(logits, bias, replay_out=routing_replay_out)
+        permutation = self.permute(topk)
+        activation = self.gemm1(hidden_states, w1, permutation, swiglu=swiglu)
+        rows = self.gemm2(activation, w2, permutation)
+        return self.finalize(rows, topk, permutation, output=output)
+
+    def expert_outputs(
+        self,
+        logits: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        *,
+        bias: Tensor | None = None,
+        swiglu: SwigluParams | None = None,
+        routing_replay_out: Tensor | None = None,
+    ) -> ExpertOutputs:
+        """The same, stopped before finalize."""
+        self._check(hidden_states, w1, w2, swiglu, logits=logits, bias=bias, routing_replay_out=routing_replay_out)
+        topk = self.route(logits, bias, replay_out=routing_replay_out)
+        permutation = self.permute(topk)
+        activation = self.gemm1(hidden_states, w1, permutation, swiglu=swiglu)
+        rows = self.gemm2(activation, w2, permutation)
+        return ExpertOutputs(rows, topk.weights, permutation.row_of_slot)
+
+    def run_experts(
+        self,
+        topk: TopK,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        *,
+        swiglu: SwigluParams | None = None,
+        output: Tensor | None = None,
+    ) -> Tensor:
+        """The same from chosen experts. Ids that are not local, or no expert's, are skipped."""
+        self._check(hidden_states, w1, w2, swiglu, topk=topk, output=output)
+        permutation = self.permute(topk)
+        activation = self.gemm1(hidden_states, w1, permutation, swiglu=swiglu)
+        rows = self.gemm2(activation, w2, permutation)
+        return self.finalize(rows, topk, permutation, output=output)
+
+    def run_experts_unfinalized(
+        self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
+    ) -> ExpertOutputs:
+        """The same from chosen experts, stopped before finalize."""
+        self._check(hidden_states, w1, w2, swiglu, topk=topk)
+        permutation = self.permute(topk)
+        activation = self.gemm1(hidden_states, w1, permutation, swiglu=swiglu)
+        rows = self.gemm2(activation, w2, permutation)
+        return ExpertOutputs(rows, topk.weights, permutation.row_of_slot)
+
+    def workspace_bytes(self, num_tokens: int) -> int:
+        """Upper bound in bytes on what a call over `num_tokens` tokens allocates beside its [T, H] output.
+
+        Scratch of both GEMMs (P rows of I and of H), the top-k, the index arrays and the permutation's counts, each
+        rounded up as torch's CUDA allocator does. Nothing grows with the weights. For the pipeline of our kernels; the
+        references on a CPU also hold one expert's weights in float32 at a time.
+        """
+        config = self.config
+        rows = config.permute.max_rows(num_tokens)
+        slots = num_tokens * config.top_k
+        tiles = rows // config.permute.rows_per_tile(num_tokens)
+        tensors = [
+            rows * config.intermediate_size * 2,
+            rows * config.hidden_size * 2,
+            slots * 4,  # expert_ids
+            slots * 4,  # weights, float32 at most
+            slots * 4,  # row_of_slot
+            rows * 4,  # token_of_row
+            tiles * 4,  # expert_of_tile
+            tiles * 4,  # row_limit_of_tile
+            4,  # num_rows
+            4,  # num_tiles
+            config.permute.scratch_bytes(num_tokens) + ALLOCATION_BYTES,  # two tensors
+        ]
+        return sum(-(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES for size in tensors)
+
+    def _check(
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        swiglu: SwigluParams | None,
+        *,
+        logits: Tensor | None = None,
+        bias: Tensor | None = None,
+        topk: TopK | None = None,
+        output: Tensor | None = None,
+        routing_replay_out: Tensor | None = None,
+    ) -> None:
+        if not self.checks_inputs:
+            return
+        config = self.config
+        dims = {"H": config.hidden_size}
+        read: dict[str, Tensor | None] = {"hidden_states": hidden_states, "gemm1_weights": w1, "gemm2_weights": w2}
+        if topk is None:
+            config.routing.check(logits, bias, routing_replay_out)
+            read |= {"routing_logits": logits, "routing_bias": bias}
+            dims["T"] = logits.shape[0]
+            words = _HIDDEN_WORDS | {"T": "routing_logits and hidden_states must have the same number of tokens."}
+            device = logits.device
+        else:
+            config.permute.check(topk)
+            read |= {"expert_indices": topk.expert_ids, "expert_weights": topk.weights}
+            dims["T"] = topk.expert_ids.shape[0]
+            words = _HIDDEN_WORDS | {"T": "expert_indices and hidden_states must have the same number of tokens."}
+            device = topk.expert_ids.device
+        expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16, device=device, words=words)
+        config.permute.check_num_tokens(dims["T"])
+        config.gemm1.check_weights("gemm1_weights", w1, device)
+        config.gemm2.check_weights("gemm2_weights", w2, device)
+        config.gemm1.check_swiglu(swiglu, device)
+        if output is not None:
+            expect("output", output, "T H", dims, dtype=torch.bfloat16, device=device)
+            expect_separate("output", output, read | {"routing_replay_out": routing_replay_out})
+        if routing_replay_out is not None:
+            expect_separate("routing_replay_out", routing_replay_out, read)
+        _expect_no_gradient(read)
+
+
+_HIDDEN_WORDS = {"dtype": "BF16 MoE: hidden_states must be bfloat16."}
+
+
+def _expect_no_gradient(tensors: dict[str, Tensor | None]) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor that needs no gradient, got requires_grad=True; the layer is forward only: "
+                "call it under torch.no_grad() or torch.inference_mode(), or pass .detach()"
+            )
+
+
+def reference_pipeline(config: MoEConfig) -> MoEPipeline:
+    """The layer in plain torch, on any device: what defines the right result, and the CPU backend."""
+    return MoEPipeline(
+        config,
+        route=partial(select_experts_reference, config=config.routing),
+        permute=partial(plan_permutation_reference, config=config.permute),
+        gemm1=partial(gather_gemm_reference, config=config.gemm1),
+        gemm2=partial(grouped_gemm_reference, config=config.gemm2),
+        finalize=partial(finalize_tokens_reference, config=config.finalize),
+    )
+
+
+def build_pipeline(config: MoEConfig, device: torch.device | str) -> MoEPipeline:
+    """The layer for a device: our kernels on CUDA, the references elsewhere and for whatever a kernel does not take.
+
+    Example:
+        >>> config = MoEConfig.create(hidden_size=2048, intermediate_size=768, num_experts=128, top_k=8)
+        >>> pipeline = build_pipeline(config, "cuda")
+        >>> output = pipeline(logits, hidden_states, w1, w2)
+    """
+    if torch.device(device).type != "cuda":
+        return reference_pipeline(config)
+    # Here and not above: `import moe` needs neither triton nor numba, and a CPU pipeline neither.
+    from moe.gemm.gather_gemm import gather_gemm
+    from moe.gemm.grouped_gemm import grouped_gemm
+    from moe.permute.finalize import finalize_tokens
+    from moe.permute.plan import plan_permutation
+    from moe.routing.topk import select_experts, takes
+
+    return MoEPipeline(
+        config,
+        route=partial(select_experts if takes(config.routing) else select_experts_reference, config=config.routing),
+        permute=partial(plan_permutation, config=config.permute),
+        gemm1=partial(gather_gemm, config=config.gemm1),
+        gemm2=partial(grouped_gemm, config=config.gemm2),
+        finalize=partial(finalize_tokens, config=config.finalize),
+    )

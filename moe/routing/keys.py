@@ -1,0 +1,78 @@
+"""Device functions: the total order on scores, as unsigned integers, and loads and roundings of bfloat16.
+
+The key of a float32 is the integer image of its bits that grows with the number: -NaN < -inf < ... < -0.0 < +0.0 < ...
+< inf < NaN. Key 0 is kept for "no candidate".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moe.routing.warp import bits_of_float, device_function, float_of_bits
+
+NO_KEY = np.uint32(0)
+_LOWEST_KEY = np.uint32(1)  # the one number whose image would be 0, the NaN of all ones, takes its neighbour's
+_ZERO = np.float32(0)
+_SIGN = np.uint32(0x80000000)
+_ALL_BITS = np.uint32(0xFFFFFFFF)
+_NAN_KEY = np.uint32(0xFFC00000)  # of the positive quiet NaN 0x7FC00000
+_NAN_BFLOAT16 = np.uint32(0x7FC0)
+_HALF_ULP_BFLOAT16 = np.uint32(0x7FFF)  # less one, which the lowest kept bit adds: ties go to even
+_SHIFT = np.uint32(16)
+
+
+@device_function
+def key_of_logit(logit: np.float32) -> np.uint32:
+    """Key of a number as it came: NaNs keep their sign and payload."""
+    bits = bits_of_float(logit)
+    key = np.uint32(bits ^ _ALL_BITS) if bits & _SIGN else np.uint32(bits | _SIGN)
+    return _LOWEST_KEY if key == NO_KEY else key
+
+
+@device_function
+def key_of_score(score: np.float32) -> np.uint32:
+    """Key of a computed number: every NaN is the same, since arithmetic leaves its sign and payload open."""
+    bits = bits_of_float(score)
+    key = np.uint32(bits ^ _ALL_BITS) if bits & _SIGN else np.uint32(bits | _SIGN)
+    return key if score == score else _NAN_KEY
+
+
+@device_function
+def score_of_key(key: np.uint32) -> np.float32:
+    """The number that has this key."""
+    return float_of_bits(np.uint32(key ^ _SIGN) if key & _SIGN else np.uint32(key ^ _ALL_BITS))
+
+
+@device_function
+def bfloat16_of_float(value: np.float32) -> np.uint16:
+    """float32 -> bits of the nearest bfloat16, ties to even, every NaN to 0x7FC0."""
+    bits = bits_of_float(value)
+    if value != value:
+        return np.uint16(_NAN_BFLOAT16)
+    lowest_kept = np.uint32((bits >> _SHIFT) & np.uint32(1))
+    return np.uint16(np.uint32(bits + _HALF_ULP_BFLOAT16 + lowest_kept) >> _SHIFT)
+
+
+@device_function
+def load_float32(pointer: Any, index: Any) -> np.float32:
+    return pointer[index]
+
+
+@device_function
+def load_bfloat16(pointer: Any, index: Any) -> np.float32:
+    """The exact value of a bfloat16 whose bits lie in memory as uint16."""
+    return float_of_bits(np.uint32(np.uint32(pointer[index]) << _SHIFT))
+
+
+@device_function
+def load_float32_as_bfloat16(pointer: Any, index: Any) -> np.float32:
+    """A float32 rounded to bfloat16."""
+    return float_of_bits(np.uint32(np.uint32(bfloat16_of_float(pointer[index])) << _SHIFT))
+
+
+@device_function
+def load_nothing(pointer: Any, index: Any) -> np.float32:
+    """0, whatever the pointer."""
+    return _ZERO

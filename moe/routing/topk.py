@@ -1,0 +1,96 @@
+"""Routing on the GPU: check, allocate, choose the kernel, launch. One launch, no scratch memory."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from moe.flow import TopK
+from moe.launch import NumbaKernel
+from moe.routing.config import RoutingConfig
+from moe.routing.grouped_topk_kernel import build_grouped_topk_kernel
+from moe.routing.keys import load_bfloat16, load_float32, load_float32_as_bfloat16, load_nothing
+from moe.routing.rules import rule_of
+from moe.routing.topk_kernel import build_topk_kernel
+from moe.routing.warp import WARP_SIZE
+
+MAX_EXPERTS = 2048  # a lane holds up to 64 scores in registers
+MAX_TOP_K = WARP_SIZE  # a lane holds one choice
+WARPS_PER_BLOCK = 4
+
+
+def takes(config: RoutingConfig) -> bool:
+    """Whether the kernels take this config. The reference takes every one, on the GPU too."""
+    return config.num_experts <= MAX_EXPERTS and config.top_k <= MAX_TOP_K
+
+
+def select_experts(
+    logits: Tensor, bias: Tensor | None = None, *, config: RoutingConfig, replay_out: Tensor | None = None
+) -> TopK:
+    """Choose each token's K best experts and weigh them. Same arguments and result as `select_experts_reference`.
+
+    Args:
+        logits: [T, E] float32 or bfloat16.
+        bias: [E] bfloat16 or float32, or None for zero. Methods without a bias check and ignore it.
+        config: the rule; E up to 2048 and K up to 32.
+        replay_out: [>=T, K] int16; rows [0, T) receive the chosen ids.
+    Returns:
+        expert_ids [T, K] int32, distinct, best first; weights [T, K] bfloat16.
+    Raises:
+        ValueError: naming the tensor, what was wanted and what came; or the config is beyond the kernels.
+    """
+    config.check(logits, bias, replay_out)
+    if not takes(config):
+        raise ValueError(
+            f"config: expected num_experts <= {MAX_EXPERTS} and top_k <= {MAX_TOP_K}, got num_experts="
+            f"{config.num_experts}, top_k={config.top_k}; use select_experts_reference, which runs on the GPU too"
+        )
+    num_tokens = logits.shape[0]
+    shape = (num_tokens, config.top_k)
+    topk = TopK(
+        expert_ids=torch.empty(shape, dtype=torch.int32, device=logits.device),
+        weights=torch.empty(shape, dtype=torch.bfloat16, device=logits.device),
+    )
+    if num_tokens:
+        used_bias = bias if config.method.uses_bias else None
+        kernel = kernel_of(config, logits.dtype, None if used_bias is None else used_bias.dtype, replay_out is not None)
+        num_blocks = -(-num_tokens // WARPS_PER_BLOCK)
+        kernel.launch(num_blocks, logits, used_bias, topk.expert_ids, topk.weights, replay_out, num_tokens)
+    return topk
+
+
+@functools.cache
+def kernel_of(
+    config: RoutingConfig, logits_dtype: torch.dtype, bias_dtype: torch.dtype | None, writes_replay: bool
+) -> NumbaKernel:
+    """The kernel of a config, for logits and bias (None: without) of these dtypes."""
+    load_bias = _LOAD[bias_dtype] if bias_dtype else load_nothing
+    if config.is_grouped:
+        function = build_grouped_topk_kernel(
+            rule_of(config),
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            load_logit=_LOAD[logits_dtype],
+            load_bias=load_float32_as_bfloat16 if bias_dtype is torch.float32 else load_bias,
+            writes_replay=writes_replay,
+        )
+    else:
+        function = build_topk_kernel(
+            rule_of(config),
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            load_logit=_LOAD[logits_dtype],
+            load_bias=load_bias,
+            writes_replay=writes_replay,
+        )
+    inputs = (_POINTER_TO[logits_dtype], _POINTER_TO[bias_dtype or torch.float32])
+    parameters = (*inputs, "*int32", "*uint16", "*int16", "int32")
+    return NumbaKernel(function, parameters, threads_per_block=WARPS_PER_BLOCK * WARP_SIZE)
+
+
+_LOAD = {torch.float32: load_float32, torch.bfloat16: load_bfloat16}
+_POINTER_TO = {torch.float32: "*float32", torch.bfloat16: "*uint16"}

@@ -1,0 +1,337 @@
+"""The flat calls that engines know: flashinfer's `trtllm_bf16_moe` and `trtllm_bf16_routed_moe`, argument for argument.
+
+Source of names, order, defaults and meaning: flashinfer's documentation page of `flashinfer.fused_moe.trtllm_bf16_moe`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from moe.checks import expect
+from moe.config import MoEConfig
+from moe.flow import ExpertOutputs, SwigluParams, TopK
+from moe.gemm.config import BLOCK_MAJOR_K, ActivationType, WeightFormat, WeightLayout
+from moe.pipeline import MoEPipeline, build_pipeline
+
+
+def trtllm_bf16_moe(
+    routing_logits: Tensor,
+    routing_bias: Tensor | None,
+    hidden_states: Tensor,
+    gemm1_weights: Tensor,
+    gemm2_weights: Tensor,
+    num_experts: int,
+    top_k: int,
+    n_group: int | None,
+    topk_group: int | None,
+    intermediate_size: int,
+    local_expert_offset: int,
+    local_num_experts: int,
+    routed_scaling_factor: float | None = None,
+    routing_method_type: int = 0,
+    use_shuffled_weight: bool = True,
+    weight_layout: int = WeightLayout.BlockMajorK,
+    do_finalize: bool = True,
+    enable_pdl: bool | None = True,
+    tune_max_num_tokens: int = 8192,
+    activation_type: int = ActivationType.Swiglu,
+    norm_topk_prob: bool = True,
+    routing_replay_out: Tensor | None = None,
+    *,
+    output: Tensor | None = None,
+    gemm1_alpha: Tensor | None = None,
+    gemm1_beta: Tensor | None = None,
+    gemm1_clamp_limit: Tensor | None = None,
+) -> Tensor | list[Tensor]:
+    """Route tokens by their logits and run the local experts, in bf16.
+
+    Args:
+        routing_logits: [T, E] float32 or bfloat16.
+        routing_bias: [E] bfloat16 or float32, or None for zeros; methods 2 and 7 use it, to choose experts only.
+        hidden_states: [T, H] bfloat16.
+        gemm1_weights: [E_local, H/64, 2I, 64] bfloat16 ([E_local, H/64, I, 64] for Relu2), rows [up; gate], shuffled.
+        gemm2_weights: [E_local, I/64, H, 64] bfloat16, shuffled.
+        num_experts: E, over all ranks.
+        top_k: K.
+        n_group: DeepSeekV3: number of expert groups; None, 0 or 1 for none.
+        topk_group: DeepSeekV3: groups a token may use.
+        intermediate_size: I, a multiple of 64 (the original: of 128).
+        local_expert_offset: first expert whose weights are given.
+        local_num_experts: E_local, how many. Other experts add nothing: sum the ranks' results.
+        routed_scaling_factor: methods 2 and 7; None means 1.
+        routing_method_type: a RoutingMethodType, 0 to 8.
+        use_shuffled_weight: False takes the same blocks with rows in their natural order, [up; gate] not interleaved
+            (the original has no kernel for it).
+        weight_layout: BlockMajorK (2), the only one of this call; `moe.build_pipeline` takes the others.
+        do_finalize: False returns the experts' rows before they are weighted and summed.
+        enable_pdl: accepted without effect: no kernel here is launched as a programmatic dependent launch yet.
+        tune_max_num_tokens: accepted without effect: tiles come from a model of the shape, nothing is timed.
+        activation_type: Swiglu (3) or Relu2 (6).
+        norm_topk_prob: method 6 only: divide the weights by their sum.
+        routing_replay_out: [>=T, K] int16; rows [0, T) receive the chosen global ids, other rows are left alone.
+        output: [T, H] bfloat16 to write and return; ignored with do_finalize=False.
+        gemm1_alpha, gemm1_beta, gemm1_clamp_limit: [E_local] float32, see `moe.SwigluParams`.
+
+    Returns:
+        [T, H] bfloat16; with do_finalize=False the list
+        [gemm2_output [P, H] bfloat16, expert_weights [T, K] bfloat16, expanded_idx_to_permuted_idx [T * K] int32], where
+        the map holds a row of gemm2_output, or -1 for an expert that is not local. Rows that it does not name are
+        uninitialised.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: anything else that does not fit, before anything is launched or written.
+    """
+    pipeline = _flat_pipeline(
+        _hidden_size(hidden_states),
+        num_experts,
+        top_k,
+        n_group,
+        topk_group,
+        intermediate_size,
+        local_expert_offset,
+        local_num_experts,
+        routed_scaling_factor,
+        routing_method_type,
+        use_shuffled_weight,
+        weight_layout,
+        do_finalize,
+        enable_pdl,
+        tune_max_num_tokens,
+        activation_type,
+        norm_topk_prob,
+        device_type=hidden_states.device.type,
+    )
+    swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
+    tensors = (routing_logits, hidden_states, gemm1_weights, gemm2_weights)
+    more: dict[str, Any] = {"bias": routing_bias, "swiglu": swiglu, "routing_replay_out": routing_replay_out}
+    if do_finalize:
+        return pipeline(*tensors, output=output, **more)
+    return _as_list(pipeline.expert_outputs(*tensors, **more))
+
+
+def trtllm_bf16_routed_moe(
+    topk_ids: Tensor | tuple[Tensor, Tensor],
+    hidden_states: Tensor,
+    gemm1_weights: Tensor,
+    gemm2_weights: Tensor,
+    num_experts: int,
+    top_k: int,
+    n_group: int | None,
+    topk_group: int | None,
+    intermediate_size: int,
+    local_expert_offset: int,
+    local_num_experts: int,
+    routed_scaling_factor: float | None = None,
+    routing_method_type: int = 0,
+    use_shuffled_weight: bool = True,
+    weight_layout: int = WeightLayout.BlockMajorK,
+    do_finalize: bool = True,
+    enable_pdl: bool | None = True,
+    gemm1_lora_delta: None = None,
+    tune_max_num_tokens: int = 8192,
+    activation_type: int = ActivationType.Swiglu,
+    routing_replay_out: Tensor | None = None,
+    gemm1_alpha: Tensor | None = None,
+    gemm1_beta: Tensor | None = None,
+    gemm1_clamp_limit: Tensor | None = None,
+    output: Tensor | None = None,
+) -> Tensor | list[Tensor]:
+    """Run the local experts that the caller chose. Arguments that are not named here are as in `trtllm_bf16_moe`.
+
+    Args:
+        topk_ids: [T, K] int32, each `expert_id << 16 | bits of the bfloat16 weight`; or a tuple of ids [T, K] int32 and
+            weights [T, K] bfloat16 or float32, which are used as they are. An id outside [0, E) is skipped; one that
+            occurs twice in a row counts twice.
+        routing_method_type, routed_scaling_factor, n_group, topk_group: must fit together as in `trtllm_bf16_moe`, and
+            have no other effect: the experts are chosen already.
+        gemm1_lora_delta: refused.
+        routing_replay_out: checked, and not written: the ids are the caller's own.
+
+    Returns:
+        As `trtllm_bf16_moe`; with do_finalize=False and a tuple, expert_weights is the caller's own tensor.
+    """
+    if gemm1_lora_delta is not None:
+        raise ValueError(
+            "gemm1_lora_delta: expected None, got a value; it is not supported: swap the gemm1 stage of a pipeline "
+            "(moe.build_pipeline) to add to its result before the activation"
+        )
+    pipeline = _flat_pipeline(
+        _hidden_size(hidden_states),
+        num_experts,
+        top_k,
+        n_group,
+        topk_group,
+        intermediate_size,
+        local_expert_offset,
+        local_num_experts,
+        routed_scaling_factor,
+        routing_method_type,
+        use_shuffled_weight,
+        weight_layout,
+        do_finalize,
+        enable_pdl,
+        tune_max_num_tokens,
+        activation_type,
+        norm_topk_prob=True,
+        device_type=hidden_states.device.type,
+    )
+    topk = _unpack(topk_ids, top_k)
+    if routing_replay_out is not None:
+        pipeline.config.routing.check_replay(routing_replay_out, topk.expert_ids.shape[0], hidden_states.device)
+    tensors = (topk, hidden_states, gemm1_weights, gemm2_weights)
+    swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
+    if do_finalize:
+        return pipeline.run_experts(*tensors, swiglu=swiglu, output=output)
+    return _as_list(pipeline.run_experts_unfinalized(*tensors, swiglu=swiglu))
+
+
+# typed: True and 1.0 equal 1, and would find its entry.
+@lru_cache(maxsize=1024, typed=True)
+def _flat_pipeline(
+    hidden_size: int,
+    num_experts: int,
+    top_k: int,
+    n_group: int | None,
+    topk_group: int | None,
+    intermediate_size: int,
+    local_expert_offset: int,
+    local_num_experts: int,
+    routed_scaling_factor: float | None,
+    routing_method_type: int,
+    use_shuffled_weight: bool,
+    weight_layout: int,
+    do_finalize: bool,
+    enable_pdl: bool | None,
+    tune_max_num_tokens: int,
+    activation_type: int,
+    norm_topk_prob: bool,
+    device_type: str,
+) -> MoEPipeline:
+    """The pipeline of a flat call: every check that needs no tensor, once a combination of arguments."""
+    for name, value in (
+        ("num_experts", num_experts),
+        ("top_k", top_k),
+        ("n_group", n_group or 0),
+        ("topk_group", topk_group or 0),
+        ("intermediate_size", intermediate_size),
+        ("local_expert_offset", local_expert_offset),
+        ("local_num_experts", local_num_experts),
+        ("routing_method_type", routing_method_type),
+        ("weight_layout", weight_layout),
+        ("tune_max_num_tokens", tune_max_num_tokens),
+        ("activation_type", activation_type),
+    ):
+        _expect_type(name, value, int, "an int")
+    for name, value in (
+        ("use_shuffled_weight", use_shuffled_weight),
+        ("do_finalize", do_finalize),
+        ("enable_pdl", True if enable_pdl is None else enable_pdl),
+        ("norm_topk_prob", norm_topk_prob),
+    ):
+        _expect_type(name, value, bool, "a bool")
+    scale = 1.0 if routed_scaling_factor is None else routed_scaling_factor
+    _expect_type("routed_scaling_factor", scale, (float, int), "a float or None")
+    if weight_layout != WeightLayout.BlockMajorK:
+        raise ValueError(
+            f"BF16 Moe: weight_layout must be BlockMajorK: expected 2, got {int(weight_layout)}; convert the weights with "
+            "moe.gemm.weight_format, or use moe.build_pipeline, which reads MajorK and MajorMn too"
+        )
+    if tune_max_num_tokens < 1:
+        raise ValueError(f"tune_max_num_tokens: expected at least 1, got {tune_max_num_tokens}; the default is 8192")
+    if intermediate_size % BLOCK_MAJOR_K:
+        raise ValueError(
+            f"the second dimension of weights must be a multiple of 128. (Here {BLOCK_MAJOR_K} is enough, the width of a "
+            f"block): got intermediate_size={intermediate_size}; pad I, or use moe.build_pipeline with MajorK weights"
+        )
+    try:
+        config = MoEConfig.create(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_experts=num_experts,
+            top_k=top_k,
+            method=routing_method_type,
+            n_group=n_group or 0,
+            topk_group=topk_group or 0,
+            routed_scaling_factor=scale,
+            norm_topk_prob=norm_topk_prob,
+            activation=activation_type,
+            weight_format=WeightFormat(
+                layout=WeightLayout.BlockMajorK, is_shuffled=use_shuffled_weight, gate_up_order="up_gate"
+            ),
+            local_expert_offset=local_expert_offset,
+            num_local_experts=local_num_experts,
+        )
+    except ValidationError as error:
+        _raise_plainly(error)
+    return build_pipeline(config, device_type)
+
+
+def _raise_plainly(error: ValidationError) -> NoReturn:
+    """Say what pydantic found in the words and names of the flat call."""
+    found = []
+    for detail in error.errors():
+        if detail["type"] == "value_error":  # ours: it says everything
+            found.append(detail["msg"].removeprefix("Value error, "))
+        else:
+            name, words = _FLAT_NAMES.get(detail["loc"][-2:], (detail["loc"][-1], ""))
+            found.append(f"{words}{name}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}")
+    raise ValueError("; ".join(dict.fromkeys(found))) from None
+
+
+_LOCAL = ("local_num_experts", "local_num_experts must be between 1 and num_experts: ")
+_FLAT_NAMES = {
+    ("routing", "top_k"): ("top_k", "top_k must be between 1 and num_experts: "),
+    ("permute", "top_k"): ("top_k", "top_k must be between 1 and num_experts: "),
+    ("permute", "num_local_experts"): _LOCAL,
+    ("gemm1", "num_experts"): _LOCAL,
+    ("gemm2", "num_experts"): _LOCAL,
+    ("permute", "local_expert_offset"): ("local_expert_offset", "expert offset and count must be within valid range: "),
+    ("gemm1", "in_features"): ("hidden_size", ""),
+    ("gemm2", "out_features"): ("hidden_size", ""),
+    ("gemm1", "out_features"): ("intermediate_size", ""),
+    ("gemm2", "in_features"): ("intermediate_size", ""),
+}
+
+
+def _expect_type(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}; pass {wanted}")
+
+
+def _hidden_size(hidden_states: Tensor) -> int:
+    expect_bf16 = {"dtype": "BF16 MoE: hidden_states must be bfloat16."}
+    expect("hidden_states", hidden_states, "T H", {}, dtype=torch.bfloat16, words=expect_bf16)
+    return hidden_states.shape[1]
+
+
+def _swiglu(alpha: Tensor | None, beta: Tensor | None, clamp_limit: Tensor | None) -> SwigluParams | None:
+    if alpha is None and beta is None and clamp_limit is None:
+        return None
+    return SwigluParams(alpha, beta, clamp_limit)
+
+
+def _unpack(topk_ids: Tensor | tuple[Tensor, Tensor], top_k: int) -> TopK:
+    """Packed ids, or a tuple of ids and weights, as a TopK."""
+    if isinstance(topk_ids, (tuple, list)):
+        if len(topk_ids) != 2:
+            raise ValueError(f"topk_ids: expected (ids, weights), got {len(topk_ids)} items; pass two tensors")
+        return TopK(*topk_ids)
+    words = {
+        "rank": "expert_indices must be 2D.",
+        "K": "expert_indices dim1 must match top_k.",
+        "dtype": "expert_indices must be int32.",
+    }
+    expect("topk_ids", topk_ids, "T K", {"K": top_k}, dtype=torch.int32, words=words)
+    halves = topk_ids.view(torch.int16).view(*topk_ids.shape, 2)  # little-endian: weight, then id
+    weights = halves[..., 0].contiguous().view(torch.bfloat16)
+    return TopK(halves[..., 1].to(torch.int32), weights)
+
+
+def _as_list(outputs: ExpertOutputs) -> list[Tensor]:
+    return [outputs.rows, outputs.weights, outputs.row_of_slot.view(-1)]

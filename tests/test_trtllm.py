@@ -1,0 +1,325 @@
+"""The flat calls: flashinfer's signature, and each of its parameters honoured."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_close_to_exact
+from moe.gemm.weight_format import pack_weights
+from moe.routing.reference import select_experts_reference
+from problems import Problem, experts_in_float64, make_problem
+from torch import Tensor
+
+import moe
+from moe import FLASHINFER, MoEConfig, TopK, reference_pipeline, trtllm_bf16_moe, trtllm_bf16_routed_moe
+
+T, H, I, E, K = 21, 128, 64, 16, 4  # noqa: E741
+REQUIRED = inspect.Parameter.empty
+SIGNATURE = {
+    "routing_logits": REQUIRED,
+    "routing_bias": REQUIRED,
+    "hidden_states": REQUIRED,
+    "gemm1_weights": REQUIRED,
+    "gemm2_weights": REQUIRED,
+    "num_experts": REQUIRED,
+    "top_k": REQUIRED,
+    "n_group": REQUIRED,
+    "topk_group": REQUIRED,
+    "intermediate_size": REQUIRED,
+    "local_expert_offset": REQUIRED,
+    "local_num_experts": REQUIRED,
+    "routed_scaling_factor": None,
+    "routing_method_type": 0,
+    "use_shuffled_weight": True,
+    "weight_layout": 2,
+    "do_finalize": True,
+    "enable_pdl": True,
+    "tune_max_num_tokens": 8192,
+    "activation_type": 3,
+    "norm_topk_prob": True,
+    "routing_replay_out": None,
+}
+
+
+def layer(**changes: Any) -> MoEConfig:
+    fields = {"hidden_size": H, "intermediate_size": I, "num_experts": E, "top_k": K, "weight_format": FLASHINFER}
+    return MoEConfig.create(**fields | changes)
+
+
+def flat_arguments(config: MoEConfig, problem: Problem) -> dict[str, Any]:
+    """The flat call's arguments for a layer in flashinfer's weight format."""
+    routing = config.routing
+    return {
+        "routing_logits": problem.logits,
+        "routing_bias": None,
+        "hidden_states": problem.hidden_states,
+        "gemm1_weights": pack_weights(problem.w1, config.gemm1.weight_format, is_gated=config.gemm1.is_gated),
+        "gemm2_weights": pack_weights(problem.w2, config.gemm2.weight_format, is_gated=False),
+        "num_experts": config.num_experts,
+        "top_k": config.top_k,
+        "n_group": routing.n_group or None,
+        "topk_group": routing.topk_group or None,
+        "intermediate_size": config.intermediate_size,
+        "local_expert_offset": config.permute.local_expert_offset,
+        "local_num_experts": config.permute.num_local_experts,
+        "routed_scaling_factor": routing.routed_scaling_factor,
+        "routing_method_type": moe.RoutingMethodType[routing.method.value],
+        "activation_type": config.gemm1.activation,
+        "norm_topk_prob": routing.norm_topk_prob,
+    }
+
+
+def assert_output_is_right(
+    output: Tensor, config: MoEConfig, problem: Problem, arguments: dict[str, Any], topk: TopK | None = None
+) -> None:
+    topk = topk or select_experts_reference(problem.logits, arguments["routing_bias"], config=config.routing)
+    reference = reference_pipeline(config).run_experts(
+        topk, problem.hidden_states, arguments["gemm1_weights"], arguments["gemm2_weights"]
+    )
+    exact = experts_in_float64(
+        topk,
+        problem.hidden_states,
+        problem.w1,
+        problem.w2,
+        is_gated=config.gemm1.is_gated,
+        local_expert_offset=config.permute.local_expert_offset,
+    )
+    assert_close_to_exact(output, reference, exact)
+
+
+def test_signature_is_flashinfers() -> None:
+    parameters = inspect.signature(trtllm_bf16_moe).parameters
+    positional = {n: p.default for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    assert list(positional.items()) == list(SIGNATURE.items())
+    extras = [n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert extras == ["output", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"]
+
+
+def test_enums_have_flashinfers_numbers() -> None:
+    assert {m.name: int(m) for m in moe.RoutingMethodType} == {
+        "Default": 0,
+        "Renormalize": 1,
+        "DeepSeekV3": 2,
+        "Llama4": 3,
+        "RenormalizeNaive": 4,
+        "TopK": 5,
+        "SigmoidRenorm": 6,
+        "MiniMax2": 7,
+        "Sigmoid": 8,
+        "Unspecified": 9,
+    }
+    assert {m.name: int(m) for m in moe.WeightLayout} == {"MajorK": 0, "MajorMn": 1, "BlockMajorK": 2}
+    assert (moe.ActivationType.Swiglu, moe.ActivationType.Relu2) == (3, 6)
+
+
+@pytest.mark.parametrize("method", [0, 1, 2, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("num_tokens", [0, 1, T])
+def test_every_method_gives_its_layer(method: int, num_tokens: int, device: torch.device) -> None:
+    config = layer(method=method, routed_scaling_factor=2.5)
+    problem = make_problem(config, num_tokens, device=device)
+    arguments = flat_arguments(config, problem) | {"routing_bias": torch.linspace(-1, 1, E, device=device)}
+    assert_output_is_right(trtllm_bf16_moe(**arguments), config, problem, arguments)
+
+
+def test_llama4_weighs_the_experts_output(device: torch.device) -> None:
+    config = layer(method=3, top_k=1)
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    assert_output_is_right(trtllm_bf16_moe(**arguments), config, problem, arguments)
+
+
+def test_groups_and_scale_are_honoured(device: torch.device) -> None:
+    config = layer(method=2, n_group=4, topk_group=2, routed_scaling_factor=2.5)
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem) | {
+        "routing_bias": torch.linspace(-0.1, 0.1, E, device=device).bfloat16()
+    }
+    output = trtllm_bf16_moe(**arguments)
+    assert_output_is_right(output, config, problem, arguments)
+    ungrouped = trtllm_bf16_moe(**arguments | {"n_group": None, "topk_group": None})
+    assert not torch.equal(output, ungrouped)
+    unscaled = trtllm_bf16_moe(**arguments | {"routed_scaling_factor": None})
+    torch.testing.assert_close(unscaled.float() * 2.5, output.float(), rtol=0.03, atol=0.02)
+
+
+def test_norm_topk_prob_is_honoured_by_method_6_alone(device: torch.device) -> None:
+    problem = make_problem(layer(), T, device=device)
+    for method, is_honoured in ((6, True), (8, False), (1, False), (0, False)):
+        config = layer(method=method, norm_topk_prob=False)
+        arguments = flat_arguments(config, problem)
+        output = trtllm_bf16_moe(**arguments)
+        assert_output_is_right(output, config, problem, arguments)
+        assert torch.equal(output, trtllm_bf16_moe(**arguments | {"norm_topk_prob": True})) is not is_honoured
+
+
+def test_relu2_layer_has_one_matrix_of_rows(device: torch.device) -> None:
+    config = layer(activation=6)
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    assert arguments["gemm1_weights"].shape == (E, H // 64, I, 64)
+    assert_output_is_right(trtllm_bf16_moe(**arguments), config, problem, arguments)
+
+
+def test_unshuffled_blocks_are_read_in_their_natural_order(device: torch.device) -> None:
+    config = layer(weight_format=FLASHINFER.model_dump() | {"is_shuffled": False})
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    output = trtllm_bf16_moe(**arguments, use_shuffled_weight=False)
+    assert_output_is_right(output, config, problem, arguments)
+
+
+def test_slice_of_experts_gives_its_partial_sum(device: torch.device) -> None:
+    config = layer(local_expert_offset=5, num_local_experts=7)
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    assert_output_is_right(trtllm_bf16_moe(**arguments), config, problem, arguments)
+
+
+def test_unfinalized_list_sums_to_the_output(device: torch.device) -> None:
+    config = layer(local_expert_offset=4, num_local_experts=8)
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    unfinalized = trtllm_bf16_moe(**arguments, do_finalize=False)
+    assert isinstance(unfinalized, list)
+    rows, weights, row_of_slot = unfinalized
+    assert (rows.dtype, weights.dtype, row_of_slot.dtype) == (torch.bfloat16, torch.bfloat16, torch.int32)
+    assert rows.shape[1] == H
+    assert weights.shape == (T, K)
+    assert row_of_slot.shape == (T * K,)
+    terms = rows[row_of_slot.clamp(min=0).long()].float() * weights.view(-1, 1).float()
+    by_hand = torch.where(row_of_slot[:, None] >= 0, terms, 0.0).view(T, K, H).sum(dim=1)
+    torch.testing.assert_close(trtllm_bf16_moe(**arguments).float(), by_hand, rtol=2**-8, atol=1e-6)
+    chosen = select_experts_reference(problem.logits, config=config.routing)
+    assert torch.equal(weights, chosen.weights)
+    is_local = (chosen.expert_ids >= 4) & (chosen.expert_ids < 12)
+    assert torch.equal(row_of_slot.view(T, K) >= 0, is_local)
+
+
+def test_output_and_replay_are_written_in_place(device: torch.device) -> None:
+    config = layer()
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    output = torch.full((T, H), float("nan"), dtype=torch.bfloat16, device=device)
+    replay = torch.full((T + 3, K), -5, dtype=torch.int16, device=device)
+    result = trtllm_bf16_moe(**arguments, output=output, routing_replay_out=replay)
+    assert result is output
+    assert torch.equal(output, trtllm_bf16_moe(**arguments))
+    assert torch.equal(replay[:T].int(), select_experts_reference(problem.logits, config=config.routing).expert_ids)
+    assert (replay[T:] == -5).all()
+
+
+@pytest.mark.parametrize("changes", [{"enable_pdl": False}, {"enable_pdl": None}, {"tune_max_num_tokens": 1}])
+def test_arguments_without_effect_change_no_bit(changes: dict[str, Any], device: torch.device) -> None:
+    config = layer()
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    assert torch.equal(trtllm_bf16_moe(**arguments | changes), trtllm_bf16_moe(**arguments))
+
+
+def test_swiglu_parameters_are_honoured(device: torch.device) -> None:
+    config = layer()
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    parameters = {
+        "gemm1_alpha": torch.full((E,), 1.702, device=device),
+        "gemm1_beta": torch.ones(E, device=device),
+        "gemm1_clamp_limit": torch.full((E,), 0.5, device=device),
+    }
+    output = trtllm_bf16_moe(**arguments, **parameters)
+    swiglu = moe.SwigluParams(*parameters.values())
+    topk = select_experts_reference(problem.logits, config=config.routing)
+    packed = (arguments["gemm1_weights"], arguments["gemm2_weights"])
+    reference = reference_pipeline(config).run_experts(topk, problem.hidden_states, *packed, swiglu=swiglu)
+    exact = experts_in_float64(topk, problem.hidden_states, problem.w1, problem.w2, swiglu=swiglu)
+    assert_close_to_exact(output, reference, exact)
+
+
+def routed(arguments: dict[str, Any], topk_ids: Tensor | tuple[Tensor, Tensor], **changes: Any) -> Any:
+    kept = {n: v for n, v in arguments.items() if n not in ("routing_logits", "routing_bias", "norm_topk_prob")}
+    return trtllm_bf16_routed_moe(topk_ids, **kept | changes)
+
+
+def pack_topk(topk: TopK) -> Tensor:
+    bits = topk.weights.view(torch.int16).int() & 0xFFFF
+    return (topk.expert_ids << 16) | bits
+
+
+def test_three_ways_to_name_the_experts_agree(device: torch.device) -> None:
+    config = layer()
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    topk = select_experts_reference(problem.logits, config=config.routing)
+    from_logits = trtllm_bf16_moe(**arguments)
+    assert torch.equal(routed(arguments, pack_topk(topk)), from_logits)
+    assert torch.equal(routed(arguments, (topk.expert_ids, topk.weights)), from_logits)
+
+
+def test_float32_weights_are_not_rounded(device: torch.device) -> None:
+    config = layer()
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    ids = select_experts_reference(problem.logits, config=config.routing).expert_ids
+    weights = torch.full((T, K), 1 + 2**-9, device=device)  # rounds to 1 in bfloat16
+    rows, returned, row_of_slot = routed(arguments, (ids, weights), do_finalize=False)
+    assert returned is weights
+    exact = (rows[row_of_slot.view(T, K).long()].double() * weights.double()[..., None]).sum(dim=1)
+    output = routed(arguments, (ids, weights))
+    assert torch.equal(output, exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_ids_that_are_no_experts_are_skipped(is_packed: bool, device: torch.device) -> None:
+    config = layer()
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    topk = select_experts_reference(problem.logits, config=config.routing)
+    bad = torch.tensor([-1, E, 32767, -32768], dtype=torch.int32, device=device)
+    ids = topk.expert_ids.clone()
+    ids[:, 1] = bad[torch.arange(T, device=device) % 4]
+    ids[3] = -1
+    skipping = TopK(ids, topk.weights)
+    output = routed(arguments, pack_topk(skipping) if is_packed else (ids, topk.weights))
+    assert_output_is_right(output, config, problem, arguments, skipping)
+    assert (output[3] == 0).all()
+
+
+def test_an_expert_named_twice_counts_twice(device: torch.device) -> None:
+    config = layer(top_k=2)
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    ids = torch.full((T, 2), 3, dtype=torch.int32, device=device)
+    halves = torch.full((T, 2), 0.5, device=device)
+    twice = routed(arguments, (ids, halves))
+    ids_once = torch.tensor([[3, -1]], dtype=torch.int32, device=device).expand(T, 2).contiguous()
+    once = routed(arguments, (ids_once, halves * 2))
+    assert torch.equal(twice, once)
+
+
+def test_replay_of_the_routed_call_is_left_alone(device: torch.device) -> None:
+    config = layer()
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    topk = select_experts_reference(problem.logits, config=config.routing)
+    replay = torch.full((T, K), -5, dtype=torch.int16, device=device)
+    routed(arguments, (topk.expert_ids, topk.weights), routing_replay_out=replay)
+    assert (replay == -5).all()
+
+
+def test_flat_call_captures_and_replays(cuda: torch.device) -> None:
+    config = layer(method=2, n_group=4, topk_group=2)
+    problem = make_problem(config, T, device=cuda)
+    arguments = flat_arguments(config, problem)
+    trtllm_bf16_moe(**arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = trtllm_bf16_moe(**arguments)
+    fresh = make_problem(config, T, seed=5, device=cuda)
+    problem.logits.copy_(fresh.logits)
+    problem.hidden_states.copy_(fresh.hidden_states)
+    captured.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, trtllm_bf16_moe(**arguments))
