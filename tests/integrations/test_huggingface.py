@@ -1,0 +1,438 @@
+"""Hugging Face models whose experts run on our pipeline, against their own experts and float64."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from closeness import assert_close_to_exact, relative_error
+from problems import experts_in_float64
+from torch import Tensor, nn
+
+from moe.flow import TopK
+from moe.integrations import huggingface
+from moe.integrations.huggingface import check_model, register, use_moe
+
+pytest.importorskip("transformers", minversion="5.7")
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import ACT2FN
+from transformers.integrations import moe as transformers_moe
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "qwen3_moe": {"moe_intermediate_size": 40, "num_experts": 9, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    "mixtral": {"intermediate_size": 72, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"intermediate_size": 48, "num_experts": 12, "num_experts_per_tok": 5},
+    "deepseek_v3": {
+        "moe_intermediate_size": 24,
+        "intermediate_size": 64,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 0,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+    },
+}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("cuda")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def fill(model: nn.Module, *, seed: int = 0) -> None:
+    """Weights and router biases of 0.2: transformers' own are too small to tell experts apart, and its biases are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [p for p in model.parameters() if p.dim() > 1]
+    tensors += [b for name, b in model.named_buffers() if "bias" in name]
+    for tensor in tensors:
+        tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+
+
+def build_model(model_type: str, device: torch.device = torch.device("cpu"), **settings: object) -> nn.Module:
+    config = AutoConfig.for_model(model_type, **SMALL | FAMILIES.get(model_type, {}) | settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, experts_implementation="eager")
+    fill(model)
+    return model.eval().to(device)
+
+
+def tokens_for(device: torch.device) -> Tensor:
+    return torch.randint(1, 96, (3, 11), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def experts_in(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "has_bias") and hasattr(module, "down_proj")]
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]]]:
+    """(experts, hidden_states, ids, weights, output) of every call to an experts module."""
+    calls: list = []
+    hooks = [
+        experts.register_forward_hook(
+            lambda module, args, output: calls.append((module, *(a.clone() for a in args), output))
+        )
+        for experts in experts_in(model)
+    ]
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def routed_as(model: nn.Module, calls: list) -> Iterator[None]:
+    """Experts get the ids and weights of `calls`: else a rounding that flips a near tie hides every other error."""
+    hooks = [
+        experts.register_forward_pre_hook(lambda module, args, ids=call[2], weights=call[3]: (args[0], ids, weights))
+        for experts, call in zip(experts_in(model), calls)
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.fixture
+def our_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Outputs of our experts function."""
+    outputs = []
+    run = huggingface._run_experts
+
+    def counted(*args: object) -> Tensor:
+        outputs.append(run(*args))
+        return outputs[-1]
+
+    monkeypatch.setattr(huggingface, "_run_experts", counted)
+    return outputs
+
+
+@torch.no_grad()
+def test_logits_are_as_close_to_float64_as_with_the_models_own_experts(
+    family: str, device: torch.device, our_calls: list[Tensor]
+) -> None:
+    model, tokens = build_model(family, device), tokens_for(device)
+    exact_model = copy.deepcopy(model).double()
+    with recorded(model) as calls:
+        eager = model(tokens).logits
+    with routed_as(exact_model, calls):
+        exact = exact_model(tokens).logits
+    assert not our_calls
+    use_moe(model)
+    with routed_as(model, calls):
+        ours = model(tokens).logits
+    assert len(our_calls) == len(calls) == 2
+    assert relative_error(ours, exact) <= 1.2 * relative_error(eager, exact)
+    assert relative_error(ours, exact) <= 2e-2
+
+
+@torch.no_grad()
+def test_each_experts_module_is_as_close_to_float64_as_its_own_code(family: str, device: torch.device) -> None:
+    model = use_moe(build_model(family, device))
+    with recorded(model) as calls:
+        model(tokens_for(device))
+    model.set_experts_implementation("eager")
+    assert len(calls) == 2
+    for experts, hidden_states, ids, weights, ours in calls:
+        eager = experts(hidden_states, ids, weights)
+        exact = experts_in_float64(TopK(ids, weights), hidden_states, experts.gate_up_proj, experts.down_proj)
+        assert ours.dtype == torch.bfloat16
+        assert_close_to_exact(ours, eager, exact)
+
+
+@torch.no_grad()
+def test_nemotron_h_runs_its_ungated_experts_on_us(device: torch.device, our_calls: list[Tensor]) -> None:
+    modeling = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
+    if not hasattr(modeling, "NemotronHExperts"):
+        pytest.skip("this transformers has no NemotronHExperts")
+    config = AutoConfig.for_model(
+        "nemotron_h", hidden_size=64, moe_intermediate_size=40, n_routed_experts=6, num_experts_per_tok=3
+    )
+    experts = modeling.NemotronHExperts(config).to(torch.bfloat16)
+    fill(experts)
+    experts.to(device)
+    register()
+    experts.config._experts_implementation = "moe"
+    hidden_states, ids, weights = routed_tokens(experts, 13, top_k=3)
+    ours = experts(hidden_states, ids, weights)
+    experts.config._experts_implementation = "eager"
+    eager = experts(hidden_states, ids, weights)
+    exact = experts_in_float64(TopK(ids, weights), hidden_states, experts.up_proj, experts.down_proj, is_gated=False)
+    assert len(our_calls) == 1
+    assert_close_to_exact(ours, eager, exact)
+
+
+@torch.no_grad()
+def test_generate_runs_every_step_on_us(our_calls: list[Tensor]) -> None:
+    model = use_moe(build_model("qwen3_moe"))
+    tokens = model.generate(tokens_for(model.device), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert tokens.shape == (3, 15)
+    assert len(our_calls) == 4 * 2
+
+
+@torch.no_grad()
+def test_loading_by_name_runs_on_us(our_calls: list[Tensor]) -> None:
+    register("moe")
+    config = AutoConfig.for_model("mixtral", **SMALL | FAMILIES["mixtral"])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, experts_implementation="moe").eval()
+    check_model(model)
+    model(tokens_for(model.device))
+    assert len(our_calls) == 2
+
+
+class Config:
+    _experts_implementation = "moe"
+
+
+def make_experts(device: torch.device = torch.device("cpu"), **flags: bool) -> nn.Module:
+    """Experts of E=5, H=32, I=24 in the layout that the flags of transformers' decorator say."""
+    register()
+    is_transposed = flags.get("is_transposed", False)
+
+    class TinyExperts(nn.Module):
+        def __init__(self, config: Config) -> None:
+            super().__init__()
+            self.num_experts = 5
+            self.act_fn = nn.SiLU()
+            shapes = ((5, 32, 48), (5, 24, 32)) if is_transposed else ((5, 48, 32), (5, 32, 24))
+            self.gate_up_proj, self.down_proj = (nn.Parameter(torch.empty(shape)) for shape in shapes)
+
+        def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            raise AssertionError("the eager experts ran")
+
+    experts = transformers_moe.use_experts_implementation(**flags)(TinyExperts)(Config())
+    fill(experts)
+    return experts.to(device, torch.bfloat16).requires_grad_(False)
+
+
+def routed_tokens(experts: nn.Module, num_tokens: int, *, top_k: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    device, num_experts = experts.down_proj.device, experts.down_proj.shape[0]
+    hidden_size = experts.down_proj.shape[2 if experts.is_transposed else 1]
+    hidden_states = torch.randn(num_tokens, hidden_size, generator=generator).to(torch.bfloat16)
+    ids = torch.rand(num_tokens, max(num_experts, top_k), generator=generator).argsort(1)[:, :top_k] % num_experts
+    weights = torch.rand(num_tokens, top_k, generator=generator)
+    return hidden_states.to(device), ids.to(device), weights.to(device)
+
+
+def exact_of(experts: nn.Module, hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    w1, w2 = experts.gate_up_proj, experts.down_proj
+    if experts.is_transposed:
+        w1, w2 = w1.mT, w2.mT
+    return experts_in_float64(TopK(ids, weights), hidden_states, w1, w2)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 40])
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["rows", "transposed"])
+def test_both_weight_layouts_are_read_where_they_lie(
+    is_transposed: bool, num_tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = make_experts(device, is_transposed=is_transposed)
+    inputs = routed_tokens(experts, num_tokens)
+    seen = []
+    run = huggingface._run_experts
+    monkeypatch.setattr(huggingface, "_run_experts", lambda *args: (seen.append(args[3:5]), run(*args))[1])
+    output = experts(*inputs)
+    assert output.shape == (num_tokens, 32)
+    assert output.dtype == torch.bfloat16
+    assert relative_error(output, exact_of(experts, *inputs)) <= 6e-3
+    assert [w.data_ptr() for w in seen[0]] == [experts.gate_up_proj.data_ptr(), experts.down_proj.data_ptr()]
+
+
+@pytest.mark.parametrize("absent", [5, 6, -1, 2**31, 2**32, 2**32 + 1, -(2**32)])
+def test_ids_of_no_expert_here_are_skipped(absent: int, device: torch.device) -> None:
+    experts = make_experts(device)
+    hidden_states, ids, weights = routed_tokens(experts, 9)
+    ids[::2, 1] = absent
+    ids[4] = absent
+    output = experts(hidden_states, ids, weights)
+    exact = exact_of(experts, hidden_states, ids, weights)
+    assert relative_error(output, exact) <= 6e-3
+    assert not output[4].any()
+
+
+def test_a_nan_token_stays_in_its_row(device: torch.device) -> None:
+    experts = make_experts(device)
+    hidden_states, ids, weights = routed_tokens(experts, 9)
+    clean = experts(hidden_states, ids, weights)
+    hidden_states[3] = float("nan")
+    output = experts(hidden_states, ids, weights)
+    assert output[3].isnan().all()
+    others = torch.arange(9, device=device) != 3
+    assert torch.equal(output[others], clean[others])
+
+
+def test_expert_parallel_calls_with_one_choice_or_more_choices_than_experts(device: torch.device) -> None:
+    experts = make_experts(device)
+    for top_k in (1, 7):
+        inputs = routed_tokens(experts, 9, top_k=top_k)
+        inputs[1][2:5, 0] = experts.num_experts
+        assert relative_error(experts(*inputs), exact_of(experts, *inputs)) <= 6e-3
+
+
+def test_leading_dimensions_and_strides_do_not_matter(device: torch.device) -> None:
+    experts = make_experts(device)
+    hidden_states, ids, weights = routed_tokens(experts, 12)
+    flat = experts(hidden_states, ids, weights)
+    wide = torch.empty(4, 3, 64, dtype=torch.bfloat16, device=device)[..., ::2]
+    wide.copy_(hidden_states.view(4, 3, 32))
+    assert torch.equal(experts(wide, ids, weights), flat.view(4, 3, 32))
+    assert torch.equal(experts(hidden_states, ids.mT.contiguous().mT, weights.double()), flat)
+
+
+def test_a_compiled_model_calls_us_without_a_graph_break(device: torch.device) -> None:
+    experts = make_experts(device)
+    inputs = routed_tokens(experts, 6)
+    compiled = torch.compile(experts, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(*inputs), experts(*inputs))
+
+
+def own_gate(self: nn.Module, gate_up: Tensor) -> Tensor:
+    raise AssertionError("never called")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("has_bias", True, r"TinyExperts.has_bias: expected False, got True; leave this model on another"),
+        ("has_post_expert_norm", True, r"has_post_expert_norm: expected False, got True"),
+        ("is_concatenated", False, r"is_concatenated: expected True, got False"),
+        ("act_fn", nn.GELU(), r"act_fn: expected silu, got GELU"),
+        ("act_fn", None, r"act_fn: expected silu, got NoneType"),
+        ("has_gate", False, r"act_fn: expected squared relu, got SiLU"),
+    ],
+    ids=lambda value: (
+        getattr(value, "__class__", type(value)).__name__ if isinstance(value, nn.Module) else str(value)[:22]
+    ),
+)
+def test_experts_that_compute_something_else_are_refused(attribute: str, value: object, message: str) -> None:
+    experts = make_experts()
+    setattr(experts, attribute, value)
+    with pytest.raises(ValueError, match=message):
+        experts(*routed_tokens(experts, 3))
+
+
+def test_a_gate_of_its_own_is_refused() -> None:
+    experts = make_experts()
+    type(experts)._apply_gate = own_gate
+    with pytest.raises(ValueError, match=r"_apply_gate: expected silu\(gate\) \* up"):
+        experts(*routed_tokens(experts, 3))
+
+
+@pytest.mark.parametrize(
+    "act_fn",
+    [nn.SiLU(), nn.functional.silu, ACT2FN["silu"], ACT2FN["swish"]],
+    ids=["module", "function", "ACT2FN-silu", "ACT2FN-swish"],
+)
+def test_silu_is_known_in_its_forms(act_fn: object) -> None:
+    experts = make_experts()
+    del experts.act_fn
+    experts.act_fn = act_fn
+    assert experts(*routed_tokens(experts, 3)).shape == (3, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_model_in_another_dtype_is_refused(dtype: torch.dtype) -> None:
+    experts = make_experts().to(dtype)
+    hidden_states, ids, weights = routed_tokens(experts, 3)
+    with pytest.raises(ValueError, match=r"in bfloat16, got torch\.float.*dtype=torch\.bfloat16"):
+        experts(hidden_states.to(dtype), ids, weights)
+
+
+def test_weights_that_are_no_plain_tensor_are_refused() -> None:
+    class Packed(Tensor):
+        pass
+
+    experts = make_experts()
+    experts.down_proj = nn.Parameter(experts.down_proj.data.as_subclass(Packed), requires_grad=False)
+    with pytest.raises(ValueError, match="expected down_proj to be a plain tensor, got Packed"):
+        experts(*routed_tokens(make_experts(), 3))
+
+
+def test_training_is_refused() -> None:
+    model = use_moe(build_model("mixtral"))
+    with pytest.raises(ValueError, match=r"MixtralExperts: forward only: .*torch\.no_grad\(\)"):
+        model(tokens_for(model.device))
+    with torch.inference_mode():
+        assert model(tokens_for(model.device)).logits.isfinite().all()
+
+
+def test_a_model_that_ignores_experts_implementation_is_refused() -> None:
+    model = build_model("llama4_text", num_local_experts=4, intermediate_size=48, intermediate_size_mlp=48, head_dim=16)
+    with pytest.raises(ValueError, match="Llama4ForCausalLM runs its Llama4TextExperts itself and ignores"):
+        use_moe(model)
+    assert model.config._experts_implementation == "eager"
+    model.set_experts_implementation("moe")
+    with pytest.raises(ValueError, match="Llama4TextExperts itself"):
+        check_model(model)
+
+
+def test_a_model_without_experts_is_refused() -> None:
+    model = build_model("llama", intermediate_size=48)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: expected experts that .* found none"):
+        use_moe(model)
+
+
+def test_a_model_whose_experts_we_cannot_run_is_refused_before_its_first_call() -> None:
+    settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48, "head_dim": 16}
+    model = build_model("gpt_oss", **settings)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.has_bias: expected False, got True"):
+        use_moe(model)
+    assert model.config._experts_implementation == "eager"
+
+
+def test_check_model_sees_another_implementation() -> None:
+    model = use_moe(build_model("olmoe"))
+    check_model(model)
+    model.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match=r"expected experts_implementation 'moe', got 'eager'; call use_moe"):
+        check_model(model)
+
+
+@pytest.mark.parametrize("name", ["eager", "grouped_mm"])
+def test_names_of_transformers_are_not_taken(name: str) -> None:
+    before = transformers_moe.ALL_EXPERTS_FUNCTIONS.get(name)
+    with pytest.raises(ValueError, match=f"got '{name}'; pass another"):
+        register(name)
+    assert transformers_moe.ALL_EXPERTS_FUNCTIONS.get(name) is before
+
+
+def test_a_second_name_works_too(our_calls: list[Tensor]) -> None:
+    model = use_moe(build_model("mixtral"), name="moe-again")
+    check_model(model, name="moe-again")
+    with torch.no_grad():
+        model(tokens_for(model.device))
+    assert len(our_calls) == 2
+
+
+def test_without_transformers_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.integrations", None)
+    with pytest.raises(ImportError, match=r'needs transformers; pip install "moe-stages\[hf\]"'):
+        register()
+
+
+def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.6.0.dev0")
+    with pytest.raises(ImportError, match=r"expected transformers 5\.7 or newer, got 5\.6\.0\.dev0; pip install"):
+        register()

@@ -1,0 +1,315 @@
+"""config.json of Hugging Face models -> MoEConfig: the table, its refusals, each rule against transformers' router."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from closeness import BF16_EPSILON
+from torch import Tensor
+
+from moe.config import MoEConfig
+from moe.gemm.config import FLASHINFER, ActivationType, WeightLayout
+from moe.hf_config import FAMILIES, REFUSED
+from moe.routing.config import RoutingMethod
+from moe.routing.reference import select_experts_reference
+from moe.shapes import NAMED_SHAPES
+
+QWEN3_30B = {
+    "model_type": "qwen3_moe",
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+}
+KIMI_K2 = DEEPSEEK_V3 | {
+    "model_type": "kimi_k2",
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "routed_scaling_factor": 2.827,
+    "topk_group": 1,
+}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+}
+MINIMAX_M2 = MIXTRAL | {
+    "model_type": "minimax_m2",
+    "hidden_size": 3072,
+    "intermediate_size": 1536,
+    "num_experts_per_tok": 8,
+    "num_local_experts": 256,
+    "scoring_func": "sigmoid",
+}
+NEMOTRON_3_NANO = {
+    "model_type": "nemotron_h",
+    "hidden_size": 2688,
+    "mlp_hidden_act": "relu2",
+    "moe_intermediate_size": 1856,
+    "n_group": 1,
+    "n_routed_experts": 128,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 6,
+    "routed_scaling_factor": 2.5,
+    "topk_group": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "shape_name"),
+    [
+        (QWEN3_30B, "qwen3-30b-a3b"),
+        (DEEPSEEK_V3, "deepseek-v3"),
+        (KIMI_K2, "kimi-k2"),
+        (MIXTRAL, "mixtral-8x7b"),
+        (MINIMAX_M2, "minimax-m2"),
+        (NEMOTRON_3_NANO, "nemotron-3-nano-30b-a3b"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_released_config_gives_the_named_shape(config: dict[str, Any], shape_name: str) -> None:
+    layer, shape = MoEConfig.from_hf_config(json.loads(json.dumps(config))), NAMED_SHAPES[shape_name]
+    assert (layer.hidden_size, layer.intermediate_size) == (shape.hidden_size, shape.intermediate_size)
+    assert (layer.num_experts, layer.top_k) == (shape.num_experts, shape.top_k)
+    assert layer.routing.method.value == shape.method
+    assert (layer.routing.n_group, layer.routing.topk_group) == (shape.n_group, shape.topk_group)
+    assert layer.routing.routed_scaling_factor == shape.routed_scaling_factor
+    assert layer.gemm1.is_gated == shape.is_gated
+    assert layer.gemm1.weight_format.gate_up_order == "gate_up"
+    assert layer.gemm1.weight_format.layout is WeightLayout.MajorK
+
+
+def test_every_named_shape_is_a_valid_layer() -> None:
+    for name, shape in NAMED_SHAPES.items():
+        assert name == shape.name == name.lower()
+        layer = MoEConfig.create(
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_experts=shape.num_experts,
+            top_k=shape.top_k,
+            method=shape.method,
+            n_group=shape.n_group,
+            topk_group=shape.topk_group,
+            routed_scaling_factor=shape.routed_scaling_factor,
+            activation="Swiglu" if shape.is_gated else "Relu2",
+            num_local_experts=shape.num_local_experts,
+        )
+        assert layer.gemm1.weight_rows == shape.intermediate_size * (2 if shape.is_gated else 1)
+
+
+def test_the_slice_and_the_weight_format_are_the_callers() -> None:
+    layer = MoEConfig.from_hf_config(
+        QWEN3_30B, weight_format=FLASHINFER, local_expert_offset=32, num_local_experts=16, tile_rows=64
+    )
+    assert (layer.permute.local_expert_offset, layer.permute.num_local_experts) == (32, 16)
+    assert layer.gemm1.weight_shape == (16, 32, 1536, 64)
+    assert layer.permute.tile_rows == 64
+
+
+def test_the_text_part_of_a_multimodal_config_is_read() -> None:
+    text = {key: value for key, value in QWEN3_30B.items() if key != "norm_topk_prob"}
+    outer = {"model_type": "qwen3_vl_moe", "hidden_size": 1, "text_config": text | {"model_type": "qwen3_vl_moe_text"}}
+    assert MoEConfig.from_hf_config(outer).hidden_size == 2048
+    del outer["text_config"]["model_type"]
+    assert MoEConfig.from_hf_config(outer).routing.method is RoutingMethod.RENORMALIZE
+
+
+def test_norm_topk_prob_chooses_the_rule() -> None:
+    assert MoEConfig.from_hf_config(QWEN3_30B).routing.method is RoutingMethod.RENORMALIZE
+    assert MoEConfig.from_hf_config(QWEN3_30B | {"norm_topk_prob": False}).routing.method is RoutingMethod.DEFAULT
+
+
+def test_null_groups_and_scale_mean_none() -> None:
+    routing = MoEConfig.from_hf_config(
+        DEEPSEEK_V3 | {"n_group": None, "topk_group": None, "routed_scaling_factor": None}
+    ).routing
+    assert (routing.n_group, routing.topk_group, routing.routed_scaling_factor) == (0, 0, 1.0)
+
+
+def test_nemotron_with_a_latent_space_multiplies_in_it() -> None:
+    layer = MoEConfig.from_hf_config(NEMOTRON_3_NANO | {"moe_latent_size": 1024})
+    assert layer.hidden_size == 1024
+    assert layer.gemm1.activation is ActivationType.Relu2
+
+
+REQUIRED = {
+    "qwen3_moe": (QWEN3_30B, {"intermediate_size", "model_type"}),
+    "deepseek_v3": (DEEPSEEK_V3, {"intermediate_size", "model_type", "scoring_func", "topk_method"}),
+    "nemotron_h": (NEMOTRON_3_NANO, {"model_type"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        pytest.param(config, key, id=f"{model_type}-{key}")
+        for model_type, (config, unused) in REQUIRED.items()
+        for key in config
+        if key not in unused
+    ],
+)
+def test_a_missing_key_is_named_and_never_guessed(config: dict[str, Any], key: str) -> None:
+    incomplete = {name: value for name, value in config.items() if name != key}
+    wanted = "hidden_act" if key == "mlp_hidden_act" else key
+    with pytest.raises(
+        ValueError, match=rf"config of model_type '{config['model_type']}': expected the key .*'{wanted}'"
+    ):
+        MoEConfig.from_hf_config(incomplete)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "bert"},
+            r"model_type: expected one of afmoe, .*, solar_open; got 'bert'; .*MoEConfig.create\(",
+        ),
+        ({}, r"model_type: expected one of .* got 'None'"),
+        ({"model_type": "llama4"}, "into each expert's input, .* method='Llama4'"),
+        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, "into each expert's input"),
+        ({"model_type": "gpt_oss"}, "biases and interleaved"),
+        (QWEN3_30B | {"hidden_act": "gelu"}, "expected hidden_act 'silu' .* got 'gelu'"),
+        (QWEN3_30B | {"hidden_act": "relu2"}, "got 'relu2'"),
+        (QWEN3_30B | {"num_experts": [8, 16]}, r"expected one whole number for num_experts .*got \[8, 16\]"),
+        (QWEN3_30B | {"num_experts": True}, "expected one whole number"),
+        (QWEN3_30B | {"norm_topk_prob": "yes"}, "expected true or false for norm_topk_prob, got 'yes'"),
+        (
+            QWEN3_30B | {"num_local_experts": 64},
+            "expected one value, got .*'num_experts': 128, 'num_local_experts': 64",
+        ),
+        (DEEPSEEK_V3 | {"norm_topk_prob": False}, "always normalises"),
+        (DEEPSEEK_V3 | {"scoring_func": "softmax"}, "expected scoring_func 'sigmoid', got 'softmax'"),
+        (DEEPSEEK_V3 | {"num_experts_per_tok": 200}, "top_k must be less than total number of experts in selected"),
+        (
+            DEEPSEEK_V3 | {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"},
+            "expected topk_method 'greedy'",
+        ),
+        (DEEPSEEK_V3 | {"model_type": "deepseek_v2", "topk_method": "greedy"}, "expected routed_scaling_factor 1"),
+    ],
+    ids=lambda value: re.sub(r"\W+", "-", value)[:40] if isinstance(value, str) else value.get("model_type", "empty"),
+)
+def test_what_cannot_be_computed_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoEConfig.from_hf_config(config)
+
+
+@pytest.mark.parametrize("config", [None, "config.json", ["qwen3_moe"]], ids=["none", "path", "list"])
+def test_something_else_than_a_mapping_is_a_type_error(config: object) -> None:
+    with pytest.raises(TypeError, match=r"config: expected a mapping, got .*json\.load"):
+        MoEConfig.from_hf_config(config)  # type: ignore[arg-type]
+
+
+def test_no_family_is_both_known_and_refused() -> None:
+    assert not FAMILIES.keys() & REFUSED.keys()
+
+
+E_OF = {"n_routed_experts": 16, "num_experts": 16, "num_local_experts": 16, "moe_num_experts": 16}
+K_OF = {"num_experts_per_tok": 4, "num_experts_per_token": 4, "moe_topk": 4}
+GROUPED = {"n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 1.7}
+ROUTERS = {
+    **{
+        name: (name, GROUPED)
+        for name in FAMILIES
+        if FAMILIES[name].routing is FAMILIES["deepseek_v3"].routing and name not in ("glm4v_moe", "kimi_k2")
+    },
+    "glm4v_moe": ("glm4v_moe_text", GROUPED),
+    "deepseek_v3-ungrouped": ("deepseek_v3", GROUPED | {"n_group": 1, "topk_group": 1}),
+    **{
+        f"{name}-{'renorm' if norm else 'raw'}": (name, {"norm_topk_prob": norm})
+        for name in ("qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "flex_olmo", "mellum", "flint")
+        for norm in (True, False)
+    },
+    **{name: (name, {}) for name in ("mixtral", "minimax", "minimax_m2", "granitemoe", "granitemoeshared", "jamba")},
+    "granitemoehybrid": ("granitemoehybrid", {"mamba_n_heads": 4}),
+    "aria": ("aria_text", {}),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text", {}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {}),
+    "deepseek_v2": ("deepseek_v2", {"topk_method": "greedy", "routed_scaling_factor": 1.0}),
+    "hy_v3": ("hy_v3", {"router_scaling_factor": 1.7}),
+    "afmoe": ("afmoe", {"route_scale": 1.7}),
+    "cohere2_moe-softmax": ("cohere2_moe", {"expert_selection_fn": "softmax"}),
+    "cohere2_moe-sigmoid-renorm": ("cohere2_moe", {"expert_selection_fn": "sigmoid", "norm_topk_prob": True}),
+    "cohere2_moe-sigmoid-raw": ("cohere2_moe", {"expert_selection_fn": "sigmoid", "norm_topk_prob": False}),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("model_type", "settings"), ROUTERS.values(), ids=ROUTERS)
+def test_the_rule_is_the_one_of_transformers_router(model_type: str, settings: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5.17")
+    config = small_config(transformers, model_type, settings)
+    router = build_router(model_type.removesuffix("_text"), config)
+    layer = MoEConfig.from_hf_config(config.to_dict())
+    hidden_states = torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(1))
+    bias = torch.randn(16, generator=torch.Generator().manual_seed(2)).bfloat16().float() * 0.25
+    logits, weights, ids = run_router(router, hidden_states, bias)
+    if ids.shape != (50, 4):
+        pytest.skip("the router of this transformers returns its choice in another form")
+    topk = select_experts_reference(logits, bias if layer.routing.method.uses_bias else None, config=layer.routing)
+    ids, order = ids.sort(dim=1)
+    our_ids, our_order = topk.expert_ids.sort(dim=1)
+    assert torch.equal(our_ids, ids.to(torch.int32))
+    error = (topk.weights.gather(1, our_order).double() - weights.gather(1, order).double()).abs()
+    assert (error <= BF16_EPSILON * weights.gather(1, order).double().abs()).all()
+
+
+def test_the_routers_above_cover_every_family() -> None:
+    covered = {name.split("-")[0] for name in ROUTERS} | {"kimi_k2"}  # remote code: a name for deepseek_v3
+    assert covered == FAMILIES.keys()
+
+
+def small_config(transformers: Any, model_type: str, settings: dict[str, Any]) -> Any:
+    """E=16, K=4, H=32, whatever the family calls them."""
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    known = config_class().to_dict().keys() | getattr(config_class, "attribute_map", {}).keys()
+    wanted = {"hidden_size": 32, "moe_intermediate_size": 24, "intermediate_size": 24} | E_OF | K_OF
+    return config_class(**{key: value for key, value in wanted.items() if key in known} | settings)
+
+
+def build_router(family: str, config: Any) -> torch.nn.Module:
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    names = [name for name in vars(modeling) if re.search(r"(TopK|Topk|TokenChoice)Router$", name)]
+    if not names:
+        pytest.skip(f"this transformers has no router class for {family}")
+    router = getattr(modeling, names[0])(config).float()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in router.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return router
+
+
+def run_router(router: torch.nn.Module, hidden_states: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, weights, ids), with the correction bias held by the router or handed to it."""
+    if hasattr(router, "e_score_correction_bias"):
+        router.e_score_correction_bias.copy_(bias)
+    takes_bias = router.forward.__code__.co_argcount > 2
+    flat = hidden_states if "TokenChoice" in type(router).__name__ else hidden_states.view(-1, hidden_states.shape[-1])
+    return router(flat, bias) if takes_bias else router(flat)
