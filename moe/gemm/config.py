@@ -129,7 +129,20 @@ class GemmConfig(FrozenConfig):
                 f"shuffled weights: expected a multiple of {SHUFFLE_ROWS} rows, got {self.weight_rows}; "
                 "use is_shuffled=False, or pad the weights"
             )
+        self._check_kernel_limits()
         return self
+
+    def _check_kernel_limits(self) -> None:
+        if self.weight_rows * self.in_features >= 1 << 31:
+            raise ValueError(
+                f"weight of one expert: expected fewer than 2^31 elements, got {self.weight_rows} x {self.in_features}; "
+                "split out_features over several GEMMs"
+            )
+        is_permuted = self.weight_format.is_shuffled and not self.is_gated
+        if self.tile is not None and is_permuted and self.tile.block_n < SHUFFLE_ROWS:
+            raise ValueError(
+                f"tile.block_n: expected at least {SHUFFLE_ROWS} for shuffled weights, got {self.tile.block_n}; widen the tile"
+            )
 
     @property
     def is_gated(self) -> bool:
@@ -155,8 +168,67 @@ class GemmConfig(FrozenConfig):
 
     def check_weights(self, name: str, weights: Tensor, device: torch.device | None = None) -> None:
         """Raise unless `weights` is a bf16 tensor of weight_shape."""
-        wanted = " ".join(map(str, self.weight_shape))
-        expect(name, weights, wanted, {}, dtype=torch.bfloat16, device=device)
+        if isinstance(weights, Tensor) and self.weight_format.layout is WeightLayout.BlockMajorK:
+            self._check_block(name, weights)
+        axes, dims = self._weight_axes()
+        words = self._weight_words(weights, axes)
+        expect(name, weights, " ".join(axes), dims, dtype=torch.bfloat16, device=device, words=words)
+
+    def _weight_axes(self) -> tuple[list[str], dict[str, int]]:
+        """The stored axes' names, and their sizes: N is 2I or I in gemm1 and H in gemm2, K is H and I."""
+        if self.activation is None:
+            rows, columns = "H", "I"
+        else:
+            rows, columns = "2I" if self.is_gated else "I", "H"
+        blocks = f"{columns}/{BLOCK_MAJOR_K}"
+        axes = {
+            WeightLayout.MajorK: ["E_local", rows, columns],
+            WeightLayout.MajorMn: ["E_local", columns, rows],
+            WeightLayout.BlockMajorK: ["E_local", blocks, rows, str(BLOCK_MAJOR_K)],
+        }[self.weight_format.layout]
+        return axes, dict(zip(axes, self.weight_shape))
+
+    def _weight_words(self, weights: Tensor, axes: list[str]) -> dict[str, str]:
+        """The original op's sentences by axis, as `expect` takes them."""
+        stage = "gemm2" if self.activation is None else "gemm1"
+        k_axis = 2 if self.weight_format.layout is WeightLayout.MajorK else 1
+        n_axis = 1 if self.weight_format.layout is WeightLayout.MajorK else 2
+        k_size = "intermediate_size" if stage == "gemm2" else "hidden_size"
+        words = {
+            "E_local": f"{stage} weights dim0 must equal local_num_experts: weights of all experts or of another rank?",
+            axes[k_axis]: f"{stage} weights K dimension must be equal to {k_size}.",
+            "dtype": f"BF16 MoE: {stage}_weights must be bfloat16.",
+        }
+        if stage == "gemm1":
+            is_odd = (
+                self.is_gated and isinstance(weights, Tensor) and weights.dim() > n_axis and weights.shape[n_axis] % 2
+            )
+            words[axes[n_axis]] = (
+                "gemm1 weights Mn dimension must be even." if is_odd else "intermediate_size has incorrect shape."
+            )
+        return words
+
+    def _check_block(self, name: str, weights: Tensor) -> None:
+        """Tell those who followed the original's documentation page, or cut K into other blocks, what is right."""
+        if weights.dim() != 4 or weights.shape[3] == BLOCK_MAJOR_K:
+            return
+        axes, dims = self._weight_axes()
+        wanted = ", ".join(axis if axis.isdigit() else f"{axis}={dims[axis]}" for axis in axes)
+        got = list(weights.shape)
+        rows, columns = self.weight_rows, self.in_features
+        page_text, page_shape = "[E, M//128, H//128, 128]", [rows // 128, columns // 128, 128]
+        if self.activation is None:
+            page_text, page_shape = "[E, H//128, I, 128]", [rows // 128, columns, 128]
+        if got[1:] == page_shape:
+            raise ValueError(
+                f"{name}: expected [{wanted}], got {got}; the shape {page_text} on the original op's documentation page "
+                f"is wrong: a block is {BLOCK_MAJOR_K} elements of the contraction, for all rows. "
+                "Convert logical weights with moe.gemm.weight_format.pack_weights"
+            )
+        raise ValueError(
+            f"{name}: expected [{wanted}], got {got}; blocks of the contraction are {BLOCK_MAJOR_K} elements (128 bytes), "
+            f"not {got[3]}. Convert logical weights with moe.gemm.weight_format.pack_weights"
+        )
 
     def check_swiglu(self, swiglu: SwigluParams | None, device: torch.device) -> None:
         """Raise unless each parameter is [E_local] fp32, and the activation is SwiGLU."""

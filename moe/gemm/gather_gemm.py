@@ -1,0 +1,72 @@
+"""Stage 3: gather each row's token, multiply by its expert's W1, apply the activation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe.flow import Permutation, SwigluParams
+from moe.gemm.config import GemmConfig
+from moe.gemm.gather_gemm_kernel import gather_gemm_kernel
+from moe.gemm.tile import launch_tile
+from moe.gemm.weight_format import weight_strides
+
+
+def gather_gemm(
+    hidden_states: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    swiglu: SwigluParams | None = None,
+) -> Tensor:
+    """activation(hidden_states[token_of_row] @ W1[expert_of_row]^T), without a permuted copy of the hidden states.
+
+    Args:
+        hidden_states: [T, H] bf16.
+        weights: bf16, config.weight_shape, as config.weight_format says.
+        permutation: where rows lie; a program takes permutation.tile_rows of them.
+        swiglu: parameters of the activation by local expert, [E_local] fp32 each.
+
+    Returns:
+        [P, I] bf16, rounded once, from the fp32 activation. Padding rows are uninitialised memory.
+
+    Raises:
+        ValueError: where a tensor does not fit the config.
+    """
+    config.check_gather(hidden_states, weights, permutation, swiglu)
+    out = torch.empty(permutation.max_rows, config.out_features, dtype=torch.bfloat16, device=hidden_states.device)
+    if not out.numel():
+        return out
+    swiglu = swiglu or SwigluParams()
+    tile = launch_tile(config, permutation.tile_rows, hidden_states.device)
+    strides = weight_strides(config)
+    grid = (permutation.max_tiles * -(-config.out_features // tile.block_n),)
+    with torch.cuda.device_of(hidden_states):
+        gather_gemm_kernel[grid](
+            hidden_states,
+            weights,
+            out,
+            permutation.token_of_row,
+            permutation.expert_of_tile,
+            permutation.row_limit_of_tile,
+            permutation.num_tiles,
+            swiglu.alpha,
+            swiglu.beta,
+            swiglu.clamp_limit,
+            IN_FEATURES=config.in_features,
+            OUT_FEATURES=config.out_features,
+            IS_GATED=config.is_gated,
+            IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
+            IS_SHUFFLED=config.weight_format.is_shuffled,
+            ROW_STRIDE=strides.row,
+            K_STRIDE=strides.k,
+            BLOCK_STRIDE=strides.block,
+            BLOCK_M=permutation.tile_rows,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            GROUP_TILES=tile.group_tiles,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return out

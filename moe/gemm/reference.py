@@ -1,0 +1,65 @@
+"""Stages 3 and 4 in torch: fp32 maths an expert at a time, one rounding to bf16. Defines what is right; any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moe.flow import Permutation, SwigluParams
+from moe.gemm.config import GemmConfig
+from moe.gemm.weight_format import unpack_expert
+
+
+def gather_gemm_reference(
+    hidden_states: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    swiglu: SwigluParams | None = None,
+) -> Tensor:
+    """activation(hidden_states[token_of_row] @ W1[expert_of_row]^T); arguments and result as `gather_gemm`."""
+    config.check_gather(hidden_states, weights, permutation, swiglu)
+    out = hidden_states.new_empty(permutation.max_rows, config.out_features)
+    for expert, rows in rows_of_experts(permutation):
+        token = permutation.token_of_row[rows]
+        weight = unpack_expert(weights[expert], config.weight_format, is_gated=config.is_gated)
+        product = hidden_states[token].float() @ weight.float().T
+        out[rows] = activate_reference(product, expert, config, swiglu).bfloat16()
+    return out
+
+
+def grouped_gemm_reference(rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig) -> Tensor:
+    """rows @ W2[expert_of_row]^T; arguments and result as `grouped_gemm`."""
+    config.check_grouped(rows, weights, permutation)
+    out = rows.new_empty(permutation.max_rows, config.out_features)
+    for expert, rows_of_expert in rows_of_experts(permutation):
+        weight = unpack_expert(weights[expert], config.weight_format, is_gated=False)
+        out[rows_of_expert] = (rows[rows_of_expert].float() @ weight.float().T).bfloat16()
+    return out
+
+
+def activate_reference(product: Tensor, expert: int, config: GemmConfig, swiglu: SwigluParams | None) -> Tensor:
+    """[rows, 2I] fp32, gate columns first, -> [rows, I] with SwiGLU; [rows, I] -> [rows, I] with Relu2."""
+    if not config.is_gated:
+        return product.clamp(min=0).square()
+    gate, up = product.chunk(2, dim=1)
+    swiglu = swiglu or SwigluParams()
+    if swiglu.clamp_limit is not None:
+        limit = swiglu.clamp_limit[expert]
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    alpha = 1.0 if swiglu.alpha is None else swiglu.alpha[expert]
+    beta = 0.0 if swiglu.beta is None else swiglu.beta[expert]
+    return gate * torch.sigmoid(alpha * gate) * (up + beta)
+
+
+def rows_of_experts(permutation: Permutation) -> Iterator[tuple[int, slice]]:
+    """Each local expert that has rows, and which they are, padding left out. Reads the tile list on the host."""
+    num_tiles = int(permutation.num_tiles)
+    experts = permutation.expert_of_tile[:num_tiles].tolist()
+    limits = permutation.row_limit_of_tile[:num_tiles].tolist()
+    for tile, expert in enumerate(experts):
+        if tile == 0 or experts[tile - 1] != expert:
+            yield expert, slice(tile * permutation.tile_rows, limits[tile])

@@ -1,0 +1,96 @@
+"""How much of the output one program computes, by shape and by the GPU's shared memory."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from moe.gemm.config import BLOCK_MAJOR_K, SHUFFLE_ROWS, GemmConfig, GemmTile
+
+HOPPER_SHARED_BYTES = 232448  # what a block may ask for on sm_90 and sm_100; taken where no GPU can be asked
+BARRIER_BYTES = 1024  # what the pipeline's barriers take at the most
+BYTES_PER_ELEMENT = 2
+DECODE_ROWS = 32  # tiles of up to so many rows stream weights and hardly compute
+
+
+def default_tile(config: GemmConfig, tile_rows: int, shared_bytes: int = HOPPER_SHARED_BYTES) -> GemmTile:
+    """The tile for row tiles of `tile_rows` rows on a GPU where a block may ask for `shared_bytes`.
+
+    Few rows: weights are streamed, so blocks are deep and several are in flight. Many rows: the widest accumulators that
+    registers hold. The sizes did best among plain Triton kernels of this kind on an H200.
+    """
+    weight_rows, block_k, num_warps, num_stages = _sizes(config, tile_rows, shared_bytes)
+    return GemmTile(
+        block_n=_block_n(config, weight_rows),
+        block_k=block_k if config.in_features % block_k == 0 else BLOCK_MAJOR_K,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+def candidate_tiles(config: GemmConfig, tile_rows: int) -> tuple[GemmTile, ...]:
+    """Tiles worth measuring for row tiles of `tile_rows` rows; the default comes first."""
+    if tile_rows <= DECODE_ROWS:
+        sizes = [(64, 128, 4, 4), (64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 8, 3), (128, 128, 4, 3), (128, 128, 8, 4)]
+    elif tile_rows == 64:
+        sizes = [(128, 64, 4, 4), (128, 128, 4, 3), (256, 64, 4, 4), (256, 64, 8, 4)]
+    else:
+        sizes = [(128, 64, 4, 4), (128, 64, 8, 4), (256, 64, 8, 3), (256, 64, 8, 4)]
+    tiles = [default_tile(config, tile_rows)]
+    for weight_rows, block_k, num_warps, num_stages in sizes:
+        if config.in_features % block_k == 0:
+            block_n = _block_n(config, weight_rows)
+            tiles.append(GemmTile(block_n=block_n, block_k=block_k, num_warps=num_warps, num_stages=num_stages))
+    return tuple(dict.fromkeys(tiles))
+
+
+def launch_tile(config: GemmConfig, tile_rows: int, device: torch.device) -> GemmTile:
+    """The config's tile, or the default one, with as many stages as the GPU's shared memory holds."""
+    return _launch_tile(config, tile_rows, shared_memory_limit(device))
+
+
+def fit_stages(config: GemmConfig, tile: GemmTile, tile_rows: int, shared_bytes: int) -> GemmTile:
+    """The tile with its stages lowered until their rows and weights fit in `shared_bytes`, 1 at the least."""
+    weight_rows = 2 * tile.block_n if config.is_gated else tile.block_n
+    buffer_bytes = (tile_rows + weight_rows) * tile.block_k * BYTES_PER_ELEMENT
+    num_buffers = (shared_bytes - BARRIER_BYTES) // buffer_bytes
+    # Without wgmma the operands of a stage pass through registers, and Triton keeps a buffer fewer than stages.
+    most_stages = num_buffers if _has_wide_mma(shared_bytes) else num_buffers + 1
+    num_stages = max(1, min(tile.num_stages, most_stages))
+    return GemmTile(**tile.model_dump() | {"num_stages": num_stages})
+
+
+@functools.cache
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for on `device`; a Hopper's where `device` is a CPU (emulation)."""
+    if device.type != "cuda":
+        return HOPPER_SHARED_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch_tile(config: GemmConfig, tile_rows: int, shared_bytes: int) -> GemmTile:
+    tile = config.tile or default_tile(config, tile_rows, shared_bytes)
+    return fit_stages(config, tile, tile_rows, shared_bytes)
+
+
+def _has_wide_mma(shared_bytes: int) -> bool:
+    """Whether the GPU's tensor cores read operands from shared memory (wgmma, tcgen05): those have the most of it."""
+    return shared_bytes >= HOPPER_SHARED_BYTES
+
+
+def _sizes(config: GemmConfig, tile_rows: int, shared_bytes: int) -> tuple[int, int, int, int]:
+    """Rows of the weight, elements of the contraction, warps, stages."""
+    if tile_rows <= DECODE_ROWS:
+        return (128, 128, 4, 4) if config.is_gated else (128, 64, 8, 3)
+    if tile_rows == 64:
+        return (256 if _has_wide_mma(shared_bytes) else 128, 64, 4, 4)
+    return (256, 64, 8, 3)
+
+
+def _block_n(config: GemmConfig, weight_rows: int) -> int:
+    """Output columns of a block with so many rows of the weight, no wider than the output needs."""
+    columns = weight_rows // 2 if config.is_gated else weight_rows
+    fewest = 16 if config.is_gated or not config.weight_format.is_shuffled else SHUFFLE_ROWS
+    return max(fewest, min(columns, 1 << (config.out_features - 1).bit_length()))

@@ -1,0 +1,60 @@
+"""What lets the routing kernels run in numba's simulator: Python in place of inline PTX and bit casts, and of the launcher.
+
+Import it with NUMBA_ENABLE_CUDASIM=1 set, before any module of kernels.
+"""
+
+from __future__ import annotations
+
+import emulation.warp_simulator as simulator
+import numpy as np
+import torch
+from numba import cuda
+from torch import Tensor
+
+from moe.launch import NumbaKernel
+from moe.routing import warp
+
+_NO_MEMORY = np.empty(0, dtype=np.uint8)
+
+
+def float_of_bits(bits: np.uint32) -> np.float32:
+    return np.uint32(bits).view(np.float32)
+
+
+def bits_of_float(value: np.float32) -> np.uint32:
+    return np.float32(value).view(np.uint32)
+
+
+def warp_max(value: np.uint32) -> np.uint32:
+    return max(simulator.meet_warp(value))
+
+
+def warp_min(value: np.uint32) -> np.uint32:
+    return min(simulator.meet_warp(value))
+
+
+for stand_in in (float_of_bits, bits_of_float, warp_max, warp_min):
+    assert hasattr(warp, stand_in.__name__)
+    setattr(warp, stand_in.__name__, stand_in)
+
+
+def launch_simulated(kernel: NumbaKernel, num_blocks: int, *arguments: Tensor | int | None) -> None:
+    """Stands in for NumbaKernel.launch: runs the kernel over the memory of CPU tensors."""
+    assert len(arguments) == len(kernel.parameters)
+    simulated = cuda.jit(kernel.function)[num_blocks, kernel.threads_per_block]
+    with np.errstate(all="ignore"):  # a GPU says nothing about NaN and infinities
+        simulated(*(_as_parameter(name, argument) for name, argument in zip(kernel.parameters, arguments)))
+
+
+def _as_parameter(name: str, argument: Tensor | int | None) -> np.ndarray | np.int32:
+    if argument is None:
+        return _NO_MEMORY
+    if not isinstance(argument, Tensor):
+        return np.int32(argument)
+    flat = argument.detach().view(-1)
+    memory = (flat.view(torch.uint16) if argument.dtype is torch.bfloat16 else flat).numpy()
+    assert memory.dtype == name.removeprefix("*"), f"kernel wants {name}, got {argument.dtype}"
+    return memory
+
+
+NumbaKernel.launch = launch_simulated

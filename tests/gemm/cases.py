@@ -1,0 +1,154 @@
+"""Inputs of the GEMM tests, and their truth in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moe.flow import Permutation, SwigluParams, TopK
+from moe.gemm.config import ActivationType, GemmConfig, GemmTile, WeightFormat, WeightLayout
+from moe.gemm.weight_format import pack_weights
+from moe.permute.config import PermuteConfig
+from moe.permute.reference import plan_permutation_reference
+
+ALL_FORMATS = [
+    WeightFormat(layout=layout, is_shuffled=is_shuffled, gate_up_order=order)
+    for layout in WeightLayout
+    for is_shuffled in (False, True)
+    for order in ("gate_up", "up_gate")
+]
+UNGATED_FORMATS = ALL_FORMATS[::2]  # without gate and up there is no order
+GARBAGE = 1 << 30
+
+
+def format_id(weight_format: WeightFormat) -> str:
+    shuffled = "-shuffled" if weight_format.is_shuffled else ""
+    return f"{weight_format.layout.name}{shuffled}-{weight_format.gate_up_order}"
+
+
+@dataclass(frozen=True)
+class GemmCase:
+    """One GEMM's inputs: rows [T, H] for gemm1 and [P, I] for gemm2, the weights packed and logical."""
+
+    config: GemmConfig
+    rows: Tensor  # bf16
+    weights: Tensor  # bf16, config.weight_shape
+    logical: Tensor  # bf16 [E_local, N, K], gate rows first
+    permutation: Permutation
+    expert_ids: Tensor  # [T, K] int32, local ids where local
+
+    def exact(self, swiglu: SwigluParams | None = None) -> Tensor:
+        """[T, K, out_features] float64 by slot; zeros where the expert is not local."""
+        num_tokens, top_k = self.expert_ids.shape
+        exact = torch.zeros(num_tokens, top_k, self.config.out_features, dtype=torch.float64, device=self.rows.device)
+        for expert in range(self.config.num_experts):
+            token, choice = (self.expert_ids == expert).nonzero(as_tuple=True)
+            row = token if self.config.activation else self.permutation.row_of_slot[token, choice].long()
+            product = self.rows[row].double() @ self.logical[expert].double().T
+            exact[token, choice] = self._activated(product, expert, swiglu)
+        return exact
+
+    def _activated(self, product: Tensor, expert: int, swiglu: SwigluParams | None) -> Tensor:
+        if self.config.activation is None:
+            return product
+        if self.config.activation is ActivationType.Relu2:
+            return product.clamp(min=0) ** 2
+        gate, up = product.chunk(2, dim=1)
+        swiglu = swiglu or SwigluParams()
+        alpha = 1.0 if swiglu.alpha is None else swiglu.alpha[expert].item()
+        if swiglu.clamp_limit is not None:
+            limit = swiglu.clamp_limit[expert].item()
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        if swiglu.beta is not None:
+            up = up + swiglu.beta[expert].item()
+        return gate / (1 + torch.exp(-alpha * gate)) * up
+
+    def by_slot(self, out: Tensor) -> Tensor:
+        """[P, out_features] -> [T, K, out_features]; zeros where the expert is not local."""
+        is_local = self.permutation.row_of_slot >= 0
+        return torch.where(is_local[..., None], out[self.permutation.row_of_slot.clamp(min=0).long()], 0)
+
+
+def make_case(
+    *,
+    in_features: int,
+    out_features: int,
+    activation: ActivationType | str | None = None,
+    num_tokens: int = 7,
+    top_k: int = 2,
+    num_experts: int = 3,
+    tile_rows: int = 16,
+    weight_format: WeightFormat = WeightFormat(),
+    tile: GemmTile | None = None,
+    expert_ids: Tensor | None = None,
+    local: slice | None = None,
+    is_integer: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> GemmCase:
+    """A case with distinct random experts a token, or those of `expert_ids`; `local` is this rank's slice of experts.
+
+    What must not be read is poisoned: NaN in padding rows, garbage in token_of_row of padding rows and in the tile list
+    past num_tiles. is_integer draws small integers, whose products sum exactly in fp32 and fit bf16's 8 bits rarely.
+    """
+    local = local or slice(0, num_experts)
+    num_local = local.stop - local.start
+    config = GemmConfig(
+        num_experts=num_local,
+        in_features=in_features,
+        out_features=out_features,
+        activation=activation,
+        weight_format=weight_format,
+        tile=tile,
+    )
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        if is_integer:
+            return torch.randint(-3, 4, shape, generator=generator, device=device).to(torch.bfloat16)
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(torch.bfloat16)
+
+    if expert_ids is None:
+        expert_ids = torch.rand(num_tokens, num_experts, generator=generator, device=device).argsort(1)[:, :top_k]
+    expert_ids = expert_ids.to(device=device, dtype=torch.int32).contiguous()
+    permute_config = PermuteConfig(
+        num_experts=num_experts,
+        num_local_experts=num_local,
+        top_k=expert_ids.shape[1],
+        local_expert_offset=local.start,
+        tile_rows=tile_rows,
+    )
+    topk = TopK(expert_ids, torch.ones(expert_ids.shape, device=device))
+    permutation = _poisoned(plan_permutation_reference(topk, config=permute_config))
+    logical = draw(num_local, config.weight_rows, in_features, scale=in_features**-0.5)
+    rows = draw(len(expert_ids) if config.activation else permutation.max_rows, in_features)
+    if config.activation is None:
+        is_padding = torch.ones(permutation.max_rows, dtype=torch.bool, device=device)
+        is_padding[permutation.row_of_slot[permutation.row_of_slot >= 0].long()] = False
+        rows[is_padding] = float("nan")
+    return GemmCase(
+        config=config,
+        rows=rows,
+        weights=pack_weights(logical, weight_format, is_gated=config.is_gated),
+        logical=logical,
+        permutation=permutation,
+        expert_ids=expert_ids - local.start,
+    )
+
+
+def _poisoned(permutation: Permutation) -> Permutation:
+    def with_garbage_from(values: Tensor, first: int) -> Tensor:
+        values = values.clone()
+        values[first:] = GARBAGE
+        return values
+
+    num_tiles = int(permutation.num_tiles)
+    token_of_row = permutation.token_of_row
+    return replace(
+        permutation,
+        token_of_row=torch.where(token_of_row < 0, GARBAGE, token_of_row),
+        expert_of_tile=with_garbage_from(permutation.expert_of_tile, num_tiles),
+        row_limit_of_tile=with_garbage_from(permutation.row_limit_of_tile, num_tiles),
+    )

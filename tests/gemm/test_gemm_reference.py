@@ -1,0 +1,73 @@
+"""The torch GEMMs against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from closeness import assert_close_to_exact
+from gemm.cases import ALL_FORMATS, UNGATED_FORMATS, GemmCase, format_id, make_case
+from torch import Tensor
+
+from moe.flow import SwigluParams
+from moe.gemm.config import FLASHINFER
+from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
+
+
+def run(case: GemmCase, swiglu: SwigluParams | None = None) -> Tensor:
+    if case.config.activation is None:
+        return grouped_gemm_reference(case.rows, case.weights, case.permutation, config=case.config)
+    return gather_gemm_reference(case.rows, case.weights, case.permutation, config=case.config, swiglu=swiglu)
+
+
+def assert_is_rounded_truth(case: GemmCase, swiglu: SwigluParams | None = None) -> None:
+    exact = case.exact(swiglu).flatten(0, 1)
+    assert_close_to_exact(case.by_slot(run(case, swiglu)).flatten(0, 1), exact.to(torch.bfloat16), exact)
+
+
+@pytest.mark.parametrize("weight_format", ALL_FORMATS, ids=format_id)
+def test_gemm1_with_swiglu(poisoned_memory, weight_format):
+    assert_is_rounded_truth(
+        make_case(in_features=192, out_features=80, activation="Swiglu", weight_format=weight_format)
+    )
+
+
+@pytest.mark.parametrize("weight_format", UNGATED_FORMATS, ids=format_id)
+@pytest.mark.parametrize("activation", ["Relu2", None])
+def test_gemms_without_gate(poisoned_memory, activation, weight_format):
+    assert_is_rounded_truth(
+        make_case(in_features=64, out_features=160, activation=activation, weight_format=weight_format)
+    )
+
+
+@pytest.mark.parametrize("activation", ["Swiglu", "Relu2", None])
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_few_tokens_and_odd_dims(poisoned_memory, num_tokens, activation):
+    case = make_case(in_features=40, out_features=72, activation=activation, num_tokens=num_tokens, num_experts=11)
+    assert run(case).shape == (case.permutation.max_rows, 72)
+    assert_is_rounded_truth(case)
+
+
+@pytest.mark.parametrize("activation", ["Swiglu", None])
+def test_one_rank_of_several(poisoned_memory, activation):
+    arguments = {"in_features": 64, "out_features": 32, "num_experts": 8, "num_tokens": 9}
+    assert_is_rounded_truth(make_case(**arguments, activation=activation, local=slice(3, 6)))
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("alpha",), ("beta",), ("clamp_limit",), ("alpha", "beta", "clamp_limit")], ids=str
+)
+def test_swiglu_parameters_by_local_expert(names):
+    parameters = {
+        "alpha": torch.tensor([1.702, 0.5, 1.0]),
+        "beta": torch.tensor([1.0, -0.25, 0.0]),
+        "clamp_limit": torch.tensor([0.5, 7.0, 1.0]),
+    }
+    swiglu = SwigluParams(**{name: parameters[name] for name in names})
+    case = make_case(in_features=128, out_features=32, activation="Swiglu", num_tokens=12, seed=3)
+    assert_is_rounded_truth(case, swiglu)
+
+
+def test_wide_sums_as_those_of_qwen3_30b():
+    arguments = {"num_experts": 8, "num_tokens": 16, "top_k": 2, "weight_format": FLASHINFER}
+    assert_is_rounded_truth(make_case(in_features=2048, out_features=768, activation="Swiglu", **arguments))
+    assert_is_rounded_truth(make_case(in_features=768, out_features=2048, **arguments))
