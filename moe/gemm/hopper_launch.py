@@ -1,0 +1,70 @@
+"""What the host sides of both Hopper GEMMs share: which problems they take, TMA descriptors, the grid."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from moe.gemm.config import BLOCK_MAJOR_K, GemmConfig, WeightLayout
+from moe.gemm.hopper_schedule import UnitSchedule
+
+MAX_REGISTERS = 168  # a thread: 65536 over three groups of 128 threads, in steps of 8; partitions then share them out
+DEFAULT_SMS = 132  # where no GPU can be asked (offline compiles)
+MAX_MESSAGE = 1 << 16  # experts and column blocks that a message between warps has bits for
+MAX_COORDINATE = 1 << 31
+# Short units pay while the weights that 132 blocks stream at a time stay in L2: with K = 7168 they cost 5% on an H200, with
+# K <= 4096 they gained 2 to 8%.
+MAX_SHORT_UNIT_K = 4096
+
+
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def fits(config: GemmConfig, tile_rows: int, block_n: int) -> bool:
+    """Whether the kernels' tiles and index arithmetic take this problem."""
+    rows_of_all_experts = config.num_experts * config.weight_rows * -(-config.in_features // BLOCK_MAJOR_K)
+    return (
+        tile_rows in (64, 128)
+        and config.weight_format.layout is not WeightLayout.MajorMn
+        and config.in_features > BLOCK_MAJOR_K  # two steps at least: the first one covers the store of the last unit
+        and config.num_experts <= MAX_MESSAGE
+        and -(-config.out_features // block_n) <= MAX_MESSAGE
+        and rows_of_all_experts < MAX_COORDINATE
+    )
+
+
+def skips_tails(config: GemmConfig, tile_rows: int) -> bool:
+    """Whether a unit of up to 64 real rows computes 64 rows only. With tiles of 64 rows it must: what follows is not its own."""
+    return tile_rows == 64 or config.in_features <= MAX_SHORT_UNIT_K
+
+
+def weight_matrix(weights: Tensor, config: GemmConfig) -> Tensor:
+    """All experts' weights as one matrix: [E * N, K], or [E * K / 64 * N, 64] where BlockMajorK."""
+    if config.weight_format.layout is WeightLayout.BlockMajorK:
+        return weights.view(-1, BLOCK_MAJOR_K)
+    return weights.view(-1, config.in_features)
+
+
+def descriptor(matrix: Tensor, box_rows: int, box_columns: int) -> TensorDescriptor:
+    """A TMA descriptor that copies boxes of a bf16 matrix to and from shared memory, swizzled."""
+    box = [box_rows, box_columns]
+    layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), box, layout)
+
+
+def num_blocks(schedule: UnitSchedule, config: GemmConfig, block_n: int) -> int:
+    """One block of threads an SM, or one for each piece of work where those are fewer."""
+    work = schedule.max_units * -(-config.out_features // block_n)
+    return min(work, num_sms(schedule.units.device))
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return DEFAULT_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count

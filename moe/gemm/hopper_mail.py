@@ -1,0 +1,85 @@
+"""What the warps of Hopper's persistent GEMMs tell each other about the work at hand.
+
+The producing warps choose the work and send one int64 for it to both consumers, through two slots of shared memory:
+bits 32..62 the first row, of which bit 0 (rows are multiples of 64) says that rows 64..127 are real too; bits 16..31 the
+column block; bits 0..15 the expert. A negative message ends the kernel.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+NUM_SLOTS = gl.constexpr(2)
+END = gl.constexpr(-1)
+
+
+@gluon.jit
+def message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS: gl.constexpr, SKIPS_TAILS: gl.constexpr):
+    """The message for a piece of work in the order of `UnitSchedule`, END from num_work on."""
+    is_work = work < num_work
+    place = gl.where(is_work, work, 0)
+    any_unit = place // COLUMN_BLOCKS
+    first_unit = gl.load(units_ptr + 3 * max_units + any_unit, mask=is_work, other=0)
+    group_units = gl.load(units_ptr + 4 * max_units + any_unit, mask=is_work, other=1)
+    place -= first_unit * COLUMN_BLOCKS
+    column_block = place // group_units
+    unit = first_unit + place % group_units
+    expert = gl.load(units_ptr + unit, mask=is_work, other=0)
+    row = gl.load(units_ptr + max_units + unit, mask=is_work, other=0)
+    if SKIPS_TAILS:
+        num_rows = gl.load(units_ptr + 2 * max_units + unit, mask=is_work, other=0)
+        row += (num_rows > 64).to(gl.int32)
+    else:
+        row += 1
+    message = (row.to(gl.int64) << 32) | (column_block << 16).to(gl.int64) | expert.to(gl.int64)
+    return gl.where(is_work, message, END)
+
+
+@gluon.jit
+def next_work(work, counts_ptr, IS_DYNAMIC: gl.constexpr):
+    """The work after `work`: the next that no block has taken, or every num_programs-th."""
+    if IS_DYNAMIC:
+        return gl.num_programs(0) + gl.atomic_add(counts_ptr + 1, 1, sem="relaxed")
+    else:
+        return work + gl.num_programs(0)
+
+
+@gluon.jit
+def send(message, slots, filled, emptied, count):
+    """Put message number `count` into its slot once both consumers have read what was there."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    slot = count % NUM_SLOTS
+    mbarrier.wait(emptied.index(slot), ((count // NUM_SLOTS) & 1) ^ 1)
+    slots.index(slot).store(gl.full([1], message, gl.int64, layout))
+    mbarrier.arrive(filled.index(slot), count=1)
+
+
+@gluon.jit
+def receive(slots, filled, emptied, count):
+    """Message number `count`."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    slot = count % NUM_SLOTS
+    mbarrier.wait(filled.index(slot), (count // NUM_SLOTS) & 1)
+    message = gl.max(slots.index(slot).load(layout), axis=0)
+    mbarrier.arrive(emptied.index(slot), count=1)
+    return message
+
+
+@gluon.jit
+def row_of(message):
+    return (message >> 32).to(gl.int32) & -64
+
+
+@gluon.jit
+def has_second_half(message):
+    return ((message >> 32) & 1) != 0
+
+
+@gluon.jit
+def column_block_of(message):
+    return (message >> 16).to(gl.int32) & 0xFFFF
+
+
+@gluon.jit
+def expert_of(message):
+    return message.to(gl.int32) & 0xFFFF

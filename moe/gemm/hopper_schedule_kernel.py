@@ -1,0 +1,57 @@
+"""Tile list -> units of two 64-row halves, grouped by expert. One program walks the list."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def maximum_of(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit(do_not_specialize=["max_units"])
+def plan_units_kernel(
+    expert_of_tile_ptr,  # [P / TILE_ROWS] int32
+    row_limit_of_tile_ptr,  # [P / TILE_ROWS] int32
+    num_tiles_ptr,  # [1] int32
+    units_ptr,  # [5, max_units] int32: expert, first row, real rows, first unit of the group, units of the group
+    counts_ptr,  # [2] int32: units, work taken
+    max_units,
+    TILE_ROWS: tl.constexpr,
+    UNIT_ROWS: tl.constexpr,
+    MAX_GROUP_UNITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    TILES_OF_UNIT: tl.constexpr = UNIT_ROWS // TILE_ROWS
+    num_tiles = tl.load(num_tiles_ptr)
+    num_units = 0
+    run_start = 0  # first tile of the expert that the last chunk ended in
+    for first_tile in range(0, num_tiles, CHUNK):
+        tile = first_tile + tl.arange(0, CHUNK)
+        in_list = tile < num_tiles
+        expert = tl.load(expert_of_tile_ptr + tile, mask=in_list, other=-1)
+        before = tl.load(expert_of_tile_ptr + tile - 1, mask=in_list & (tile > 0), other=-1)
+        limit = tl.load(row_limit_of_tile_ptr + tile, mask=in_list, other=0)
+        start = tl.where(in_list & (expert != before), tile, run_start)
+        start = tl.associative_scan(start, 0, maximum_of)
+
+        is_first_of_unit = in_list & ((tile - start) % TILES_OF_UNIT == 0)
+        unit = num_units + tl.cumsum(is_first_of_unit.to(tl.int32), 0) - 1
+        unit_in_run = (tile - start) // TILES_OF_UNIT
+        units_of_run = (limit - start * TILE_ROWS + UNIT_ROWS - 1) // UNIT_ROWS
+        num_groups = (units_of_run + MAX_GROUP_UNITS - 1) // MAX_GROUP_UNITS
+        group_units = tl.maximum((units_of_run + num_groups - 1) // tl.maximum(num_groups, 1), 1)
+        unit_in_group = unit_in_run % group_units
+        left_in_run = units_of_run - (unit_in_run - unit_in_group)
+
+        first_row = tile * TILE_ROWS
+        record_ptrs = units_ptr + unit
+        tl.store(record_ptrs, expert, mask=is_first_of_unit)
+        tl.store(record_ptrs + max_units, first_row, mask=is_first_of_unit)
+        tl.store(record_ptrs + 2 * max_units, tl.minimum(limit - first_row, UNIT_ROWS), mask=is_first_of_unit)
+        tl.store(record_ptrs + 3 * max_units, unit - unit_in_group, mask=is_first_of_unit)
+        tl.store(record_ptrs + 4 * max_units, tl.minimum(group_units, left_in_run), mask=is_first_of_unit)
+        num_units += tl.sum(is_first_of_unit.to(tl.int32), 0)
+        run_start = tl.max(start, 0)
+    tl.store(counts_ptr, num_units)
+    tl.store(counts_ptr + 1, 0)
