@@ -64,14 +64,7 @@ class MoEPipeline:
             routing_replay_out: [>=T, K] int16; rows [0, T) receive the chosen global ids.
         """
         self._check(
-            hidden_states,
-            w1,
-            w2,
-            swiglu,
-            logits=logits,
-            bias=bias,
-            output=output,
-            routing_replay_out=routing_replay_out,
+            logits, hidden_states, w1, w2, swiglu, bias=bias, output=output, routing_replay_out=routing_replay_out
         )
         topk = self.route(logits, bias, replay_out=routing_replay_out)
         permutation = self.permute(topk)
@@ -91,7 +84,7 @@ class MoEPipeline:
         routing_replay_out: Tensor | None = None,
     ) -> ExpertOutputs:
         """The same, stopped before finalize."""
-        self._check(hidden_states, w1, w2, swiglu, logits=logits, bias=bias, routing_replay_out=routing_replay_out)
+        self._check(logits, hidden_states, w1, w2, swiglu, bias=bias, routing_replay_out=routing_replay_out)
         topk = self.route(logits, bias, replay_out=routing_replay_out)
         permutation = self.permute(topk)
         activation = self.gemm1(hidden_states, w1, permutation, swiglu=swiglu)
@@ -109,7 +102,7 @@ class MoEPipeline:
         output: Tensor | None = None,
     ) -> Tensor:
         """The same from chosen experts. Ids that are not local, or no expert's, are skipped."""
-        self._check(hidden_states, w1, w2, swiglu, topk=topk, output=output)
+        self._check(topk, hidden_states, w1, w2, swiglu, output=output)
         permutation = self.permute(topk)
         activation = self.gemm1(hidden_states, w1, permutation, swiglu=swiglu)
         rows = self.gemm2(activation, w2, permutation)
@@ -119,7 +112,7 @@ class MoEPipeline:
         self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
     ) -> ExpertOutputs:
         """The same from chosen experts, stopped before finalize."""
-        self._check(hidden_states, w1, w2, swiglu, topk=topk)
+        self._check(topk, hidden_states, w1, w2, swiglu)
         permutation = self.permute(topk)
         activation = self.gemm1(hidden_states, w1, permutation, swiglu=swiglu)
         rows = self.gemm2(activation, w2, permutation)
@@ -153,36 +146,37 @@ class MoEPipeline:
 
     def _check(
         self,
+        entry: Tensor | TopK,
         hidden_states: Tensor,
         w1: Tensor,
         w2: Tensor,
         swiglu: SwigluParams | None,
         *,
-        logits: Tensor | None = None,
         bias: Tensor | None = None,
-        topk: TopK | None = None,
         output: Tensor | None = None,
         routing_replay_out: Tensor | None = None,
     ) -> None:
+        """Raise unless all tensors fit the config. `entry` is the logits, or the experts chosen already."""
         if not self.checks_inputs:
             return
         config = self.config
-        dims = {"H": config.hidden_size}
-        read: dict[str, Tensor | None] = {"hidden_states": hidden_states, "gemm1_weights": w1, "gemm2_weights": w2}
-        if topk is None:
-            config.routing.check(logits, bias, routing_replay_out)
-            read |= {"routing_logits": logits, "routing_bias": bias}
-            dims["T"] = logits.shape[0]
-            words = _HIDDEN_WORDS | {"T": "routing_logits and hidden_states must have the same number of tokens."}
-            device = logits.device
+        if isinstance(entry, TopK):
+            config.permute.check(entry)
+            first, first_name = entry.expert_ids, "expert_indices"
+            read: dict[str, Tensor | None] = {first_name: first, "expert_weights": entry.weights}
         else:
-            config.permute.check(topk)
-            read |= {"expert_indices": topk.expert_ids, "expert_weights": topk.weights}
-            dims["T"] = topk.expert_ids.shape[0]
-            words = _HIDDEN_WORDS | {"T": "expert_indices and hidden_states must have the same number of tokens."}
-            device = topk.expert_ids.device
+            config.routing.check(entry, bias, routing_replay_out)
+            first, first_name = entry, "routing_logits"
+            read = {first_name: first, "routing_bias": bias}
+        read |= {"hidden_states": hidden_states, "gemm1_weights": w1, "gemm2_weights": w2}
+        device, num_tokens = first.device, first.shape[0]
+        dims = {"T": num_tokens, "H": config.hidden_size}
+        words = {
+            "dtype": "BF16 MoE: hidden_states must be bfloat16.",
+            "T": f"{first_name} and hidden_states must have the same number of tokens.",
+        }
         expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16, device=device, words=words)
-        config.permute.check_num_tokens(dims["T"])
+        config.permute.check_num_tokens(num_tokens)
         config.gemm1.check_weights("gemm1_weights", w1, device)
         config.gemm2.check_weights("gemm2_weights", w2, device)
         config.gemm1.check_swiglu(swiglu, device)
@@ -192,9 +186,6 @@ class MoEPipeline:
         if routing_replay_out is not None:
             expect_separate("routing_replay_out", routing_replay_out, read)
         _expect_no_gradient(read)
-
-
-_HIDDEN_WORDS = {"dtype": "BF16 MoE: hidden_states must be bfloat16."}
 
 
 def _expect_no_gradient(tensors: dict[str, Tensor | None]) -> None:

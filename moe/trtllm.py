@@ -279,7 +279,8 @@ def _raise_plainly(error: ValidationError) -> NoReturn:
         if detail["type"] == "value_error":  # ours: it says everything
             found.append(detail["msg"].removeprefix("Value error, "))
         else:
-            name, words = _FLAT_NAMES.get(detail["loc"][-2:], (detail["loc"][-1], ""))
+            stage, field = str(detail["loc"][0]), str(detail["loc"][-1])
+            name, words = _FLAT_NAMES.get((stage, field), (field, ""))
             found.append(f"{words}{name}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}")
     raise ValueError("; ".join(dict.fromkeys(found))) from None
 

@@ -22,7 +22,7 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IS_SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 if IS_INTERPRETED:
-    import emulation.bf16_interpreter  # noqa: F401
+    import emulation.bf16_interpreter
 if IS_SIMULATED:
     import emulation.warp_simulator  # noqa: F401
 

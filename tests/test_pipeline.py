@@ -9,10 +9,6 @@ from functools import partial
 import pytest
 import torch
 from closeness import assert_close_to_exact
-from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
-from moe.gemm.weight_format import pack_weights
-from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
-from moe.routing.reference import select_experts_reference
 from problems import Problem, experts_in_float64, make_problem, random_topk
 from torch import Tensor
 
@@ -27,6 +23,10 @@ from moe import (
     build_pipeline,
     reference_pipeline,
 )
+from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
+from moe.gemm.weight_format import pack_weights
+from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
+from moe.routing.reference import select_experts_reference
 
 SMALL = {"hidden_size": 128, "intermediate_size": 64, "num_experts": 8, "top_k": 2}
 FORMATS = {

@@ -10,6 +10,7 @@ A step has a stage of shared memory and two barriers. filled: 128 arrivals, one 
 have landed, and one that counts the bytes of the weights. emptied: one arrival of each consumer, after the wgmma that
 read the stage. The result of a unit stays in registers and is written while the first wgmma of the next one runs.
 """
+# mypy: allow-untyped-defs
 
 import triton.language as tl
 from triton.experimental import gluon

@@ -10,6 +10,7 @@ A step has a stage of shared memory and two barriers. filled: counts the bytes o
 each consumer, after the wgmma that read the stage. The result of a unit stays in registers and is written, 128 columns at
 a time, while the first two wgmmas of the next one run.
 """
+# mypy: allow-untyped-defs
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -4,6 +4,7 @@ The producing warps choose the work and send one int64 for it to both consumers,
 bits 32..62 the first row, of which bit 0 (rows are multiples of 64) says that rows 64..127 are real too; bits 16..31 the
 column block; bits 0..15 the expert. A negative message ends the kernel.
 """
+# mypy: allow-untyped-defs
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
