@@ -129,7 +129,7 @@ class MoEPipeline:
         rows = config.permute.max_rows(num_tokens)
         slots = num_tokens * config.top_k
         tiles = rows // config.permute.rows_per_tile(num_tokens)
-        tensors = [
+        sizes = [
             rows * config.intermediate_size * 2,
             rows * config.hidden_size * 2,
             slots * 4,  # expert_ids
@@ -140,9 +140,10 @@ class MoEPipeline:
             tiles * 4,  # row_limit_of_tile
             4,  # num_rows
             4,  # num_tiles
+            *(tiles * 20, 8) * 2,  # what Hopper's GEMMs make of the tiles: five numbers each, and two counts
             config.permute.scratch_bytes(num_tokens) + ALLOCATION_BYTES,  # two tensors
         ]
-        return sum(-(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES for size in tensors)
+        return sum(-(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES for size in sizes)
 
     def _check(
         self,
@@ -222,8 +223,7 @@ def build_pipeline(config: MoEConfig, device: torch.device | str) -> MoEPipeline
     if torch.device(device).type != "cuda":
         return reference_pipeline(config)
     # Here and not above: `import moe` needs neither triton nor numba, and a CPU pipeline neither.
-    from moe.gemm.gather_gemm import gather_gemm
-    from moe.gemm.grouped_gemm import grouped_gemm
+    from moe.gemm.dispatch import dispatch_gather_gemm, dispatch_grouped_gemm
     from moe.permute.finalize import finalize_tokens
     from moe.permute.plan import plan_permutation
     from moe.routing.topk import select_experts, takes
@@ -232,7 +232,7 @@ def build_pipeline(config: MoEConfig, device: torch.device | str) -> MoEPipeline
         config,
         route=partial(select_experts if takes(config.routing) else select_experts_reference, config=config.routing),
         permute=partial(plan_permutation, config=config.permute),
-        gemm1=partial(gather_gemm, config=config.gemm1),
-        gemm2=partial(grouped_gemm, config=config.gemm2),
+        gemm1=partial(dispatch_gather_gemm, config=config.gemm1),
+        gemm2=partial(dispatch_grouped_gemm, config=config.gemm2),
         finalize=partial(finalize_tokens, config=config.finalize),
     )

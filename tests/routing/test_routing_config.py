@@ -1,0 +1,46 @@
+"""Which routing configs are refused, and in whose words."""
+
+import pytest
+
+from moe.routing.config import RoutingConfig, RoutingMethod
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_k": 9}, "top_k must be between 1 and num_experts"),
+        ({"method": 9}, "9 is Unspecified here.*TopKSigmoid in newer flashinfer"),
+        ({"method": 42}, "Unimplemented routing method of enum 42"),
+        ({"method": "Llama4"}, "For Llama routing method, must have topK == 1"),
+        ({"n_group": 2}, "only supports n_group <= 1"),
+        ({"topk_group": 2}, "only supports topk_group <= 1"),
+        ({"method": 2, "n_group": 2}, "if n_group is given, topk_group must be given"),
+        ({"method": 2, "n_group": 3, "topk_group": 1}, "num_experts must be divisible by n_group"),
+        ({"method": 2, "n_group": 2, "topk_group": 3}, "n_group must not be smaller than topk_group."),
+        ({"method": 2, "n_group": 8, "topk_group": 2}, "a group must have two experts at least"),
+        (
+            {"method": 2, "n_group": 4, "topk_group": 1, "top_k": 3},
+            "top_k must be less than total number of experts in selected groups",
+        ),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_work_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RoutingConfig(**{"num_experts": 8, "top_k": 2} | fields)
+
+
+@pytest.mark.parametrize("n_group", [0, 1])
+def test_deepseek_v3_takes_no_groups(n_group):
+    assert not RoutingConfig(num_experts=8, top_k=2, method="DeepSeekV3", n_group=n_group).is_grouped
+
+
+def test_a_method_goes_by_its_number_or_its_name():
+    by_number = RoutingConfig(num_experts=8, top_k=2, method=7)
+    assert by_number == RoutingConfig(num_experts=8, top_k=2, method="MiniMax2")
+    assert by_number.method is RoutingMethod.MINIMAX2
+
+
+def test_a_config_survives_json():
+    config = RoutingConfig(num_experts=256, top_k=8, method=2, n_group=8, topk_group=4, routed_scaling_factor=2.5)
+    assert RoutingConfig.model_validate_json(config.model_dump_json()) == config
