@@ -1,0 +1,142 @@
+"""python -m moe: run a layer of a real model, time many, or say what is here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from moe.cli.bench import measure_all, print_bench
+from moe.cli.layer import FORMATS, ROUTINGS, make_layer
+from moe.cli.machine import UnfitMachine, describe_machine, expect_memory, info_json, info_text, pick_device
+from moe.cli.progress import Progress
+from moe.cli.run import measure_layer, report_json, report_text
+from moe.shapes import NAMED_SHAPES
+from moe.tuning.measure import Peaks, measure_peaks
+
+CPU_TOKENS, CUDA_TOKENS = 64, 2048
+BENCH_TOKENS = (1, 128, 2048, 8192)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 where a result is wrong, 2 for arguments that make no sense."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    with torch.inference_mode():
+        try:
+            options.device = pick_device(options.device)
+            return options.command(options)
+        except UnfitMachine as error:
+            parser.error(str(error))
+
+
+def run_command(options: argparse.Namespace) -> int:
+    progress = Progress()
+    expect_memory(NAMED_SHAPES[options.model], options.device)
+    num_tokens = options.tokens or (CUDA_TOKENS if options.device.type == "cuda" else CPU_TOKENS)
+    peaks = _measure_peaks(options, progress)
+    layer = make_layer(
+        NAMED_SHAPES[options.model],
+        options.device,
+        weight_format=FORMATS[options.weights],
+        seed=options.seed,
+        progress=progress,
+    )
+    measurement = measure_layer(layer, num_tokens, routing=options.routing, seed=options.seed, progress=progress)
+    progress.step("done")
+    machine = describe_machine(options.device)
+    if options.json:
+        print(json.dumps(report_json(measurement, peaks) | {"machine": info_json(machine)}, indent=1))
+    else:
+        print(file=sys.stderr)
+        print(f"{machine.device}: {machine.name}, {machine.details}\n\n{report_text(measurement, peaks)}")
+    return 0 if measurement.accuracy.is_good else 1
+
+
+def bench_command(options: argparse.Namespace) -> int:
+    progress = Progress(shows_details=False)
+    peaks = _measure_peaks(options, progress)
+    measurements = measure_all(
+        options.model,
+        options.tokens,
+        options.device,
+        weight_format=options.weights,
+        routing=options.routing,
+        seed=options.seed,
+        progress=progress,
+    )
+    return 0 if print_bench(measurements, peaks, options.device, options.json) else 1
+
+
+def info_command(options: argparse.Namespace) -> int:
+    machine = describe_machine(options.device)
+    print(json.dumps(info_json(machine), indent=1) if options.json else info_text(machine))
+    return 0
+
+
+def _measure_peaks(options: argparse.Namespace, progress: Progress) -> Peaks:
+    progress.step(f"measuring the peak matmul and copy rates of {options.device}")
+    return measure_peaks(options.device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m moe", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="one layer of a model: time of each stage, load, error")
+    run.set_defaults(command=run_command)
+    run.add_argument(
+        "--model", choices=NAMED_SHAPES, default="qwen3-30b-a3b", metavar="NAME", help=", ".join(NAMED_SHAPES)
+    )
+    run.add_argument(
+        "--tokens", type=_count, metavar="N", help=f"default: {CPU_TOKENS} on a CPU, {CUDA_TOKENS} on a GPU"
+    )
+    run.add_argument("--json", action="store_true", help="print values instead of text")
+    _add_inputs(run)
+
+    bench = commands.add_parser("bench", help="many models and token counts, a line each, microseconds")
+    bench.set_defaults(command=bench_command)
+    bench.add_argument(
+        "--model", choices=NAMED_SHAPES, nargs="+", default=list(NAMED_SHAPES), metavar="NAME", help="default: all"
+    )
+    bench.add_argument(
+        "--tokens", type=_count, nargs="+", default=BENCH_TOKENS, metavar="N", help=f"default: {BENCH_TOKENS}"
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write all values to this file as well")
+    _add_inputs(bench)
+
+    info = commands.add_parser("info", help="device, versions, which stages run kernels here")
+    info.set_defaults(command=info_command)
+    info.add_argument("--json", action="store_true", help="print values instead of text")
+    _add_device(info)
+    return parser
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
+    parser.add_argument(
+        "--routing", choices=ROUTINGS, default="uniform", help="how the load spreads over experts; default: uniform"
+    )
+    parser.add_argument(
+        "--weights", choices=FORMATS, default="hf", help="format of the weights in memory; default: hf (MajorK)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where one is")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

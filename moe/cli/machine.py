@@ -1,0 +1,124 @@
+"""What this machine is: device, versions, and which stages run kernels here."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from moe.cli.load import weight_bytes
+from moe.config import MoEConfig
+from moe.pipeline import MoEPipeline, build_pipeline
+from moe.shapes import MoEShape
+
+PACKAGES = ("moe-stages", "torch", "triton", "numba", "numba-cuda", "cuda-core", "pydantic", "numpy")
+CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+STAGES = ("route", "permute", "gemm1", "gemm2", "finalize")
+
+
+class UnfitMachine(ValueError):
+    """This machine cannot do what was asked."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    device: str  # as torch names it
+    name: str
+    details: str
+    versions: dict[str, str]
+    stages: dict[str, str]  # stage -> the function that runs it
+
+
+def pick_device(wanted: str) -> torch.device:
+    """auto: the current CUDA device where there is one, else the CPU.
+
+    Raises:
+        UnfitMachine: "cuda" where torch sees no GPU.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UnfitMachine("--device cuda: expected a GPU that torch can use, got none; see `python -m moe info`")
+    return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device("cpu")
+
+
+def expect_memory(shape: MoEShape, device: torch.device) -> None:
+    """Raise UnfitMachine where the layer's weights are larger than the device's free memory."""
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_bytes()
+    num_bytes = weight_bytes(shape)
+    if free_bytes is not None and num_bytes >= free_bytes:
+        raise UnfitMachine(
+            f"{shape.name}: expected {num_bytes / 1e9:.1f} GB of free memory on {device} for its weights, "
+            f"got {free_bytes / 1e9:.1f} GB; pick a smaller model"
+        )
+
+
+def _available_bytes() -> int | None:
+    return next((int(line.split()[1]) << 10 for line in _lines(MEMINFO) if line.startswith("MemAvailable:")), None)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def describe_machine(device: torch.device) -> Machine:
+    """Names and versions; builds a small pipeline to see which functions stand in it."""
+    config = MoEConfig.create(hidden_size=64, intermediate_size=64, num_experts=8, top_k=2)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = properties.name
+        details = (
+            f"compute capability {properties.major}.{properties.minor}, {properties.multi_processor_count} "
+            f"multiprocessors, {properties.total_memory / 2**30:.0f} GiB, L2 {properties.L2_cache_size / 1e6:.0f} MB"
+        )
+    else:
+        name = _cpu_name()
+        details = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    versions = {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
+    versions["cuda of torch"] = torch.version.cuda or "none"
+    stages = {stage: function_of_stage(build_pipeline(config, device), stage) for stage in STAGES}
+    return Machine(str(device), name, details, versions, stages)
+
+
+def function_of_stage(pipeline: MoEPipeline, stage: str) -> str:
+    """module.function of a stage, beneath what binds its config."""
+    function = getattr(pipeline, stage)
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{getattr(function, '__module__', '')}.{name}"
+
+
+def is_kernel(function_name: str) -> bool:
+    return not function_name.endswith("_reference")
+
+
+def _cpu_name() -> str:
+    names = (line.partition(":")[2].strip() for line in _lines(CPUINFO) if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def info_text(machine: Machine) -> str:
+    """The report of `python -m moe info`."""
+    lines = [f"device    {machine.device}: {machine.name}, {machine.details}", "", "versions"]
+    lines += [f"  {name:<14} {version}" for name, version in machine.versions.items()]
+    lines += ["", "stages on this device"]
+    for stage, function in machine.stages.items():
+        lines.append(f"  {stage:<9} {'kernel   ' if is_kernel(function) else 'reference'} {function}")
+    return "\n".join(lines)
+
+
+def info_json(machine: Machine) -> dict[str, object]:
+    return asdict(machine)
