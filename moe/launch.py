@@ -57,7 +57,14 @@ class NumbaKernel:
         signature = numba_types.void(*(_numba_type(numba_types, name) for name in self.parameters))
         try:
             ptx, _ = cuda.compile(
-                self.function, signature, device=False, abi="numba", cc=capability, output="ptx", opt=True
+                self.function,
+                signature,
+                device=False,
+                abi="numba",
+                cc=capability,
+                output="ptx",
+                opt=True,
+                launch_bounds=self.threads_per_block,  # else a large block may find too few registers
             )
         except not_found as error:
             raise ImportError(f"libNVVM or NVRTC, which compile the numba kernels, is missing; {_INSTALL}") from error

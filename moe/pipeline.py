@@ -224,6 +224,7 @@ def build_pipeline(config: MoEConfig, device: torch.device | str) -> MoEPipeline
         return reference_pipeline(config)
     # Here and not above: `import moe` needs neither triton nor numba, and a CPU pipeline neither.
     from moe.gemm.dispatch import dispatch_gather_gemm, dispatch_grouped_gemm
+    from moe.permute import block_plan
     from moe.permute.finalize import finalize_tokens
     from moe.permute.plan import plan_permutation
     from moe.routing.topk import select_experts, takes
@@ -231,7 +232,10 @@ def build_pipeline(config: MoEConfig, device: torch.device | str) -> MoEPipeline
     return MoEPipeline(
         config,
         route=partial(select_experts if takes(config.routing) else select_experts_reference, config=config.routing),
-        permute=partial(plan_permutation, config=config.permute),
+        permute=partial(
+            block_plan.plan_permutation_in_blocks if block_plan.takes(config.permute) else plan_permutation,
+            config=config.permute,
+        ),
         gemm1=partial(dispatch_gather_gemm, config=config.gemm1),
         gemm2=partial(dispatch_grouped_gemm, config=config.gemm2),
         finalize=partial(finalize_tokens, config=config.finalize),

@@ -9,14 +9,10 @@ from torch import Tensor
 from moe.checks import expect, expect_separate
 from moe.flow import Permutation, TopK
 from moe.frozen import Count, FrozenConfig, PowerOfTwo
+from moe.permute.chunks import NUMBA_CHUNKING, TRITON_CHUNKING
 
 MIN_TILE_ROWS = 16  # fewest rows that a tensor-core instruction of any GPU takes
 MAX_TILE_ROWS = 128
-BLOCK_SLOTS = 256  # slots ranked at once, one a thread: each is compared with the others of its block
-MAX_SLOTS_IN_ONE_LAUNCH = 4096  # up to here each program reads all ids again, which costs less than two more launches
-MAX_CHUNKS = (
-    512  # about four programs for each multiprocessor of a large GPU; bounds the counts to 4 MB at 2048 experts
-)
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -58,18 +54,11 @@ class PermuteConfig(FrozenConfig):
         num_active = min(self.num_local_experts, num_slots)
         return (num_active + (num_slots - num_active) // tile_rows) * tile_rows
 
-    def chunk_slots(self, num_slots: int) -> int:
-        """Slots that one program of a plan in three launches counts and places, in whole blocks."""
-        num_blocks = -(-num_slots // BLOCK_SLOTS)
-        return -(-num_blocks // MAX_CHUNKS) * BLOCK_SLOTS
-
     def scratch_bytes(self, num_tokens: int) -> int:
-        """Bytes of the counts that a plan keeps beside its result: two a chunk and expert, and the totals."""
-        num_slots = num_tokens * self.top_k
-        if num_slots <= MAX_SLOTS_IN_ONE_LAUNCH:
-            return 0
-        num_chunks = -(-num_slots // self.chunk_slots(num_slots))
-        return (2 * num_chunks + 1) * self.num_local_experts * 4
+        """Bytes of the counts that a plan keeps beside its result, at the most."""
+        num_slots, num_experts = num_tokens * self.top_k, self.num_local_experts
+        in_triton = 2 * TRITON_CHUNKING.num_counts(num_slots, num_experts) + num_experts  # counts, sums and totals
+        return 4 * max(in_triton, NUMBA_CHUNKING.num_counts(num_slots, num_experts))
 
     def check(self, topk: TopK) -> None:
         """Raise unless topk has expert_ids [T, K] int32 and weights [T, K] bf16 or fp32 on one device."""

@@ -23,8 +23,8 @@ def finalize_kernel(
     total = tl.zeros([BLOCK_H], tl.float32)
     for choice in tl.static_range(TOP_K):
         row = tl.load(row_of_slot_ptr + token * TOP_K + choice).to(tl.int64)
-        # Masked, not branched, so that the loads of all choices are in flight together. Neither factor of a slot without
-        # a row is read, and 0 * 0 leaves the sum as it is.
+        # Masked, not branched, so that a row can be loaded before the one before it has come. Neither factor of a slot
+        # without a row is read, and 0 * 0 leaves the sum as it is.
         weight = tl.load(weights_ptr + token * TOP_K + choice, mask=row >= 0, other=0.0).to(tl.float32)
         values = tl.load(rows_ptr + row * HIDDEN + column, mask=in_row & (row >= 0), other=0.0)
         total += weight * values.to(tl.float32)

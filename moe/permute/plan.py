@@ -1,4 +1,4 @@
-"""Stage 2, host side: place every (token, choice) slot in a row of its expert."""
+"""Stage 2 in Triton: place every (token, choice) slot in a row of its expert."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import torch
 import triton
 
 from moe.flow import Permutation, TopK
-from moe.permute.config import BLOCK_SLOTS, MAX_SLOTS_IN_ONE_LAUNCH, PermuteConfig
+from moe.permute.chunks import TRITON_CHUNKING
+from moe.permute.config import PermuteConfig
 from moe.permute.plan_kernel import count_kernel, place_kernel, plan_kernel, scan_kernel
 
-NUM_WARPS = BLOCK_SLOTS // 32
+CHUNKING = TRITON_CHUNKING
+NUM_WARPS = CHUNKING.block_slots // 32
 COUNTED_SLOTS = 1024  # ids that a program of the one launch counts at once, where there are more than one block of them
 SCAN_CHUNKS = 128  # chunks scanned at once
 SCAN_EXPERTS = 16  # experts of a scanning program: 64 bytes of a chunk's counts
@@ -19,7 +21,7 @@ MIN_BINS = 32  # one for each lane of a warp
 def plan_permutation(topk: TopK, *, config: PermuteConfig) -> Permutation:
     """Place every (token, choice) slot in a row of its expert.
 
-    One launch for up to MAX_SLOTS_IN_ONE_LAUNCH slots, three above. The result is a pure function of the expert ids:
+    One launch for up to 4096 slots, three above. The result is a pure function of the expert ids:
     rows of an expert are in slot order, t * K + k ascending. An id that comes twice in a row of expert_ids gets two rows.
 
     Args:
@@ -41,7 +43,7 @@ def plan_permutation(topk: TopK, *, config: PermuteConfig) -> Permutation:
         permutation.num_tiles.zero_()
         return permutation
     with torch.cuda.device_of(topk.expert_ids):
-        if num_slots <= MAX_SLOTS_IN_ONE_LAUNCH:
+        if num_slots <= CHUNKING.max_slots_in_one_launch:
             _plan_in_one_launch(topk, permutation, config)
         else:
             _plan_in_three_launches(topk, permutation, config)
@@ -67,7 +69,7 @@ def _allocate(topk: TopK, config: PermuteConfig) -> Permutation:
 
 def _plan_in_one_launch(topk: TopK, permutation: Permutation, config: PermuteConfig) -> None:
     num_slots = topk.expert_ids.numel()
-    plan_kernel[(triton.cdiv(num_slots, BLOCK_SLOTS),)](
+    plan_kernel[(triton.cdiv(num_slots, CHUNKING.block_slots),)](
         topk.expert_ids,
         permutation.row_of_slot,
         permutation.token_of_row,
@@ -81,22 +83,22 @@ def _plan_in_one_launch(topk: TopK, permutation: Permutation, config: PermuteCon
         TOP_K=config.top_k,
         TILE_ROWS=permutation.tile_rows,
         BINS=_num_bins(config),
-        BLOCK=BLOCK_SLOTS,
-        COUNTED=BLOCK_SLOTS if num_slots <= BLOCK_SLOTS else COUNTED_SLOTS,
+        BLOCK=CHUNKING.block_slots,
+        COUNTED=CHUNKING.block_slots if num_slots <= CHUNKING.block_slots else COUNTED_SLOTS,
         num_warps=NUM_WARPS,
     )
 
 
 def _plan_in_three_launches(topk: TopK, permutation: Permutation, config: PermuteConfig) -> None:
     num_slots, num_experts = topk.expert_ids.numel(), config.num_local_experts
-    chunk_slots = config.chunk_slots(num_slots)
+    chunk_slots = CHUNKING.chunk_slots(num_slots, num_experts)
     num_chunks = triton.cdiv(num_slots, chunk_slots)
     device = topk.expert_ids.device
     counts = torch.empty(num_chunks, num_experts, dtype=torch.int32, device=device)
     slots_before = torch.empty(num_chunks + 1, num_experts, dtype=torch.int32, device=device)
     sizes = (num_slots, chunk_slots, config.local_expert_offset, num_experts)
     count_kernel[(num_chunks,)](
-        topk.expert_ids, counts, *sizes, BINS=_num_bins(config), BLOCK=BLOCK_SLOTS, num_warps=NUM_WARPS
+        topk.expert_ids, counts, *sizes, BINS=_num_bins(config), BLOCK=CHUNKING.block_slots, num_warps=NUM_WARPS
     )
     scan_kernel[(triton.cdiv(num_experts, SCAN_EXPERTS),)](
         counts, slots_before, num_chunks, num_experts, CHUNKS=SCAN_CHUNKS, EXPERTS=SCAN_EXPERTS, num_warps=4
@@ -115,7 +117,7 @@ def _plan_in_three_launches(topk: TopK, permutation: Permutation, config: Permut
         TOP_K=config.top_k,
         TILE_ROWS=permutation.tile_rows,
         BINS=_num_bins(config),
-        BLOCK=BLOCK_SLOTS,
+        BLOCK=CHUNKING.block_slots,
         num_warps=NUM_WARPS,
     )
 

@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
 from typing import Any
 
 import pytest
 import torch
+from permute.stage import Stage
 from torch import Tensor
 
 from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
 
+if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
+    import emulation.numba_launch  # noqa: F401
+
 POISON = 1_000_000_007
 
 
-@dataclass(frozen=True)
-class Stages:
-    """The two functions, and the device that they run on."""
+KERNELS = [
+    pytest.param("triton", marks=[pytest.mark.interpreter, pytest.mark.gpu]),
+    pytest.param("numba", marks=[pytest.mark.simulator, pytest.mark.gpu]),
+]
 
-    plan_permutation: Callable[..., Any]
-    finalize_tokens: Callable[..., Any]
-    device: torch.device
+
+def planner_of(name: str, request: pytest.FixtureRequest) -> Stage:
+    if name == "triton":
+        device = request.getfixturevalue("triton_device")
+        from moe.permute.plan import plan_permutation
+
+        return Stage(plan_permutation, device)
+    device = request.getfixturevalue("numba_device")
+    from moe.permute.block_plan import plan_permutation_in_blocks
+
+    return Stage(plan_permutation_in_blocks, device)
+
+
+@pytest.fixture(params=KERNELS)
+def planner(request: pytest.FixtureRequest) -> Stage:
+    """Stage 2 by a kernel, in Triton or numba."""
+    return planner_of(request.param, request)
+
+
+@pytest.fixture(params=["reference", *KERNELS])
+def plan(request: pytest.FixtureRequest) -> Stage:
+    """Stage 2 by the reference or a kernel."""
+    if request.param == "reference":
+        return Stage(plan_permutation_reference, torch.device("cpu"))
+    return planner_of(request.param, request)
 
 
 @pytest.fixture(params=["reference", pytest.param("kernel", marks=[pytest.mark.interpreter, pytest.mark.gpu])])
-def stages(request: pytest.FixtureRequest) -> Stages:
+def finalize(request: pytest.FixtureRequest) -> Stage:
     if request.param == "reference":
-        return Stages(plan_permutation_reference, finalize_tokens_reference, torch.device("cpu"))
+        return Stage(finalize_tokens_reference, torch.device("cpu"))
     from moe.permute.finalize import finalize_tokens
-    from moe.permute.plan import plan_permutation
 
-    return Stages(plan_permutation, finalize_tokens, request.getfixturevalue("triton_device"))
+    return Stage(finalize_tokens, request.getfixturevalue("triton_device"))
 
 
 @pytest.fixture

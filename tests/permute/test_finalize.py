@@ -71,9 +71,9 @@ def exact_sum(rows: Tensor, topk: TopK, permutation: Permutation) -> tuple[Tenso
     [(1, 8, 512), (7, 2, 8), (7, 32, 64), (5, 1, 2056), (18, 8, 1032), (3, 3, 13), (20, 22, 264)],
     ids=lambda value: str(value),
 )
-def test_result_is_within_one_rounding_of_float64(num_tokens, top_k, hidden_size, weights, stages, poisoned_memory):
-    case = make_case(num_tokens, top_k, hidden_size, stages.device, is_exact=False, weights=weights)
-    output = stages.finalize_tokens(*case, config=DEFAULT)
+def test_result_is_within_one_rounding_of_float64(num_tokens, top_k, hidden_size, weights, finalize, poisoned_memory):
+    case = make_case(num_tokens, top_k, hidden_size, finalize.device, is_exact=False, weights=weights)
+    output = finalize.run(*case, config=DEFAULT)
     exact, magnitude = exact_sum(*case)
     # A product and a sum a choice, each off by FLOAT32_EPSILON of what it holds at most; then one rounding to bf16.
     in_float32 = 2 * top_k * FLOAT32_EPSILON * magnitude
@@ -91,17 +91,17 @@ def test_kernel_gives_the_bits_of_the_reference(num_tokens, hidden_size, block_h
     assert torch.equal(output.double(), exact_sum(*case)[0].bfloat16().double())
 
 
-def test_output_is_overwritten_and_returned(stages) -> None:
-    case = make_case(9, 4, 136, stages.device, is_exact=True, weights=torch.bfloat16)
-    output = torch.full((9, 136), float("nan"), dtype=torch.bfloat16, device=stages.device)
-    assert stages.finalize_tokens(*case, config=DEFAULT, output=output) is output
+def test_output_is_overwritten_and_returned(finalize) -> None:
+    case = make_case(9, 4, 136, finalize.device, is_exact=True, weights=torch.bfloat16)
+    output = torch.full((9, 136), float("nan"), dtype=torch.bfloat16, device=finalize.device)
+    assert finalize.run(*case, config=DEFAULT, output=output) is output
     assert torch.equal(output, exact_sum(*case)[0].bfloat16())
 
 
-def test_float32_weights_are_not_cut_to_bfloat16(stages) -> None:
-    rows = torch.ones(2, 8, dtype=torch.bfloat16, device=stages.device)
-    topk = TopK(torch.zeros(1, 2), torch.tensor([[1 + 2.0**-10, -1.0]], device=stages.device))
-    output = stages.finalize_tokens(rows, topk, permutation_of([[0, 1]], 2, stages.device), config=DEFAULT)
+def test_float32_weights_are_not_cut_to_bfloat16(finalize) -> None:
+    rows = torch.ones(2, 8, dtype=torch.bfloat16, device=finalize.device)
+    topk = TopK(torch.zeros(1, 2), torch.tensor([[1 + 2.0**-10, -1.0]], device=finalize.device))
+    output = finalize.run(rows, topk, permutation_of([[0, 1]], 2, finalize.device), config=DEFAULT)
     assert output.tolist() == [[2.0**-10] * 8]
 
 
@@ -110,40 +110,40 @@ def test_float32_weights_are_not_cut_to_bfloat16(stages) -> None:
     [([2.0**24, 1.0, -(2.0**24)], 0.0), ([2.0**24, -(2.0**24), 1.0], 1.0), ([256.0, 1.0, 1.0], 258.0)],
     ids=["the_one_is_absorbed", "the_one_survives", "no_rounding_between"],
 )
-def test_choices_are_summed_in_order_in_float32(values, total, stages) -> None:
-    rows = torch.tensor(values, device=stages.device).bfloat16()[:, None].repeat(1, 8)
-    topk = TopK(torch.zeros(1, 3), torch.ones(1, 3, device=stages.device))
-    output = stages.finalize_tokens(rows, topk, permutation_of([[0, 1, 2]], 3, stages.device), config=DEFAULT)
+def test_choices_are_summed_in_order_in_float32(values, total, finalize) -> None:
+    rows = torch.tensor(values, device=finalize.device).bfloat16()[:, None].repeat(1, 8)
+    topk = TopK(torch.zeros(1, 3), torch.ones(1, 3, device=finalize.device))
+    output = finalize.run(rows, topk, permutation_of([[0, 1, 2]], 3, finalize.device), config=DEFAULT)
     assert output.tolist() == [[total] * 8]
 
 
-def test_slots_without_a_row_are_skipped_whatever_their_weight(stages, poisoned_memory) -> None:
-    rows = torch.full((3, 16), float("nan"), dtype=torch.bfloat16, device=stages.device)
+def test_slots_without_a_row_are_skipped_whatever_their_weight(finalize, poisoned_memory) -> None:
+    rows = torch.full((3, 16), float("nan"), dtype=torch.bfloat16, device=finalize.device)
     rows[1] = 3.0
-    weights = torch.tensor([[float("nan"), 2.0], [float("inf"), float("nan")]], device=stages.device)
-    permutation = permutation_of([[-1, 1], [-1, -1]], 3, stages.device)
-    output = stages.finalize_tokens(rows, TopK(torch.zeros(2, 2), weights), permutation, config=DEFAULT)
+    weights = torch.tensor([[float("nan"), 2.0], [float("inf"), float("nan")]], device=finalize.device)
+    permutation = permutation_of([[-1, 1], [-1, -1]], 3, finalize.device)
+    output = finalize.run(rows, TopK(torch.zeros(2, 2), weights), permutation, config=DEFAULT)
     assert output.tolist() == [[6.0] * 16, [0.0] * 16]
 
 
-def test_a_nan_that_a_slot_names_is_not_hidden(stages) -> None:
-    rows = torch.full((1, 8), float("nan"), dtype=torch.bfloat16, device=stages.device)
-    topk = TopK(torch.zeros(1, 1), torch.zeros(1, 1, device=stages.device))
-    output = stages.finalize_tokens(rows, topk, permutation_of([[0]], 1, stages.device), config=DEFAULT)
+def test_a_nan_that_a_slot_names_is_not_hidden(finalize) -> None:
+    rows = torch.full((1, 8), float("nan"), dtype=torch.bfloat16, device=finalize.device)
+    topk = TopK(torch.zeros(1, 1), torch.zeros(1, 1, device=finalize.device))
+    output = finalize.run(rows, topk, permutation_of([[0]], 1, finalize.device), config=DEFAULT)
     assert output.isnan().all()
 
 
-def test_no_tokens_give_an_empty_output(stages) -> None:
-    rows, topk, permutation = make_case(0, 2, 64, stages.device, is_exact=True, weights=torch.bfloat16)
-    output = stages.finalize_tokens(rows, topk, permutation, config=DEFAULT)
+def test_no_tokens_give_an_empty_output(finalize) -> None:
+    rows, topk, permutation = make_case(0, 2, 64, finalize.device, is_exact=True, weights=torch.bfloat16)
+    output = finalize.run(rows, topk, permutation, config=DEFAULT)
     assert output.shape == (0, 64)
     assert output.dtype == torch.bfloat16
-    assert stages.finalize_tokens(rows, topk, permutation, config=DEFAULT, output=output) is output
+    assert finalize.run(rows, topk, permutation, config=DEFAULT, output=output) is output
 
 
-def test_wrong_tensors_are_refused_before_anything_is_written(stages) -> None:
-    rows, topk, permutation = make_case(4, 2, 64, stages.device, is_exact=True, weights=torch.bfloat16)
-    output = torch.full((4, 64), 7.0, dtype=torch.bfloat16, device=stages.device)
+def test_wrong_tensors_are_refused_before_anything_is_written(finalize) -> None:
+    rows, topk, permutation = make_case(4, 2, 64, finalize.device, is_exact=True, weights=torch.bfloat16)
+    output = torch.full((4, 64), 7.0, dtype=torch.bfloat16, device=finalize.device)
     wrong = [
         ("rows: expected bfloat16", {"rows": rows.float()}),
         (r"rows: expected \[P=", {"rows": rows[:-1]}),
@@ -154,7 +154,7 @@ def test_wrong_tensors_are_refused_before_anything_is_written(stages) -> None:
     for message, change in wrong:
         arguments = {"rows": rows, "topk": topk, "permutation": permutation, "output": output} | change
         with pytest.raises(ValueError, match=message):
-            stages.finalize_tokens(**arguments, config=DEFAULT)
+            finalize.run(**arguments, config=DEFAULT)
     assert (output == 7.0).all()
 
 

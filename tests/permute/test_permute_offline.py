@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from emulation.offline_driver import OfflineGpu, offline_gpu
+from routing.test_topk_compile import resources
 
 from moe.flow import TopK
 from moe.permute.config import FinalizeConfig, PermuteConfig
 
 ARCHITECTURES = [80, 90, 100]
+HOPPER = (9, 0)
 MAX_SPILL_BYTES = 16  # a thread: an address or two that ptxas sets aside to fit one more block on a multiprocessor
 
 
@@ -34,6 +38,29 @@ def launches_of_finalize(num_tokens: int, hidden_size: int, weights: torch.dtype
     with offline_gpu(arch) as gpu:
         finalize_tokens(rows, topk, permutation, config=FinalizeConfig())
     return gpu
+
+
+@pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="the simulator compiles nothing")
+@pytest.mark.parametrize("reads_counts", [False, True], ids=["counts_itself", "reads_counts"])
+@pytest.mark.parametrize(("num_bins", "num_warps"), [(32, 8), (128, 32), (512, 32), (2048, 8), (2048, 32)])
+def test_a_block_of_the_plan_finds_its_registers(num_bins, num_warps, reads_counts, tmp_path) -> None:
+    from moe.permute.block_plan import plan_kernel_of
+
+    kernel = plan_kernel_of(num_bins, num_warps, 8, reads_counts=reads_counts)
+    registers, stack_bytes = resources(kernel.compile_ptx(HOPPER), tmp_path)
+    assert stack_bytes == 0
+    assert registers * kernel.threads_per_block <= 65536
+
+
+@pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="the simulator compiles nothing")
+@pytest.mark.parametrize("num_bins", [32, 2048])
+def test_counting_leaves_room_for_two_blocks_on_a_multiprocessor(num_bins, tmp_path) -> None:
+    from moe.permute.block_plan import WARPS, count_kernel_of
+
+    kernel = count_kernel_of(num_bins, WARPS)
+    registers, stack_bytes = resources(kernel.compile_ptx(HOPPER), tmp_path)
+    assert stack_bytes == 0
+    assert 2 * registers * kernel.threads_per_block <= 65536
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

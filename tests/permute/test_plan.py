@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from permute.stage import Stage
 from torch import Tensor
 
 from moe.flow import Permutation, TopK
@@ -88,32 +92,34 @@ def assert_same(actual: Permutation, expected: Permutation) -> None:
         assert not len(differs), f"{name}: {len(differs)} entries differ, the first at {differs[0].tolist()}"
 
 
-def assert_kernel_agrees(expert_ids: Tensor, config: PermuteConfig) -> None:
-    from moe.permute.plan import plan_permutation
-
+def assert_agrees(planner: Stage, expert_ids: Tensor, config: PermuteConfig) -> None:
     topk = topk_of(expert_ids)
-    assert_same(plan_permutation(topk, config=config), plan_permutation_reference(topk, config=config))
+    assert_same(planner.run(topk, config=config), plan_permutation_reference(topk, config=config))
 
 
-@pytest.fixture(params=["one_launch", "three_launches", "three_launches_of_long_chunks"])
-def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of planning at every size, and chunks of more than one block."""
-    from moe.permute import config as config_module
-    from moe.permute import plan
-
+@pytest.fixture(params=["one_launch", "several_launches", "several_launches_of_long_chunks"])
+def launches(planner: Stage, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of planning at every size, by small blocks, and chunks that take several rounds of a block."""
+    module = sys.modules[planner.run.__module__]
+    changes = {}
+    if module.__name__.endswith("block_plan"):
+        changes["block_slots"] = 64
+        monkeypatch.setattr(module, "WARPS", 2)
+        monkeypatch.setattr(module, "FEW_WARPS", 1)
     if request.param != "one_launch":
-        monkeypatch.setattr(plan, "MAX_SLOTS_IN_ONE_LAUNCH", 0)
-    if request.param == "three_launches_of_long_chunks":
-        monkeypatch.setattr(config_module, "MAX_CHUNKS", 2)
+        changes["max_slots_in_one_launch"] = 0
+    if request.param == "several_launches_of_long_chunks":
+        changes["max_chunks"] = 2
+    monkeypatch.setattr(module, "CHUNKING", replace(module.CHUNKING, **changes))
 
 
-def test_example_of_the_docstring(stages) -> None:
+def test_example_of_the_docstring(plan) -> None:
     # The config refuses tiles of two rows, too few for a tensor core.
     config = PermuteConfig.model_construct(
         num_experts=3, num_local_experts=3, top_k=2, local_expert_offset=0, tile_rows=2
     )
-    expert_ids = torch.tensor([[2, 0], [2, 1]], device=stages.device)
-    assert lists_of(stages.plan_permutation(topk_of(expert_ids), config=config)) == {
+    expert_ids = torch.tensor([[2, 0], [2, 1]], device=plan.device)
+    assert lists_of(plan.run(topk_of(expert_ids), config=config)) == {
         "tile_rows": 2,
         "num_rows": 6,
         "num_tiles": 3,
@@ -150,141 +156,154 @@ def test_reference_follows_the_definition(data: st.DataObject) -> None:
     [(1, 1, 1), (1, 8, 256), (7, 2, 3), (7, 32, 257), (64, 8, 13), (64, 8, 128), (33, 1, 2048), (99, 8, 8)],
     ids=lambda value: str(value),
 )
-def test_kernel_agrees_with_the_reference(
-    num_tokens, top_k, num_experts, launches, poisoned_memory, triton_device
-) -> None:
-    assert_kernel_agrees(random_ids(num_tokens, num_experts, top_k, triton_device), config_of(num_experts, top_k))
+def test_kernel_agrees_with_the_reference(num_tokens, top_k, num_experts, launches, poisoned_memory, planner) -> None:
+    assert_agrees(planner, random_ids(num_tokens, num_experts, top_k, planner.device), config_of(num_experts, top_k))
 
 
-def test_both_sides_of_the_one_launch_border_agree(poisoned_memory, triton_device) -> None:
-    from moe.permute.plan import MAX_SLOTS_IN_ONE_LAUNCH
+def test_both_sides_of_the_one_launch_border_agree(poisoned_memory, planner) -> None:
+    border = sys.modules[planner.run.__module__].CHUNKING.max_slots_in_one_launch // 32
+    for num_tokens in (border, border + 1):
+        assert_agrees(planner, random_ids(num_tokens, 256, 32, planner.device), config_of(256, 32))
 
-    for num_tokens in (MAX_SLOTS_IN_ONE_LAUNCH // 8, MAX_SLOTS_IN_ONE_LAUNCH // 8 + 1):
-        assert_kernel_agrees(random_ids(num_tokens, 256, 8, triton_device), config_of(256, 8))
+
+def test_warps_take_turns_where_each_cannot_have_counters_of_its_own(poisoned_memory, numba_device) -> None:
+    from moe.permute.block_plan import FEW_WARPS, plan_permutation_in_blocks
+    from moe.permute.block_plan_kernel import counter_rows
+
+    planner = Stage(plan_permutation_in_blocks, numba_device)
+    assert counter_rows(2048, FEW_WARPS) < FEW_WARPS
+    expert_ids = random_ids(25, 12, 8, numba_device)
+    assert_agrees(planner, expert_ids, config_of(2048, 8))
+    assert_agrees(planner, expert_ids * 186, config_of(2048, 8))
 
 
-def test_slices_share_the_slots_among_them(poisoned_memory, triton_device) -> None:
-    from moe.permute.plan import plan_permutation
+def test_more_experts_than_fit_in_shared_memory_are_refused(numba_device) -> None:
+    from moe.permute.block_plan import plan_permutation_in_blocks
 
-    expert_ids = random_ids(29, 13, 3, triton_device)
+    topk = topk_of(torch.zeros(3, 2, device=numba_device))
+    with pytest.raises(ValueError, match="expected num_local_experts <= 2048, got num_local_experts=2049"):
+        plan_permutation_in_blocks(topk, config=config_of(2049, 2))
+
+
+def test_slices_share_the_slots_among_them(poisoned_memory, planner) -> None:
+    expert_ids = random_ids(29, 13, 3, planner.device)
     num_owners = torch.zeros_like(expert_ids)
     for offset, num_local in [(0, 4), (4, 1), (5, 6), (11, 2)]:
         config = config_of(13, 3, num_local_experts=num_local, local_expert_offset=offset)
-        assert_kernel_agrees(expert_ids, config)
-        num_owners += plan_permutation(topk_of(expert_ids), config=config).row_of_slot >= 0
+        assert_agrees(planner, expert_ids, config)
+        num_owners += planner.run(topk_of(expert_ids), config=config).row_of_slot >= 0
     assert torch.equal(num_owners.bool(), (expert_ids >= 0) & (expert_ids < 13))
     assert int(num_owners.max()) == 1
 
 
 @pytest.mark.parametrize("offset", range(10))
-def test_kernel_agrees_at_every_offset_of_a_slice(offset, poisoned_memory, triton_device) -> None:
+def test_kernel_agrees_at_every_offset_of_a_slice(offset, poisoned_memory, planner) -> None:
     config = config_of(13, 3, num_local_experts=4, local_expert_offset=offset)
-    assert_kernel_agrees(random_ids(29, 13, 3, triton_device), config)
+    assert_agrees(planner, random_ids(29, 13, 3, planner.device), config)
 
 
 @pytest.mark.parametrize("tile_rows", [16, 32, 64, 128])
-def test_kernel_agrees_at_every_tile_size(tile_rows, launches, poisoned_memory, triton_device) -> None:
+def test_kernel_agrees_at_every_tile_size(tile_rows, launches, poisoned_memory, planner) -> None:
     config = config_of(5, 4, tile_rows=tile_rows)
-    assert_kernel_agrees(random_ids(130, 5, 4, triton_device), config)
+    assert_agrees(planner, random_ids(130, 5, 4, planner.device), config)
 
 
 @pytest.mark.parametrize("num_slots", [127, 128, 129, 256, 257])
-def test_one_expert_may_take_all_slots(num_slots, launches, poisoned_memory, triton_device) -> None:
+def test_one_expert_may_take_all_slots(num_slots, launches, poisoned_memory, planner) -> None:
     config = config_of(13, 1, tile_rows=128)
-    assert_kernel_agrees(torch.full((num_slots, 1), 12, device=triton_device), config)
+    assert_agrees(planner, torch.full((num_slots, 1), 12, device=planner.device), config)
 
 
-def test_no_slot_may_be_local(launches, poisoned_memory, triton_device) -> None:
-    from moe.permute.plan import plan_permutation
-
+def test_no_slot_may_be_local(launches, poisoned_memory, planner) -> None:
     config = config_of(64, 2, num_local_experts=8, local_expert_offset=40)
-    topk = topk_of(torch.arange(80, device=triton_device).view(40, 2) % 40)
-    permutation = plan_permutation(topk, config=config)
+    topk = topk_of(torch.arange(80, device=planner.device).view(40, 2) % 40)
+    permutation = planner.run(topk, config=config)
     assert (int(permutation.num_rows), int(permutation.num_tiles)) == (0, 0)
     assert (permutation.row_of_slot == -1).all()
 
 
 @pytest.mark.parametrize("offset", [0, 5])
-def test_garbage_ids_get_no_row(offset, launches, poisoned_memory, triton_device) -> None:
+def test_garbage_ids_get_no_row(offset, launches, poisoned_memory, planner) -> None:
     garbage = [INT32_MIN, INT32_MIN + 5, INT32_MIN + 6, -1, offset - 1, offset + 3, 8, 9, 257, INT32_MAX, INT32_MAX - 1]
-    expert_ids = torch.tensor([[expert_id, offset + 1] for expert_id in garbage], device=triton_device)
-    assert_kernel_agrees(expert_ids, config_of(8, 2, num_local_experts=3, local_expert_offset=offset))
+    expert_ids = torch.tensor([[expert_id, offset + 1] for expert_id in garbage], device=planner.device)
+    assert_agrees(planner, expert_ids, config_of(8, 2, num_local_experts=3, local_expert_offset=offset))
 
 
-def test_every_occurrence_of_a_duplicate_counts(stages) -> None:
+def test_every_occurrence_of_a_duplicate_counts(plan) -> None:
     config = config_of(4, 3, tile_rows=16)
-    expert_ids = torch.tensor([[2, 2, 2], [0, 2, 0]], device=stages.device)
-    permutation = stages.plan_permutation(topk_of(expert_ids), config=config)
+    expert_ids = torch.tensor([[2, 2, 2], [0, 2, 0]], device=plan.device)
+    permutation = plan.run(topk_of(expert_ids), config=config)
     assert permutation.row_of_slot.tolist() == [[16, 17, 18], [0, 19, 1]]
     assert permutation.token_of_row[16:20].tolist() == [0, 0, 0, 1]
 
 
-def test_every_local_slot_has_a_row_of_its_own_that_names_its_token(stages) -> None:
+def test_every_local_slot_has_a_row_of_its_own_that_names_its_token(plan) -> None:
     config = config_of(9, 4, num_local_experts=6, local_expert_offset=2)
-    permutation = stages.plan_permutation(topk_of(random_ids(50, 9, 4, stages.device)), config=config)
+    permutation = plan.run(topk_of(random_ids(50, 9, 4, plan.device)), config=config)
     token, choice = (permutation.row_of_slot >= 0).nonzero(as_tuple=True)
     row = permutation.row_of_slot[token, choice].long()
     assert torch.equal(permutation.token_of_row[row].long(), token)
     assert len(row.unique()) == len(row) == int((permutation.token_of_row[: int(permutation.num_rows)] >= 0).sum())
 
 
-def test_no_tokens_give_empty_maps(stages, poisoned_memory) -> None:
-    expert_ids = torch.zeros(0, 2, device=stages.device)
-    permutation = stages.plan_permutation(topk_of(expert_ids), config=config_of(8, 2))
+def test_no_tokens_give_empty_maps(plan, poisoned_memory) -> None:
+    expert_ids = torch.zeros(0, 2, device=plan.device)
+    permutation = plan.run(topk_of(expert_ids), config=config_of(8, 2))
     assert permutation.row_of_slot.shape == (0, 2)
     assert permutation.max_rows == permutation.max_tiles == 0
     assert permutation.num_rows.tolist() == permutation.num_tiles.tolist() == [0]
     assert permutation.num_rows.dtype == permutation.row_of_slot.dtype == torch.int32
 
 
-def test_wrong_ids_are_refused_alike(stages) -> None:
-    expert_ids = torch.zeros(3, 2, dtype=torch.int64, device=stages.device)
-    topk = TopK(expert_ids, torch.ones(3, 2, device=stages.device))
+def test_wrong_ids_are_refused_alike(plan) -> None:
+    expert_ids = torch.zeros(3, 2, dtype=torch.int64, device=plan.device)
+    topk = TopK(expert_ids, torch.ones(3, 2, device=plan.device))
     with pytest.raises(ValueError, match="expert_indices must be int32"):
-        stages.plan_permutation(topk, config=config_of(8, 2))
+        plan.run(topk, config=config_of(8, 2))
     with pytest.raises(ValueError, match="expert_indices dim1 must match top_k"):
-        stages.plan_permutation(topk_of(expert_ids), config=config_of(8, 3))
+        plan.run(topk_of(expert_ids), config=config_of(8, 3))
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "num_experts"),
-    [(8192, 8, 256), (16384, 32, 2048), (1000003, 1, 13), (200000, 8, 257), (4096, 1, 2048)],
+    [
+        *((32, 8, 256), (33, 8, 256), (128, 8, 512), (2048, 8, 256), (2049, 8, 256), (8192, 8, 256)),
+        *((16384, 32, 2048), (1000003, 1, 13), (200000, 8, 257), (4096, 1, 2048), (8191, 2, 1024)),
+    ],
     ids=lambda value: str(value),
 )
-def test_kernel_agrees_with_the_reference_at_full_size(num_tokens, top_k, num_experts, poisoned_memory, cuda) -> None:
+def test_kernel_agrees_with_the_reference_at_full_size(
+    num_tokens, top_k, num_experts, poisoned_memory, planner, cuda
+) -> None:
     config = config_of(num_experts, top_k)
-    assert_kernel_agrees(random_ids(num_tokens, num_experts, top_k, cuda), config)
-    assert_kernel_agrees(torch.zeros(num_tokens, top_k, device=cuda), config)
+    assert_agrees(planner, random_ids(num_tokens, num_experts, top_k, cuda), config)
+    assert_agrees(planner, torch.zeros(num_tokens, top_k, device=cuda), config)
 
 
 @pytest.mark.parametrize("num_tokens", [300, 8192])
-def test_twenty_runs_give_the_same_maps(num_tokens, cuda) -> None:
-    from moe.permute.plan import plan_permutation
-
+def test_twenty_runs_give_the_same_maps(num_tokens, planner, cuda) -> None:
     topk, config = topk_of(random_ids(num_tokens, 256, 8, cuda)), config_of(256, 8)
-    first = plan_permutation(topk, config=config)
+    first = planner.run(topk, config=config)
     for _ in range(19):
-        assert_same(plan_permutation(topk, config=config), first)
+        assert_same(planner.run(topk, config=config), first)
 
 
 @pytest.mark.parametrize("num_tokens", [3, 300, 2048])
-def test_a_captured_plan_follows_new_ids(num_tokens, cuda) -> None:
-    from moe.permute.plan import plan_permutation
-
+def test_a_captured_plan_follows_new_ids(num_tokens, planner, cuda) -> None:
     topk, config = topk_of(random_ids(num_tokens, 64, 8, cuda)), config_of(64, 8)
-    plan_permutation(topk, config=config)
+    planner.run(topk, config=config)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        permutation = plan_permutation(topk, config=config)
+        permutation = planner.run(topk, config=config)
     for shift in (1, 5):
         topk.expert_ids.add_(shift).remainder_(66)
         graph.replay()
         assert_same(permutation, plan_permutation_reference(topk, config=config))
 
 
-def test_tensors_of_another_gpu_than_the_current_are_planned_there(cuda) -> None:
+def test_tensors_of_another_gpu_than_the_current_are_planned_there(planner, cuda) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     other = torch.device("cuda", (cuda.index + 1) % torch.cuda.device_count())
     for num_tokens in (30, 3000):
-        assert_kernel_agrees(random_ids(num_tokens, 16, 4, other), config_of(16, 4))
+        assert_agrees(planner, random_ids(num_tokens, 16, 4, other), config_of(16, 4))

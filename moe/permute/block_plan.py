@@ -1,0 +1,139 @@
+"""Stage 2 in numba-CUDA: as `plan_permutation`, faster, with the counts of a block in shared memory."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from moe.flow import Permutation, TopK
+from moe.launch import NumbaKernel
+from moe.permute.block_plan_kernel import WARP_SIZE, build_count_kernel, build_plan_kernel
+from moe.permute.chunks import NUMBA_CHUNKING
+from moe.permute.config import PermuteConfig
+
+MAX_LOCAL_EXPERTS = 2048  # the counts of a block lie in shared memory
+CHUNKING = NUMBA_CHUNKING
+WARPS = CHUNKING.block_slots // WARP_SIZE
+FEW_WARPS = 8  # of the one block that places up to 256 slots: its barriers take less time
+
+
+def takes(config: PermuteConfig) -> bool:
+    """Whether the kernels take this config. `plan_permutation` takes every one."""
+    return config.num_local_experts <= MAX_LOCAL_EXPERTS
+
+
+def plan_permutation_in_blocks(topk: TopK, *, config: PermuteConfig) -> Permutation:
+    """Place every (token, choice) slot in a row of its expert.
+
+    One launch for up to 16384 slots, two above. The result is a pure function of the expert ids:
+    rows of an expert are in slot order, t * K + k ascending. An id that comes twice in a row of expert_ids gets two rows.
+
+    Args:
+        topk: expert_ids [T, K] int32. Ids out of [local_expert_offset, local_expert_offset + num_local_experts),
+            negative and garbage ones included, get no row.
+        config: the slice of experts that lies here, and the row count that each segment is padded to.
+    Returns:
+        Permutation over P = config.max_rows(T) rows. Entries from num_rows and num_tiles on are undefined.
+    Raises:
+        ValueError: naming the tensor, what was wanted and what came; or the config is beyond the kernels.
+    Source: flashinfer's trtllm-gen routing has the same maps, with rows of an expert in no promised order.
+    """
+    config.check(topk)
+    if not takes(config):
+        raise ValueError(
+            f"config: expected num_local_experts <= {MAX_LOCAL_EXPERTS}, got num_local_experts="
+            f"{config.num_local_experts}; use plan_permutation, which takes any number"
+        )
+    num_tokens, top_k = topk.expert_ids.shape
+    permutation = _allocate(topk, config)
+    num_slots = num_tokens * top_k
+    if not num_slots:
+        permutation.num_rows.zero_()
+        permutation.num_tiles.zero_()
+        return permutation
+    if num_slots <= CHUNKING.max_slots_in_one_launch:
+        _plan_in_one_launch(topk, permutation, config)
+    else:
+        _plan_in_two_launches(topk, permutation, config)
+    return permutation
+
+
+def _allocate(topk: TopK, config: PermuteConfig) -> Permutation:
+    device = topk.expert_ids.device
+    num_tokens = topk.expert_ids.shape[0]
+    tile_rows = config.rows_per_tile(num_tokens)
+    max_rows = config.max_rows(num_tokens)
+    max_tiles = max_rows // tile_rows
+    return Permutation(
+        row_of_slot=torch.empty(topk.expert_ids.shape, dtype=torch.int32, device=device),
+        token_of_row=torch.empty(max_rows, dtype=torch.int32, device=device),
+        expert_of_tile=torch.empty(max_tiles, dtype=torch.int32, device=device),
+        row_limit_of_tile=torch.empty(max_tiles, dtype=torch.int32, device=device),
+        num_rows=torch.empty(1, dtype=torch.int32, device=device),
+        num_tiles=torch.empty(1, dtype=torch.int32, device=device),
+        tile_rows=tile_rows,
+    )
+
+
+def _plan_in_one_launch(topk: TopK, permutation: Permutation, config: PermuteConfig) -> None:
+    num_warps = FEW_WARPS if topk.expert_ids.numel() <= FEW_WARPS * WARP_SIZE else WARPS
+    kernel = plan_kernel_of(_num_bins(config), num_warps, config.top_k, reads_counts=False)
+    _launch_plan(kernel, topk, None, permutation, config, chunk_slots=num_warps * WARP_SIZE)
+
+
+def _plan_in_two_launches(topk: TopK, permutation: Permutation, config: PermuteConfig) -> None:
+    num_slots, num_experts = topk.expert_ids.numel(), config.num_local_experts
+    chunk_slots = CHUNKING.chunk_slots(num_slots, num_experts)
+    num_chunks = -(-num_slots // chunk_slots)
+    counts = torch.empty(num_chunks, num_experts, dtype=torch.int32, device=topk.expert_ids.device)
+    count_kernel_of(_num_bins(config), WARPS).launch(
+        num_chunks, topk.expert_ids, counts, num_slots, chunk_slots, config.local_expert_offset, num_experts
+    )
+    kernel = plan_kernel_of(_num_bins(config), WARPS, config.top_k, reads_counts=True)
+    _launch_plan(kernel, topk, counts, permutation, config, chunk_slots)
+
+
+def _launch_plan(
+    kernel: NumbaKernel,
+    topk: TopK,
+    counts: Tensor | None,
+    permutation: Permutation,
+    config: PermuteConfig,
+    chunk_slots: int,
+) -> None:
+    num_slots = topk.expert_ids.numel()
+    kernel.launch(
+        -(-num_slots // chunk_slots),
+        topk.expert_ids,
+        counts,
+        permutation.row_of_slot,
+        permutation.token_of_row,
+        permutation.expert_of_tile,
+        permutation.row_limit_of_tile,
+        permutation.num_rows,
+        permutation.num_tiles,
+        num_slots,
+        chunk_slots,
+        config.local_expert_offset,
+        config.num_local_experts,
+        permutation.tile_rows.bit_length() - 1,
+    )
+
+
+@functools.cache
+def count_kernel_of(num_bins: int, num_warps: int) -> NumbaKernel:
+    function = build_count_kernel(num_bins=num_bins, num_warps=num_warps)
+    return NumbaKernel(function, (*("*int32",) * 2, *("int32",) * 4), threads_per_block=num_warps * WARP_SIZE)
+
+
+@functools.cache
+def plan_kernel_of(num_bins: int, num_warps: int, top_k: int, *, reads_counts: bool) -> NumbaKernel:
+    function = build_plan_kernel(num_bins=num_bins, num_warps=num_warps, top_k=top_k, reads_counts=reads_counts)
+    return NumbaKernel(function, (*("*int32",) * 8, *("int32",) * 5), threads_per_block=num_warps * WARP_SIZE)
+
+
+def _num_bins(config: PermuteConfig) -> int:
+    """A power of two, so that few kernels differ in it."""
+    return max(1 << (config.num_local_experts - 1).bit_length(), WARP_SIZE)
