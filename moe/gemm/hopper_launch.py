@@ -25,11 +25,11 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def fits(config: GemmConfig, tile_rows: int, block_n: int) -> bool:
+def fits(config: GemmConfig, tile_rows: int, block_n: int, all_tile_rows: tuple[int, ...] = (64, 128)) -> bool:
     """Whether the kernels' tiles and index arithmetic take this problem."""
     rows_of_all_experts = config.num_experts * config.weight_rows * -(-config.in_features // BLOCK_MAJOR_K)
     return (
-        tile_rows in (64, 128)
+        tile_rows in all_tile_rows
         and config.weight_format.layout is not WeightLayout.MajorMn
         and config.in_features > BLOCK_MAJOR_K  # two steps at least: the first one covers the store of the last unit
         and config.num_experts <= MAX_MESSAGE

@@ -1,8 +1,8 @@
 """What the warps of Hopper's persistent GEMMs tell each other about the work at hand.
 
 The producing warps choose the work and send one int64 for it to both consumers, through two slots of shared memory:
-bits 32..62 the first row, of which bit 0 (rows are multiples of 64) says that rows 64..127 are real too; bits 16..31 the
-column block; bits 0..15 the expert. A negative message ends the kernel.
+bits 36..62 the first row, a multiple of 16, without its low 4 bits; bits 32..35 the number of rows to compute, in blocks of
+16; bits 16..31 the column block; bits 0..15 the expert. A negative message ends the kernel.
 """
 # mypy: allow-untyped-defs
 
@@ -16,7 +16,10 @@ END = gl.constexpr(-1)
 
 @gluon.jit
 def message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS: gl.constexpr, SKIPS_TAILS: gl.constexpr):
-    """The message for a piece of work in the order of `UnitSchedule`, END from num_work on."""
+    """The message for a piece of work in the order of `UnitSchedule`, END from num_work on.
+
+    Rows to compute are those of the unit that are real, rounded up to 16, or 128 where not SKIPS_TAILS.
+    """
     is_work = work < num_work
     place = gl.where(is_work, work, 0)
     any_unit = place // COLUMN_BLOCKS
@@ -29,9 +32,9 @@ def message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS: gl.cons
     row = gl.load(units_ptr + max_units + unit, mask=is_work, other=0)
     if SKIPS_TAILS:
         num_rows = gl.load(units_ptr + 2 * max_units + unit, mask=is_work, other=0)
-        row += (num_rows > 64).to(gl.int32)
+        row += (num_rows + 15) // 16
     else:
-        row += 1
+        row += 8
     message = (row.to(gl.int64) << 32) | (column_block << 16).to(gl.int64) | expert.to(gl.int64)
     return gl.where(is_work, message, END)
 
@@ -68,12 +71,19 @@ def receive(slots, filled, emptied, count):
 
 @gluon.jit
 def row_of(message):
-    return (message >> 32).to(gl.int32) & -64
+    return (message >> 32).to(gl.int32) & -16
+
+
+@gluon.jit
+def row_blocks_of(message):
+    """Rows to compute, in blocks of 16."""
+    return (message >> 32).to(gl.int32) & 15
 
 
 @gluon.jit
 def has_second_half(message):
-    return ((message >> 32) & 1) != 0
+    """Whether rows from 64 on are to be computed."""
+    return row_blocks_of(message) > 4
 
 
 @gluon.jit

@@ -19,7 +19,7 @@ MAX_CHUNK = 1024  # tiles that the planning kernel takes at a time
 
 @dataclass(frozen=True)
 class UnitSchedule:
-    """Units of at most 128 rows of one expert. Work number w, for a GEMM of B column blocks, is
+    """Units of at most `unit_rows` rows of one expert. Work number w, for a GEMM of B column blocks, is
 
         any_unit = w // B                                                      some unit of the right group
         first, size = first unit and number of units of any_unit's group
@@ -27,7 +27,7 @@ class UnitSchedule:
 
     so the units of a group take a column block one after another, then the next one.
 
-    Example, tile_rows=64, expert_of_tile [0, 0, 0, 2], row_limit_of_tile [150, 150, 150, 200]:
+    Example, tile_rows=64, unit_rows=128, expert_of_tile [0, 0, 0, 2], row_limit_of_tile [150, 150, 150, 200]:
 
         expert        0    0    2
         first row     0  128  192
@@ -43,8 +43,11 @@ class UnitSchedule:
         return self.units.shape[1]
 
 
-def plan_units(permutation: Permutation) -> UnitSchedule:
-    """The units of a permutation whose tile_rows are 64 or 128. Two neighbouring tiles of 64 rows make a unit."""
+def plan_units(permutation: Permutation, *, unit_rows: int = UNIT_ROWS, row_multiple: int = UNIT_ROWS) -> UnitSchedule:
+    """The units of a permutation whose tile_rows are at most unit_rows.
+
+    An expert has as few units as unit_rows allow. They share its rows evenly, but start at multiples of row_multiple of them.
+    """
     max_tiles = permutation.max_tiles
     device = permutation.expert_of_tile.device
     schedule = UnitSchedule(
@@ -61,7 +64,8 @@ def plan_units(permutation: Permutation) -> UnitSchedule:
             schedule.counts,
             max_tiles,
             TILE_ROWS=permutation.tile_rows,
-            UNIT_ROWS=UNIT_ROWS,
+            UNIT_ROWS=unit_rows,
+            ROW_MULTIPLE=row_multiple,
             MAX_GROUP_UNITS=MAX_GROUP_UNITS,
             CHUNK=chunk,
             num_warps=8 if chunk >= 512 else 4,
@@ -69,7 +73,9 @@ def plan_units(permutation: Permutation) -> UnitSchedule:
     return schedule
 
 
-def plan_units_reference(permutation: Permutation) -> UnitSchedule:
+def plan_units_reference(
+    permutation: Permutation, *, unit_rows: int = UNIT_ROWS, row_multiple: int = UNIT_ROWS
+) -> UnitSchedule:
     """The same in plain Python, on the CPU."""
     num_tiles = int(permutation.num_tiles)
     experts = permutation.expert_of_tile[:num_tiles].tolist()
@@ -77,16 +83,17 @@ def plan_units_reference(permutation: Permutation) -> UnitSchedule:
     records: list[tuple[int, int, int, int, int]] = []
     for expert in dict.fromkeys(experts):
         start = experts.index(expert) * permutation.tile_rows
-        first_rows = list(range(start, limits[experts.index(expert)], UNIT_ROWS))
+        limit = limits[experts.index(expert)]
+        most_units = -(-(limit - start) // unit_rows)
+        step = -(-(limit - start) // (most_units * row_multiple)) * row_multiple
+        first_rows = list(range(start, limit, step))
         num_groups = -(-len(first_rows) // MAX_GROUP_UNITS)
         group_units = -(-len(first_rows) // num_groups)
         first_unit = len(records)
         for index, row in enumerate(first_rows):
             in_group = index // group_units * group_units
             size = min(group_units, len(first_rows) - in_group)
-            records.append(
-                (expert, row, min(UNIT_ROWS, limits[experts.index(expert)] - row), first_unit + in_group, size)
-            )
+            records.append((expert, row, min(step, limit - row), first_unit + in_group, size))
     units = torch.full((UNIT_FIELDS, permutation.max_tiles), -1, dtype=torch.int32)
     units[:, : len(records)] = torch.tensor(records, dtype=torch.int32).reshape(-1, UNIT_FIELDS).T
     return UnitSchedule(units, torch.tensor([len(records), 0], dtype=torch.int32))

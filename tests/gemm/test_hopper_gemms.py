@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +15,8 @@ from moe.flow import Permutation, SwigluParams
 from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, WeightFormat, WeightLayout
 from moe.gemm.hopper_gather_gemm import hopper_gather_gemm
 from moe.gemm.hopper_grouped_gemm import hopper_grouped_gemm
+from moe.gemm.hopper_swapped_gather_gemm import hopper_swapped_gather_gemm
+from moe.gemm.hopper_swapped_grouped_gemm import hopper_swapped_grouped_gemm
 from moe.gemm.reference import activate_reference, gather_gemm_reference, grouped_gemm_reference, rows_of_experts
 from moe.gemm.weight_format import pack_weights
 
@@ -26,11 +29,33 @@ FORMATS = {
 }
 COUNTS = {
     "edges_of_tiles": [1, 63, 64, 65, 0, 127, 128, 129, 193],
+    "edges_of_branches": [15, 16, 17, 31, 32, 33, 0, 95, 96, 97, 159, 160, 161, 319, 320, 321],
     "one_expert_takes_all": [0, 0, 3001, 0],
     "many_units": [700, 333, 0, 1290, 5],
     "nobody": [0, 0],
 }
 NUM_TOKENS = 517
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A pair of GEMMs, and the tile_rows to call them with."""
+
+    gather: Callable[..., Tensor]
+    grouped: Callable[..., Tensor]
+    tile_rows: int
+
+
+KERNELS = {f"wide-tile_rows{rows}": Kernels(hopper_gather_gemm, hopper_grouped_gemm, rows) for rows in (64, 128)} | {
+    f"swapped-tile_rows{rows}": Kernels(hopper_swapped_gather_gemm, hopper_swapped_grouped_gemm, rows)
+    for rows in (16, 32, 64, 128)
+}
+for_all_kernels = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+for_both_kernels = pytest.mark.parametrize(
+    "kernels",
+    [KERNELS["wide-tile_rows128"], KERNELS["swapped-tile_rows128"], KERNELS["swapped-tile_rows16"]],
+    ids=["wide", "swapped", "swapped16"],
+)
 
 
 @dataclass(frozen=True)
@@ -89,15 +114,13 @@ def product_in_float64(
     return exact
 
 
-def check_gather(dims, counts, weight_format, tile_rows, device, *, is_dynamic=True, swiglu=None):
+def check_gather(kernels, dims, counts, weight_format, device, *, is_dynamic=True, swiglu=None):
     config = gemm_config(dims, counts, weight_format, is_gated=True)
-    permutation = permutation_of_counts(counts, tile_rows, NUM_TOKENS, device=device)
+    permutation = permutation_of_counts(counts, kernels.tile_rows, NUM_TOKENS, device=device)
     logical = logical_weights(config, device)
     weights = pack_weights(logical, weight_format, is_gated=True)
     hidden_states = normal(NUM_TOKENS, dims.in_features, device=device, seed=2)
-    actual = hopper_gather_gemm(
-        hidden_states, weights, permutation, config=config, swiglu=swiglu, is_dynamic=is_dynamic
-    )
+    actual = kernels.gather(hidden_states, weights, permutation, config=config, swiglu=swiglu, is_dynamic=is_dynamic)
     reference = gather_gemm_reference(hidden_states, weights, permutation, config=config, swiglu=swiglu)
     rows = hidden_states[permutation.token_of_row.clamp(min=0)]
     exact = product_in_float64(rows, logical, permutation, config, swiglu)
@@ -105,64 +128,67 @@ def check_gather(dims, counts, weight_format, tile_rows, device, *, is_dynamic=T
     assert_close_to_exact(actual[is_real], reference[is_real], exact[is_real])
 
 
-def check_grouped(dims, counts, weight_format, tile_rows, device, *, is_dynamic=True):
+def check_grouped(kernels, dims, counts, weight_format, device, *, is_dynamic=True):
     config = gemm_config(dims, counts, weight_format, is_gated=False)
-    permutation = permutation_of_counts(counts, tile_rows, NUM_TOKENS, device=device)
+    permutation = permutation_of_counts(counts, kernels.tile_rows, NUM_TOKENS, device=device)
     logical = logical_weights(config, device)
     weights = pack_weights(logical, weight_format, is_gated=False)
     is_real = real_rows(permutation)
     rows = normal(permutation.max_rows, dims.in_features, device=device, seed=3)
     rows[~is_real] = float("nan")
-    actual = hopper_grouped_gemm(rows, weights, permutation, config=config, is_dynamic=is_dynamic)
+    actual = kernels.grouped(rows, weights, permutation, config=config, is_dynamic=is_dynamic)
     reference = grouped_gemm_reference(rows, weights, permutation, config=config)
     exact = product_in_float64(rows, logical, permutation, config)
     assert_close_to_exact(actual[is_real], reference[is_real], exact[is_real])
 
 
-@pytest.mark.parametrize("tile_rows", [64, 128], ids="tile_rows{}".format)
+@for_all_kernels
 @pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("dims", ALIGNED, ids=str)
-def test_every_format_is_multiplied_where_it_lies(hopper, dims, weight_format, tile_rows):
-    check_gather(dims, COUNTS["edges_of_tiles"], weight_format, tile_rows, hopper)
-    check_grouped(dims, COUNTS["edges_of_tiles"], weight_format, tile_rows, hopper)
+def test_every_format_is_multiplied_where_it_lies(hopper, kernels, dims, weight_format):
+    check_gather(kernels, dims, COUNTS["edges_of_tiles"], weight_format, hopper)
+    check_grouped(kernels, dims, COUNTS["edges_of_tiles"], weight_format, hopper)
 
 
+@for_both_kernels
 @pytest.mark.parametrize("dims", AWKWARD, ids=str)
-def test_dims_that_are_no_multiple_of_a_tile(hopper, dims):
-    check_gather(dims, COUNTS["edges_of_tiles"], WeightFormat(), 128, hopper)
-    check_grouped(dims, COUNTS["edges_of_tiles"], WeightFormat(), 128, hopper)
+def test_dims_that_are_no_multiple_of_a_tile(hopper, kernels, dims):
+    check_gather(kernels, dims, COUNTS["edges_of_tiles"], WeightFormat(), hopper)
+    check_grouped(kernels, dims, COUNTS["edges_of_tiles"], WeightFormat(), hopper)
 
 
 @pytest.mark.parametrize("is_dynamic", [True, False], ids=["dynamic", "static"])
-@pytest.mark.parametrize("tile_rows", [64, 128], ids="tile_rows{}".format)
+@for_all_kernels
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-def test_loads_of_every_kind(hopper, counts, tile_rows, is_dynamic):
+def test_loads_of_every_kind(hopper, kernels, counts, is_dynamic):
     if not any(counts):
         config = gemm_config(Dims(256, 256), counts, WeightFormat(), is_gated=False)
-        permutation = permutation_of_counts(counts, tile_rows, NUM_TOKENS, device=hopper)
+        permutation = permutation_of_counts(counts, kernels.tile_rows, NUM_TOKENS, device=hopper)
         rows = normal(permutation.max_rows, 256, device=hopper, seed=3)
-        out = hopper_grouped_gemm(rows, logical_weights(config, hopper), permutation, config=config)
+        out = kernels.grouped(rows, logical_weights(config, hopper), permutation, config=config)
         assert out.isnan().all(), "nothing is written"
         return
     for weight_format in (WeightFormat(), FLASHINFER):
-        check_gather(Dims(512, 768), counts, weight_format, tile_rows, hopper, is_dynamic=is_dynamic)
-        check_grouped(Dims(768, 512), counts, weight_format, tile_rows, hopper, is_dynamic=is_dynamic)
+        check_gather(kernels, Dims(512, 768), counts, weight_format, hopper, is_dynamic=is_dynamic)
+        check_grouped(kernels, Dims(768, 512), counts, weight_format, hopper, is_dynamic=is_dynamic)
 
 
+@for_both_kernels
 @pytest.mark.parametrize("weight_format", [WeightFormat(), FLASHINFER], ids=["huggingface", "flashinfer"])
 @pytest.mark.parametrize("given", ["alpha", "beta", "clamp_limit", "all"])
-def test_swiglu_parameters_of_each_expert(hopper, given, weight_format):
+def test_swiglu_parameters_of_each_expert(hopper, kernels, given, weight_format):
     counts = COUNTS["many_units"]
     experts = torch.arange(len(counts), device=hopper)
     values = {"alpha": 1.0 + 0.3 * experts, "beta": 0.5 * experts - 1, "clamp_limit": 0.4 + 0.1 * experts}
     swiglu = SwigluParams(**{name: value for name, value in values.items() if given in (name, "all")})
-    check_gather(Dims(256, 256), counts, weight_format, 128, hopper, swiglu=swiglu)
+    check_gather(kernels, Dims(256, 256), counts, weight_format, hopper, swiglu=swiglu)
 
 
+@for_both_kernels
 @pytest.mark.parametrize("weight_format", [WeightFormat(), FLASHINFER], ids=["huggingface", "flashinfer"])
-def test_bits_are_the_same_in_20_runs_and_in_a_replayed_graph(hopper, weight_format):
+def test_bits_are_the_same_in_20_runs_and_in_a_replayed_graph(hopper, kernels, weight_format):
     counts, dims = COUNTS["many_units"] * 4, Dims(512, 512)
-    permutation = permutation_of_counts(counts, 128, NUM_TOKENS, device=hopper)
+    permutation = permutation_of_counts(counts, kernels.tile_rows, NUM_TOKENS, device=hopper)
     gate = gemm_config(dims, counts, weight_format, is_gated=True)
     down = gemm_config(dims, counts, weight_format, is_gated=False)
     w1 = pack_weights(logical_weights(gate, hopper), weight_format, is_gated=True)
@@ -171,8 +197,8 @@ def test_bits_are_the_same_in_20_runs_and_in_a_replayed_graph(hopper, weight_for
     is_real = real_rows(permutation)
 
     def both() -> Tensor:
-        return hopper_grouped_gemm(
-            hopper_gather_gemm(hidden_states, w1, permutation, config=gate), w2, permutation, config=down
+        return kernels.grouped(
+            kernels.gather(hidden_states, w1, permutation, config=gate), w2, permutation, config=down
         )
 
     first = both()[is_real]

@@ -17,14 +17,20 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("tile_rows", [64, 128], ids="tile_rows{}".format)
+# unit_rows and row_multiple, and the tile_rows that go with them
+PLANS = [(128, 128, 64), (128, 128, 128), *((160, 32, tile_rows) for tile_rows in (16, 32, 64, 128))]
+
+
+@pytest.mark.parametrize(("unit_rows", "row_multiple", "tile_rows"), PLANS, ids=lambda value: f"{value}")
 @pytest.mark.parametrize("chunk", [8, 1024], ids="chunk{}".format)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-def test_units_are_those_of_the_reference(triton_device, monkeypatch, counts, chunk, tile_rows):
+def test_units_are_those_of_the_reference(
+    triton_device, monkeypatch, counts, chunk, unit_rows, row_multiple, tile_rows
+):
     monkeypatch.setattr(hopper_schedule, "MAX_CHUNK", chunk)
     permutation = permutation_of_counts(counts, tile_rows, 16, device=triton_device)
-    schedule = plan_units(permutation)
-    expected = plan_units_reference(permutation)
+    schedule = plan_units(permutation, unit_rows=unit_rows, row_multiple=row_multiple)
+    expected = plan_units_reference(permutation, unit_rows=unit_rows, row_multiple=row_multiple)
     assert schedule.counts.tolist() == expected.counts.tolist()
     num_units = int(expected.counts[0])
     assert torch.equal(schedule.units[:, :num_units].cpu(), expected.units[:, :num_units])
@@ -44,13 +50,25 @@ def test_the_order_takes_every_column_block_of_every_unit_once(tile_rows):
     assert sorted(taken) == [(unit, block) for unit in range(num_units) for block in range(num_blocks)]
 
 
-def test_units_hold_every_real_row_once():
-    counts = COUNTS["random"]
-    permutation = permutation_of_counts(counts, 64, 16)
-    schedule = plan_units_reference(permutation)
+@pytest.mark.parametrize(("unit_rows", "row_multiple", "tile_rows"), PLANS, ids=lambda value: f"{value}")
+def test_units_hold_every_real_row_once(unit_rows, row_multiple, tile_rows):
+    counts = [*COUNTS["random"], *COUNTS["edges_of_tiles"], 160, 161, 320, 321]
+    permutation = permutation_of_counts(counts, tile_rows, 16)
+    schedule = plan_units_reference(permutation, unit_rows=unit_rows, row_multiple=row_multiple)
     experts, first_rows, num_rows, _, _ = schedule.units[:, : int(schedule.counts[0])].tolist()
     covered = torch.zeros(permutation.max_rows, dtype=torch.int32)
     for first_row, rows in zip(first_rows, num_rows):
+        assert rows <= unit_rows
         covered[first_row : first_row + rows] += 1
     assert torch.equal(covered, (permutation.token_of_row >= 0).int())
     assert sorted(set(experts)) == [expert for expert, count in enumerate(counts) if count]
+
+
+def test_an_expert_of_several_units_shares_its_rows_evenly():
+    permutation = permutation_of_counts([170, 500], 16, 16)
+    schedule = plan_units_reference(permutation, unit_rows=160, row_multiple=32)
+    assert schedule.units[:3, :6].tolist() == [
+        [0, 0, 1, 1, 1, 1],
+        [0, 96, 176, 304, 432, 560],
+        [96, 74, 128, 128, 128, 116],
+    ]

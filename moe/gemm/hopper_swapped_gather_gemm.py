@@ -1,0 +1,71 @@
+"""Stage 3 on Hopper, for loads of some tens of rows an expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe.flow import Permutation, SwigluParams
+from moe.gemm.config import GemmConfig, WeightLayout
+from moe.gemm.hopper_launch import MAX_REGISTERS, descriptor, is_hopper, num_blocks
+from moe.gemm.hopper_swapped_gather_gemm_kernel import hopper_swapped_gather_gemm_kernel
+from moe.gemm.hopper_swapped_launch import TILE_ROWS, fits_swapped, plan_swapped_units, store_rows, weight_boxes
+
+BLOCK_N = 128  # columns of the result, for 256 rows of the weight
+
+
+def takes(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
+    """Whether `hopper_swapped_gather_gemm` computes this: SwiGLU, a contiguous contraction, tile_rows 16 to 128."""
+    return is_hopper(device) and config.is_gated and fits_swapped(config, tile_rows, BLOCK_N)
+
+
+def hopper_swapped_gather_gemm(
+    hidden_states: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    swiglu: SwigluParams | None = None,
+    is_dynamic: bool = True,
+) -> Tensor:
+    """SwiGLU(hidden_states[token_of_row] @ W1[expert_of_row]^T); arguments and result as `gather_gemm`.
+
+    Args:
+        is_dynamic: blocks take the next piece of work as they finish one, rather than every n-th.
+
+    Raises:
+        ValueError: where a tensor does not fit the config, or the kernel does not take the config.
+    """
+    config.check_gather(hidden_states, weights, permutation, swiglu)
+    if not (config.is_gated and fits_swapped(config, permutation.tile_rows, BLOCK_N)):
+        raise ValueError(
+            "hopper_swapped_gather_gemm: expected SwiGLU, a contiguous contraction of more than 64 and tile_rows of "
+            f"{TILE_ROWS}; got {config!r} and tile_rows={permutation.tile_rows}; use gather_gemm"
+        )
+    out = torch.empty(permutation.max_rows, config.out_features, dtype=torch.bfloat16, device=hidden_states.device)
+    if not out.numel():
+        return out
+    swiglu = swiglu or SwigluParams()
+    schedule = plan_swapped_units(permutation)
+    with torch.cuda.device_of(hidden_states):
+        hopper_swapped_gather_gemm_kernel[(num_blocks(schedule, config, BLOCK_N),)](
+            hidden_states,
+            weight_boxes(weights, config),
+            descriptor(out, store_rows(permutation.tile_rows), 64),
+            permutation.token_of_row,
+            schedule.units,
+            schedule.counts,
+            schedule.max_units,
+            swiglu.alpha,
+            swiglu.beta,
+            swiglu.clamp_limit,
+            IN_FEATURES=config.in_features,
+            OUT_FEATURES=config.out_features,
+            IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
+            IS_SHUFFLED=config.weight_format.is_shuffled,
+            IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
+            IS_DYNAMIC=is_dynamic,
+            num_warps=4,
+            maxnreg=MAX_REGISTERS,
+        )
+    return out

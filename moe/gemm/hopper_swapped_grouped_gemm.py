@@ -1,0 +1,66 @@
+"""Stage 4 on Hopper, for loads of some tens of rows an expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe.flow import Permutation
+from moe.gemm.config import GemmConfig, WeightLayout
+from moe.gemm.hopper_launch import MAX_REGISTERS, descriptor, is_hopper, num_blocks
+from moe.gemm.hopper_swapped_grouped_gemm_kernel import hopper_swapped_grouped_gemm_kernel
+from moe.gemm.hopper_swapped_launch import (
+    ROW_MULTIPLE,
+    TILE_ROWS,
+    fits_swapped,
+    plan_swapped_units,
+    store_rows,
+    weight_boxes,
+)
+
+BLOCK_N = 256  # columns of the result
+
+
+def takes(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
+    """Whether `hopper_swapped_grouped_gemm` computes this: weights with a contiguous contraction, tile_rows 16 to 128."""
+    return is_hopper(device) and config.activation is None and fits_swapped(config, tile_rows, BLOCK_N)
+
+
+def hopper_swapped_grouped_gemm(
+    rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig, is_dynamic: bool = True
+) -> Tensor:
+    """rows @ W2[expert_of_row]^T; arguments and result as `grouped_gemm`.
+
+    Args:
+        is_dynamic: blocks take the next piece of work as they finish one, rather than every n-th.
+
+    Raises:
+        ValueError: where a tensor does not fit the config, or the kernel does not take the config.
+    """
+    config.check_grouped(rows, weights, permutation)
+    if config.activation is not None or not fits_swapped(config, permutation.tile_rows, BLOCK_N):
+        raise ValueError(
+            "hopper_swapped_grouped_gemm: expected no activation, a contiguous contraction of more than 64 and tile_rows of "
+            f"{TILE_ROWS}; got {config!r} and tile_rows={permutation.tile_rows}; use grouped_gemm"
+        )
+    out = torch.empty(permutation.max_rows, config.out_features, dtype=torch.bfloat16, device=rows.device)
+    if not out.numel():
+        return out
+    schedule = plan_swapped_units(permutation)
+    with torch.cuda.device_of(rows):
+        hopper_swapped_grouped_gemm_kernel[(num_blocks(schedule, config, BLOCK_N),)](
+            descriptor(rows, ROW_MULTIPLE, 64),
+            weight_boxes(weights, config),
+            descriptor(out, store_rows(permutation.tile_rows), 64),
+            schedule.units,
+            schedule.counts,
+            schedule.max_units,
+            IN_FEATURES=config.in_features,
+            OUT_FEATURES=config.out_features,
+            IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
+            IS_SHUFFLED=config.weight_format.is_shuffled,
+            IS_DYNAMIC=is_dynamic,
+            num_warps=4,
+            maxnreg=MAX_REGISTERS,
+        )
+    return out
