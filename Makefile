@@ -1,6 +1,7 @@
 # make demo    install into .venv and run one real layer on the device that is here
 # make test    every test mode, each a process of its own; the GPU's too where there is one
 # make bench   time every named layer, whole and stage by stage, into bench.json
+# make bench-dense    time stages and layers in turns with cuBLAS GEMMs of the same size, into bench-dense.json
 # make lint    ruff and mypy
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ CUDA := $(if $(shell command -v nvidia-smi),cuda13)
 comma := ,
 empty :=
 
-.PHONY: demo test test-plain test-interpreter test-simulator test-gpu bench lint format clean
+.PHONY: demo test test-plain test-interpreter test-simulator test-gpu bench bench-dense lint format clean
 
 demo: $(VENV)/.installed-run
 	$(BIN)/python -m moe run --model $(MODEL)
@@ -22,6 +23,7 @@ test: test-plain test-interpreter test-simulator test-gpu
 
 test-plain: $(VENV)/.installed-test
 	$(PYTEST) -q -m "not gpu"
+	$(PYTEST) -q tests/benchmarks --benchmark-disable
 
 test-interpreter: $(VENV)/.installed-test
 	TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter
@@ -35,6 +37,9 @@ test-gpu: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-run
 	$(BIN)/python -m moe bench --json bench.json
+
+bench-dense: $(VENV)/.installed-test
+	$(PYTEST) -q tests/benchmarks --benchmark-json=bench-dense.json
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -1,0 +1,122 @@
+"""Which layers the benchmarks time, made once and held against float64 before anything is timed.
+
+pytest tests/benchmarks                                    layers with published peers, four token counts; tiny on a CPU
+pytest tests/benchmarks --tokens all --routing uniform,zipf --weights flashinfer
+pytest tests/benchmarks --benchmark-disable                a tiny layer, each benchmark once: a smoke test
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from moe.cli.exact import check_accuracy
+from moe.cli.layer import FORMATS, ROUTINGS, Inputs, Layer, make_inputs, make_layer
+from moe.cli.machine import UnfitMachine, expect_memory, pick_device
+from moe.cli.progress import Progress
+from moe.cli.run import MAX_CHECKED_TOKENS, sets_for
+from moe.cli.text import decimal, table
+from moe.shapes import NAMED_SHAPES, MoEShape
+
+SEED = 0
+TINY = MoEShape("tiny", 64, 64, 16, 4, "Renormalize", 16)
+SHAPES = {TINY.name: TINY} | NAMED_SHAPES
+# The layers that docs/performance.md compares with other libraries.
+PEER_SHAPES = (
+    "qwen3-30b-a3b",
+    "deepseek-v3-ep8",
+    "mixtral-8x7b",
+    "qwen3-235b-a22b",
+    "olmoe-1b-7b",
+    "sonic-7b",
+    "llama4-scout",
+)
+ALL_TOKENS = tuple(1 << power for power in range(15))  # 1 to 16384
+SOME_TOKENS = (1, 128, 2048, 8192)
+TINY_TOKENS = (1, 40)
+RECORDS = pytest.StashKey[list[dict[str, object]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("layers to time")
+    group.addoption("--shapes", help=f"names with commas between, or all: {', '.join(SHAPES)}")
+    group.addoption("--tokens", help="counts with commas between, or all: 1, 2, 4, .. 16384")
+    group.addoption("--routing", default="uniform", help=f"names with commas between: {', '.join(ROUTINGS)}")
+    group.addoption("--weights", choices=FORMATS, default="hf", help="format of the weights in memory")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RECORDS] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = metafunc.config.getoption
+    is_smoke = option("--benchmark-disable") or not torch.cuda.is_available()
+    shapes = _names(option("--shapes"), all_names=tuple(SHAPES), default=(TINY.name,) if is_smoke else PEER_SHAPES)
+    tokens = _names(option("--tokens"), all_names=ALL_TOKENS, default=TINY_TOKENS if is_smoke else SOME_TOKENS)
+    routings = _names(option("--routing"), all_names=ROUTINGS, default=ROUTINGS[:1])
+    for name, known in ((shapes, SHAPES), (routings, ROUTINGS)):
+        if unknown := set(name) - set(known):
+            raise pytest.UsageError(f"expected some of {', '.join(known)}; got {', '.join(map(str, unknown))}")
+    if "layer" in metafunc.fixturenames:
+        metafunc.parametrize("layer", shapes, indirect=True)
+    if "sets" in metafunc.fixturenames:
+        loads = [(int(num_tokens), routing) for routing in routings for num_tokens in tokens]
+        metafunc.parametrize("sets", loads, indirect=True, ids=[f"T{count}-{routing}" for count, routing in loads])
+
+
+def _names(text: str | None, *, all_names: tuple, default: tuple) -> tuple:
+    if not text:
+        return default
+    return all_names if text == "all" else tuple(text.split(","))
+
+
+@pytest.fixture(scope="module")
+def layer(request: pytest.FixtureRequest) -> Iterator[Layer]:
+    """A layer with random weights, for all benchmarks of its shape; freed before the next one is made."""
+    device, shape = pick_device("auto"), SHAPES[request.param]
+    try:
+        expect_memory(shape, device)
+    except UnfitMachine as error:
+        pytest.skip(str(error))
+    weight_format = FORMATS[request.config.getoption("--weights")]
+    yield make_layer(shape, device, weight_format=weight_format, seed=SEED, progress=Progress())
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module")
+def sets(request: pytest.FixtureRequest, layer: Layer) -> Iterator[list[Inputs]]:
+    """Input sets that take turns, whose stages' results end in an output within 1e-2 of float64."""
+    num_tokens, routing = request.param
+    sets = make_inputs(layer, num_tokens, sets_for(num_tokens, layer.device), routing=routing, seed=SEED)
+    accuracy = check_accuracy(layer, sets[0], MAX_CHECKED_TOKENS, Progress())
+    assert accuracy.is_good, accuracy
+    yield sets
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[dict[str, object]], None]:
+    """Keeps a result for the table at the end."""
+    return request.config.stash[RECORDS].append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.stash[RECORDS]:
+        return
+    numbers = ("device_us", "tflops", "gb_per_s", "share_of_roof", "dense_us", "share_of_dense")
+    names = ("model", "num_tokens", "routing", *numbers, "timed")
+    lines = [
+        [_text(record.get(name), is_share=name.startswith("share")) for name in names]
+        for record in config.stash[RECORDS]
+    ]
+    terminalreporter.section("on the device")
+    terminalreporter.write_line(table(names, lines))
+
+
+def _text(value: object, *, is_share: bool) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{100 * value:.0f}%" if is_share else decimal(value)

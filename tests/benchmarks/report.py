@@ -1,0 +1,273 @@
+"""Writes docs/performance.md's numbers and docs/performance.svg from what `python -m moe bench --json` measured.
+
+    python tests/benchmarks/report.py bench.json bench-zipf.json --date 2026-11-22 --driver 580.159
+
+The text around the numbers stays; what lies between the markers is replaced. The picture needs `pip install moe-stages[plot]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+
+ROOT = Path(__file__).parents[2]
+PAGE, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.svg"
+PEERS = Path(__file__).with_name("peers_h200.json")
+STAGES = ("route", "permute", "gemm1", "gemm2", "finalize")
+# Roofs of one cell differ by less where the same number of experts was drawn: the peak matmul rate drifts with the clock.
+SAME_DRAW = 0.12
+MAX_GAP = 16  # times as many tokens: points further apart are not joined by a line
+SURFACE, INK, SOFT_INK, FAINT = "#fcfcfb", "#0b0b0b", "#52514e", "#d9d8d4"
+OURS, PEER, ROOF = "#2a78d6", "#eb6834", "#8a8984"
+
+Cell = tuple[str, str, int]  # model, routing, tokens
+
+
+@dataclass(frozen=True)
+class Line:
+    """One layer at one load. Microseconds; `peer` is the fastest library of the peers' file there, where it has the cell."""
+
+    model: str
+    routing: str
+    num_tokens: int
+    us: dict[str, float]  # by stage, and for experts and whole
+    roof_us: float
+    peer: str | None = None
+    peer_us: float | None = None
+    is_same_draw: bool = True
+
+    @property
+    def lead(self) -> float:
+        """How many times as fast as the best peer."""
+        assert self.peer_us is not None
+        return self.peer_us / self.us["experts"]
+
+
+def read_lines(results: Iterable[dict], peers: dict) -> list[Line]:
+    """In the order of `results`; a cell that comes twice counts as last measured."""
+    cells = {_cell(cell): cell for cell in peers["cells"]}
+    lines = {}
+    for result in results:
+        stages = result["stages"]
+        us = {name: stage["median_us"] for name, stage in stages.items()}
+        roof_us = stages["experts"]["roof_us"]
+        line = Line(result["model"], result["routing"], result["num_tokens"], us, roof_us)
+        if cell := cells.get(_cell(result)):
+            best = min(cell["us"], key=cell["us"].__getitem__)
+            is_same_draw = abs(cell["roof_us"] / roof_us - 1) <= SAME_DRAW
+            name = peers["libraries"][best]["name"]
+            line = Line(*_cell(result), us, roof_us, name, cell["us"][best], is_same_draw)
+        lines[_cell(result)] = line
+    return list(lines.values())
+
+
+def _cell(values: dict) -> Cell:
+    return values["model"], values["routing"], values["num_tokens"]
+
+
+def table_text(lines: Sequence[Line]) -> str:
+    """Markdown, a line a layer and load."""
+    header = ("layer", "T", *STAGES, "experts", "whole", "roof", "of roof", "best peer", "its time", "lead")
+    rows = [header, ("---", *["---:"] * (len(header) - 4), "---", "---:", "---:")]
+    for line in lines:
+        name = line.model if line.routing == "uniform" else f"{line.model}, {line.routing}"
+        row = [name, str(line.num_tokens), *(_number(line.us[name]) for name in (*STAGES, "experts", "whole"))]
+        row += [_number(line.roof_us), f"{100 * line.roof_us / line.us['experts']:.0f}%"]
+        if line.peer_us is None:
+            row += ["", "", ""]
+        else:
+            mark = "" if line.is_same_draw else " †"
+            row += [str(line.peer), _number(line.peer_us), f"{line.lead:.2f}{mark}"]
+        rows.append(tuple(row))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def summary_text(lines: Sequence[Line]) -> str:
+    """Where we lead and where we trail, over cells that a peer has too, the same number of experts drawn."""
+    compared = [line for line in lines if line.peer_us is not None and line.is_same_draw]
+    if not compared:
+        return "No cell of this run has a peer."
+    num_ahead = sum(line.lead > 1 for line in compared)
+    by_lead = sorted(compared, key=lambda line: line.lead)
+    num_named = min(5, len(compared) // 2)
+    rows = [
+        "| T | cells | ahead | geometric mean of lead | least | most |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for num_tokens in sorted({line.num_tokens for line in compared}):
+        leads = [line.lead for line in compared if line.num_tokens == num_tokens]
+        ahead = sum(lead > 1 for lead in leads)
+        rows.append(
+            f"| {num_tokens} | {len(leads)} | {ahead} | {geometric_mean(leads):.2f} | {min(leads):.2f} | {max(leads):.2f} |"
+        )
+    mean = geometric_mean([line.lead for line in compared])
+    parts = [
+        f"Ahead of the best peer in {num_ahead} of {len(compared)} cells; geometric mean of the lead **{mean:.2f}**.",
+        "\n".join(rows),
+    ]
+    if num_named:
+        parts.append(
+            f"Furthest ahead: {_named(by_lead[::-1][:num_named])}.\nFurthest behind: {_named(by_lead[:num_named])}."
+        )
+    return "\n\n".join(parts)
+
+
+def _named(lines: Iterable[Line]) -> str:
+    return "; ".join(
+        f"{line.model} T={line.num_tokens}{'' if line.routing == 'uniform' else ' ' + line.routing} {line.lead:.2f}"
+        for line in lines
+    )
+
+
+def run_text(reports: Sequence[dict], date: str, driver: str, weights: str) -> str:
+    """Machine, versions, date and peaks of the run."""
+    machine = reports[0]["machine"]
+    versions = machine["versions"]
+    shown = [f"{name} {versions[name]}" for name in ("torch", "triton", "numba-cuda", "cuda-core")]
+    peaks = [result["peaks"] for report in reports for result in report["results"][:1]]
+    rates = ", ".join(
+        f"{1e-12 * peak['matmul_flops']:.0f} TFLOP/s {peak['matmul_dtype']} matmul and {1e-9 * peak['copy_bytes_per_s']:.0f} GB/s copy"
+        for peak in peaks
+    )
+    worst = max(result["accuracy"]["relative_frobenius"] for report in reports for result in report["results"])
+    return (
+        f"{date}, one {machine['name']} ({machine['details']}), {', '.join(shown)}, CUDA {versions['cuda of torch']}, "
+        f"driver {driver}, {weights} weights.\nPeaks of the run: {rates}. Largest relative error against float64: {worst:.1e}."
+    )
+
+
+def replace_part(page: str, name: str, text: str) -> str:
+    """`page` with what lies between the two markers of a name replaced.
+
+    Raises:
+        ValueError: where a marker is missing.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if begin not in page or end not in page:
+        raise ValueError(f"expected a page with {begin} and {end}")
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+
+
+def draw(lines: Sequence[Line], peers: dict, file: Path) -> None:
+    """Time of the experts' part over tokens, a panel a layer that peers were measured on, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(cell["model"] for cell in peers["cells"]))
+    # Text as text, and nothing that changes from run to run but the numbers.
+    style = {"svg.fonttype": "none", "svg.hashsalt": "moe", "font.size": 9, "axes.edgecolor": FAINT}
+    style |= {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"]}
+    style |= {"text.color": INK, "axes.labelcolor": SOFT_INK, "xtick.color": SOFT_INK, "ytick.color": SOFT_INK}
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(2, 4, figsize=(12, 6.2), facecolor=SURFACE, layout="constrained")
+        for axis, model in zip(axes.flat, models):
+            _draw_panel(
+                axis, model, [line for line in lines if (line.model, line.routing) == (model, "uniform")], peers
+            )
+        _draw_legend(axes.flat[len(models)], axes.flat[0])
+        for axis in axes.flat[len(models) + 1 :]:
+            axis.set_axis_off()
+        figure.savefig(file, metadata={"Date": None})
+        plt.close(figure)
+
+
+def _draw_panel(axis, model: str, lines: list[Line], peers: dict) -> None:
+    lines = sorted(lines, key=lambda line: line.num_tokens)
+    cells = [cell for cell in peers["cells"] if (cell["model"], cell["routing"]) == (model, "uniform")]
+    axis.set(yscale="log", facecolor=SURFACE)
+    axis.set_xscale("log", base=2)
+    roof_us = {cell["num_tokens"]: cell["roof_us"] for cell in cells} | {
+        line.num_tokens: line.roof_us for line in lines
+    }
+    tokens, roofs = zip(*sorted(roof_us.items()))
+    axis.plot(tokens, roofs, color=ROOF, linestyle=(0, (4, 2)), linewidth=1.2, label="roof")
+    peer_us = [min(cell["us"].values()) for cell in cells]
+    peer_tokens = [cell["num_tokens"] for cell in cells]
+    axis.plot(peer_tokens, peer_us, color=PEER, marker="s", markersize=4.5, linewidth=1.6, label="best peer")
+    tokens, ours = _with_gaps([(line.num_tokens, line.us["experts"]) for line in lines])
+    axis.plot(tokens, ours, color=OURS, marker="o", markersize=5.5, linewidth=2, label="this package")
+    for line in lines:
+        if line.peer_us is not None and line.is_same_draw:
+            place = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "fontsize": 8}
+            weight = "bold" if line.lead > 1 else "normal"
+            color = INK if line.lead > 1 else SOFT_INK
+            axis.annotate(
+                f"{line.lead:.2f}",
+                (line.num_tokens, max(line.us["experts"], line.peer_us)),
+                color=color,
+                weight=weight,
+                **place,
+            )
+    axis.set_title(model, loc="left", fontsize=10, color=INK)
+    axis.set_xticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4096"])
+    axis.minorticks_off()
+    axis.set_xlim(0.45, 36000)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high * 1.6)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.grid(True, color=FAINT, linewidth=0.5)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(length=0)
+
+
+def _with_gaps(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    """x and y, with a NaN wherever a line between two points would claim too much about what lies between."""
+    xs: list[float] = []
+    ys: list[float] = []
+    for x, y in points:
+        if xs and x > MAX_GAP * xs[-1]:
+            xs.append(x)
+            ys.append(float("nan"))
+        xs.append(x)
+        ys.append(y)
+    return xs, ys
+
+
+def _draw_legend(axis, source) -> None:
+    axis.set_axis_off()
+    handles, labels = source.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1], loc="upper left", frameon=False, fontsize=10)
+    axis.text(
+        0.04,
+        0.6,
+        "microseconds of the experts' part\n(permute to finalize) over tokens,\nuniform routing\n\n"
+        "number: best peer's time / ours;\nbold where we are ahead",
+        transform=axis.transAxes,
+        va="top",
+        fontsize=9,
+        color=SOFT_INK,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="written by `python -m moe bench --json`, of one machine")
+    parser.add_argument("--date", required=True, help="of the measurement, YYYY-MM-DD")
+    parser.add_argument("--driver", required=True, help="as nvidia-smi names it")
+    parser.add_argument("--weights", default="hf", help="what bench ran with; default: hf")
+    options = parser.parse_args(arguments)
+    reports = [json.loads(file.read_text()) for file in options.files]
+    peers = json.loads(PEERS.read_text())
+    lines = read_lines([result for report in reports for result in report["results"]], peers)
+    page = PAGE.read_text()
+    page = replace_part(page, "run", run_text(reports, options.date, options.driver, options.weights))
+    page = replace_part(page, "summary", summary_text(lines))
+    page = replace_part(page, "table", table_text(lines))
+    draw(lines, peers, PICTURE)
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The document of the results, from made-up ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+import report
+
+
+def measured(model: str, num_tokens: int, experts_us: float, *, roof_us: float = 17.7) -> dict:
+    stages = {name: {"median_us": 1.0, "roof_us": 0.5} for name in (*report.STAGES, "whole")}
+    stages["experts"] = {"median_us": experts_us, "roof_us": roof_us}
+    peaks = {"matmul_flops": 7e14, "matmul_dtype": "bfloat16", "copy_bytes_per_s": 4e12}
+    result = {"model": model, "routing": "uniform", "num_tokens": num_tokens, "stages": stages, "peaks": peaks}
+    return result | {"accuracy": {"relative_frobenius": 3e-3}}
+
+
+@pytest.fixture
+def peers() -> dict:
+    return json.loads(report.PEERS.read_text())
+
+
+def test_lead_is_over_the_fastest_peer_of_the_cell(peers: dict):
+    (line,) = report.read_lines([measured("qwen3-30b-a3b", 1, 13.7)], peers)
+    assert (line.peer, line.peer_us) == ("SGLang, tuned", 27.4)
+    assert line.lead == pytest.approx(2.0)
+    assert "| 27.4 | 2.00 |" in report.table_text([line])
+    assert "Ahead of the best peer in 1 of 1 cells; geometric mean of the lead **2.00**" in report.summary_text([line])
+
+
+def test_cell_of_another_draw_is_marked_and_left_out_of_the_summary(peers: dict):
+    (line,) = report.read_lines([measured("qwen3-30b-a3b", 1, 13.7, roof_us=10.0)], peers)
+    assert "2.00 †" in report.table_text([line])
+    assert report.summary_text([line]) == "No cell of this run has a peer."
+
+
+def test_layer_without_a_peer_has_empty_cells(peers: dict):
+    (line,) = report.read_lines([measured("kimi-k2", 1, 100.0)], peers)
+    assert report.table_text([line]).endswith("|  |  |  |")
+
+
+def test_every_cell_of_the_peers_names_known_libraries(peers: dict):
+    assert len(peers["cells"]) == 60
+    assert all(set(cell["us"]) <= set(peers["libraries"]) for cell in peers["cells"])
+
+
+def test_command_fills_the_page_and_draws_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "performance.md"
+    parts = ("run", "summary", "table")
+    page.write_text("".join(f"text\n<!-- {part}: begin -->\nold\n<!-- {part}: end -->\n" for part in parts))
+    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "PICTURE", tmp_path / "performance.svg")
+    machine = {
+        "name": "a GPU",
+        "details": "large",
+        "versions": dict.fromkeys(("torch", "triton", "numba-cuda", "cuda-core", "cuda of torch"), "1"),
+    }
+    results = tmp_path / "bench.json"
+    results.write_text(json.dumps({"machine": machine, "results": [measured("qwen3-30b-a3b", 1, 13.7)]}))
+    report.main([str(results), "--date", "2026-01-02", "--driver", "580"])
+    text = page.read_text()
+    assert "old" not in text
+    assert text.count("text\n") == 3
+    assert "2026-01-02, one a GPU" in text
+    assert "</svg>" in (tmp_path / "performance.svg").read_text()
+
+
+def test_page_without_markers_is_refused():
+    with pytest.raises(ValueError, match="expected a page with"):
+        report.replace_part("page", "table", "text")
