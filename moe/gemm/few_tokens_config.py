@@ -1,0 +1,163 @@
+"""Stages 2 to 5 for few tokens: which experts lie here, both GEMMs, and how they are cut into programs."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from moe.checks import expect, expect_separate
+from moe.flow import SwigluParams, TopK
+from moe.frozen import Count, FrozenConfig, PowerOfTwo
+from moe.gemm.config import GemmConfig, WeightLayout
+
+ELEMENTS_A_WARP = 256  # bf16 elements that a warp loads at once, 16 bytes a lane
+MAX_BLOCK_K = 1024
+MAX_COLUMN_BLOCKS = 65535  # the grid's second axis
+# A slot streams its expert's weights by itself. While slots are fewer than this share of all experts, most experts are
+# chosen once (1.3 slots an active expert in the mean), and that costs less than grouping slots by expert. On an H200 with
+# 128 experts, 64 slots were faster ungrouped and 128 were not.
+MAX_SLOTS_AN_EXPERT = 0.6
+
+
+class MatvecTile(FrozenConfig):
+    """What one program computes of a matrix-vector product, and with how many warps."""
+
+    block_n: PowerOfTwo = Field(le=64)  # output columns
+    block_k: PowerOfTwo = Field(ge=64, le=4096)  # elements of the contraction a step
+    num_warps: PowerOfTwo = Field(default=1, le=16)
+    num_prefetched: int = Field(default=0, ge=0, le=32)  # steps of W2 loaded before a dependent launch waits
+
+
+class FewTokenConfig(FrozenConfig):
+    """Experts [local_expert_offset, local_expert_offset + gemm1.num_experts) of num_experts lie here."""
+
+    num_experts: Count
+    top_k: Count
+    gemm1: GemmConfig
+    gemm2: GemmConfig
+    local_expert_offset: int = Field(default=0, ge=0)
+    slot_tile: MatvecTile | None = None  # None: default_slot_tile
+    token_tile: MatvecTile | None = None  # None: default_token_tile
+    uses_pdl: bool = False  # programmatic dependent launches, where the GPU has them (compute capability 9.0 and up)
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> FewTokenConfig:
+        pairs = (("num_experts", "num_experts"), ("out_features", "in_features"), ("in_features", "out_features"))
+        for first, second in pairs:
+            values = getattr(self.gemm1, first), getattr(self.gemm2, second)
+            if values[0] != values[1]:
+                raise ValueError(f"stages disagree: gemm1.{first}={values[0]} but gemm2.{second}={values[1]}")
+        if self.local_expert_offset + self.gemm1.num_experts > self.num_experts:
+            raise ValueError(
+                f"local_expert_offset: expected at most num_experts - gemm1.num_experts = "
+                f"{self.num_experts - self.gemm1.num_experts}, got {self.local_expert_offset}"
+            )
+        if self.gemm1.activation is None or self.gemm2.activation is not None:
+            raise ValueError(
+                "activation: expected one in gemm1 and none in gemm2, "
+                f"got {self.gemm1.activation!r} and {self.gemm2.activation!r}"
+            )
+        if not takes(self.gemm1, self.gemm2):
+            raise ValueError(
+                f"weight_format.layout: expected MajorK or BlockMajorK and at most {MAX_COLUMN_BLOCKS} columns, got "
+                f"{self.gemm1.weight_format.layout.name} and {self.gemm2.weight_format.layout.name}; permute the tokens"
+            )
+        return self
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens for which this is faster than permuting them: one at the least."""
+        return max(1, int(MAX_SLOTS_AN_EXPERT * self.num_experts) // self.top_k)
+
+    def check(
+        self,
+        topk: TopK,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        swiglu: SwigluParams | None,
+        output: Tensor | None,
+    ) -> None:
+        """Raise unless all tensors fit: hidden_states [T, H], weights of weight_shape, output [T, H] of its own."""
+        self.check_slots(topk, hidden_states, w1, swiglu)
+        self.gemm2.check_weights("gemm2_weights", w2, topk.expert_ids.device)
+        read = {"hidden_states": hidden_states, "gemm1_weights": w1, "gemm2_weights": w2}
+        self._check_output(topk, output, read)
+
+    def check_slots(self, topk: TopK, hidden_states: Tensor, w1: Tensor, swiglu: SwigluParams | None) -> None:
+        """Raise unless the tensors fit gemm1 of these slots."""
+        dims = self._check_topk(topk) | {"H": self.gemm1.in_features}
+        device = topk.expert_ids.device
+        expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16, device=device)
+        self.gemm1.check_weights("gemm1_weights", w1, device)
+        self.gemm1.check_swiglu(swiglu, device)
+
+    def check_tokens(self, topk: TopK, activation: Tensor, w2: Tensor, output: Tensor | None) -> None:
+        """Raise unless the tensors fit gemm2 of these slots and the sum of its rows: activation [T * K, I] bf16."""
+        dims = self._check_topk(topk)
+        dims = {"slots": dims["T"] * self.top_k, "I": self.gemm2.in_features}
+        device = topk.expert_ids.device
+        expect("activation", activation, "slots I", dims, dtype=torch.bfloat16, device=device)
+        self.gemm2.check_weights("gemm2_weights", w2, device)
+        self._check_output(topk, output, {"activation": activation, "gemm2_weights": w2})
+
+    def _check_topk(self, topk: TopK) -> dict[str, int]:
+        dims = {"K": self.top_k}
+        expect("expert_ids", topk.expert_ids, "T K", dims, dtype=torch.int32)
+        dtypes = (torch.bfloat16, torch.float32)
+        expect("expert_weights", topk.weights, "T K", dims, dtype=dtypes, device=topk.expert_ids.device)
+        return dims
+
+    def _check_output(self, topk: TopK, output: Tensor | None, read: dict[str, Tensor]) -> None:
+        if output is None:
+            return
+        dims = {"T": topk.expert_ids.shape[0], "H": self.gemm2.out_features}
+        expect("output", output, "T H", dims, dtype=torch.bfloat16, device=topk.expert_ids.device)
+        expect_separate("output", output, {**read, "expert_ids": topk.expert_ids, "expert_weights": topk.weights})
+
+
+def takes(gemm1: GemmConfig, gemm2: GemmConfig) -> bool:
+    """Whether the few-token kernels read these weights: neighbours in the contraction must be neighbours in memory."""
+    return all(
+        gemm.weight_format.layout is not WeightLayout.MajorMn and gemm.out_features <= MAX_COLUMN_BLOCKS
+        for gemm in (gemm1, gemm2)
+    )
+
+
+@functools.cache
+def default_slot_tile(config: GemmConfig) -> MatvecTile:
+    """gemm1: a column (gate and up) a program of four warps where rows are long, more where they are short.
+
+    Many small programs ramp up and drain fastest, which is most of what is lost with one token. The token count has no
+    part in it, so a token alone has the bits that it has in a batch.
+    """
+    block_k = _block_k(config.in_features, MAX_BLOCK_K)
+    return MatvecTile(block_n=max(1, MAX_BLOCK_K // block_k), block_k=block_k, num_warps=_num_warps(block_k))
+
+
+@functools.cache
+def default_token_tile(config: GemmConfig, top_k: int) -> MatvecTile:
+    """gemm2: two columns a program, of one warp where there are several slots to sum.
+
+    Each slot's row is summed and rounded by itself. Within a warp that takes no barrier, so loads of the next slots go on.
+    Besides, dependent programs pile up on the first multiprocessors that gemm1 leaves unless there are enough small ones
+    for all: with qwen3-30b on an H200, wider blocks lost 3 to 9 us.
+    """
+    block_k = _block_k(config.in_features, MAX_BLOCK_K if top_k <= 2 else ELEMENTS_A_WARP)
+    return MatvecTile(block_n=2, block_k=block_k, num_warps=_num_warps(block_k), num_prefetched=8)
+
+
+def _num_warps(block_k: int) -> int:
+    """As many as load a step of a row at once, so that rows and vector lie in registers alike."""
+    return max(1, block_k // ELEMENTS_A_WARP)
+
+
+def _block_k(in_features: int, widest: int) -> int:
+    """The widest step of 16-byte loads that cuts the contraction evenly; 256 elements, the last ones masked, if none."""
+    for block_k in (1024, 512, 256):
+        if block_k <= widest and in_features % block_k == 0:
+            return block_k
+    return min(ELEMENTS_A_WARP, max(64, 1 << (in_features - 1).bit_length()))

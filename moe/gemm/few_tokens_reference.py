@@ -1,0 +1,76 @@
+"""The few-token stages in torch: fp32 maths an expert at a time, the same three roundings. Any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moe.flow import SwigluParams, TopK
+from moe.gemm.few_tokens_config import FewTokenConfig
+from moe.gemm.reference import activate_reference
+from moe.gemm.weight_format import unpack_expert
+
+
+def slot_gemm_reference(
+    hidden_states: Tensor,
+    weights: Tensor,
+    topk: TopK,
+    *,
+    config: FewTokenConfig,
+    swiglu: SwigluParams | None = None,
+) -> Tensor:
+    """activation(hidden_states[slot // K] @ W1[expert_ids[slot]]^T); arguments and result as `slot_gemm`."""
+    config.check_slots(topk, hidden_states, weights, swiglu)
+    gemm = config.gemm1
+    out = hidden_states.new_empty(topk.expert_ids.numel(), gemm.out_features)
+    for expert, slots in _slots_of_experts(topk, config):
+        weight = unpack_expert(weights[expert], gemm.weight_format, is_gated=gemm.is_gated)
+        product = hidden_states[slots // config.top_k].float() @ weight.float().T
+        out[slots] = activate_reference(product, expert, gemm, swiglu).bfloat16()
+    return out
+
+
+def token_gemm_reference(
+    activation: Tensor, weights: Tensor, topk: TopK, *, config: FewTokenConfig, output: Tensor | None = None
+) -> Tensor:
+    """sum over k of weights[t, k] * bf16(row of slot @ W2^T); arguments and result as `token_gemm`."""
+    config.check_tokens(topk, activation, weights, output)
+    gemm = config.gemm2
+    num_tokens, top_k = topk.expert_ids.shape
+    # Weighted after the rounding; a slot without a local expert adds nothing.
+    addends = torch.zeros(num_tokens * top_k, gemm.out_features, device=activation.device)
+    for expert, slots in _slots_of_experts(topk, config):
+        weight = unpack_expert(weights[expert], gemm.weight_format, is_gated=False)
+        row = (activation[slots].float() @ weight.float().T).bfloat16()
+        addends[slots] = topk.weights.flatten()[slots, None].float() * row.float()
+    total = torch.zeros(num_tokens, gemm.out_features, device=activation.device)
+    for choice in range(top_k):
+        total += addends[choice::top_k]
+    return total.bfloat16() if output is None else output.copy_(total)
+
+
+def few_token_experts_reference(
+    topk: TopK,
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    config: FewTokenConfig,
+    swiglu: SwigluParams | None = None,
+    output: Tensor | None = None,
+) -> Tensor:
+    """Permute, gemm1, gemm2 and finalize in one; arguments and result as `few_token_experts`."""
+    config.check(topk, hidden_states, w1, w2, swiglu, output)
+    activation = slot_gemm_reference(hidden_states, w1, topk, config=config, swiglu=swiglu)
+    return token_gemm_reference(activation, w2, topk, config=config, output=output)
+
+
+def _slots_of_experts(topk: TopK, config: FewTokenConfig) -> Iterator[tuple[int, Tensor]]:
+    """Each local expert that has slots, and which they are."""
+    expert_of_slot = topk.expert_ids.flatten().long() - config.local_expert_offset
+    for expert in range(config.gemm1.num_experts):
+        slots = (expert_of_slot == expert).nonzero().squeeze(1)
+        if len(slots):
+            yield expert, slots

@@ -1,0 +1,81 @@
+"""Stage 3 for few tokens: each slot's token times its expert's W1, and the activation. A row is a slot."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe.flow import SwigluParams, TopK
+from moe.gemm.dependent_launch import launches_dependents
+from moe.gemm.few_tokens_config import FewTokenConfig, default_slot_tile
+from moe.gemm.slot_gemm_kernel import slot_gemm_kernel
+from moe.gemm.weight_format import weight_strides
+
+
+def slot_gemm(
+    hidden_states: Tensor,
+    weights: Tensor,
+    topk: TopK,
+    *,
+    config: FewTokenConfig,
+    swiglu: SwigluParams | None = None,
+) -> Tensor:
+    """activation(hidden_states[slot // K] @ W1[expert_ids[slot]]^T), without a permutation.
+
+    Every slot reads its expert's weights by itself: for few tokens, whose experts mostly differ.
+
+    Args:
+        hidden_states: [T, H] bf16.
+        weights: bf16, config.gemm1.weight_shape.
+        topk: expert_ids [T, K] int32; ids that are not local, garbage included, are skipped.
+        swiglu: parameters of the activation by local expert, [E_local] fp32 each.
+
+    Returns:
+        [T * K, I] bf16, rounded once, from the fp32 activation. Rows of skipped slots are uninitialised memory.
+
+    Raises:
+        ValueError: where a tensor does not fit the config.
+    """
+    config.check_slots(topk, hidden_states, weights, swiglu)
+    return launch_slot_gemm(hidden_states, weights, topk, config=config, swiglu=swiglu)
+
+
+def launch_slot_gemm(
+    hidden_states: Tensor, weights: Tensor, topk: TopK, *, config: FewTokenConfig, swiglu: SwigluParams | None
+) -> Tensor:
+    """`slot_gemm` of tensors that were checked."""
+    gemm = config.gemm1
+    num_slots = topk.expert_ids.numel()
+    out = torch.empty(num_slots, gemm.out_features, dtype=torch.bfloat16, device=hidden_states.device)
+    if not num_slots:
+        return out
+    swiglu = swiglu or SwigluParams()
+    tile = config.slot_tile or default_slot_tile(gemm)
+    strides = weight_strides(gemm)
+    uses_pdl = config.uses_pdl and launches_dependents(hidden_states.device)
+    with torch.cuda.device_of(hidden_states):
+        slot_gemm_kernel[(num_slots, -(-gemm.out_features // tile.block_n))](
+            hidden_states,
+            weights,
+            topk.expert_ids,
+            out,
+            swiglu.alpha,
+            swiglu.beta,
+            swiglu.clamp_limit,
+            config.local_expert_offset,
+            gemm.num_experts,
+            IN_FEATURES=gemm.in_features,
+            OUT_FEATURES=gemm.out_features,
+            TOP_K=config.top_k,
+            IS_GATED=gemm.is_gated,
+            IS_GATE_FIRST=gemm.weight_format.gate_up_order == "gate_up",
+            IS_SHUFFLED=gemm.weight_format.is_shuffled,
+            ROW_STRIDE=strides.row,
+            BLOCK_STRIDE=strides.block,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            USES_PDL=uses_pdl,
+            num_warps=tile.num_warps,
+            launch_pdl=uses_pdl,
+        )
+    return out

@@ -1,0 +1,84 @@
+"""Stages 4 and 5 for few tokens: each slot's row times its expert's W2, and the weighted sum of a token's K rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe.flow import TopK
+from moe.gemm.dependent_launch import launches_dependents
+from moe.gemm.few_tokens_config import FewTokenConfig, default_token_tile
+from moe.gemm.token_gemm_kernel import token_gemm_kernel
+from moe.gemm.weight_format import weight_strides
+
+MAX_UNROLLED_STEPS = (
+    64  # steps of a program up to which its K slots are unrolled: their loads overlap, code stays small
+)
+
+
+def token_gemm(
+    activation: Tensor, weights: Tensor, topk: TopK, *, config: FewTokenConfig, output: Tensor | None = None
+) -> Tensor:
+    """out[t] = sum over k of topk.weights[t, k] * bf16(activation[t * K + k] @ W2[expert_ids[t, k]]^T).
+
+    Replaces gemm2 and finalize and rounds where they do: each row to bf16, then the sum, in float32 over k ascending.
+
+    Args:
+        activation: [T * K, I] bf16, as `slot_gemm` returns it; rows of slots without a local expert may hold anything.
+        weights: bf16, config.gemm2.weight_shape.
+        topk: expert_ids [T, K] int32, of which those not local are skipped; weights [T, K] bf16 or float32.
+        config: where uses_pdl, the launch right before this one must be `slot_gemm` of the same config and topk.
+        output: [T, H] bf16 to write to, with memory of its own; None allocates.
+
+    Returns:
+        [T, H] bf16: `output` itself where given. A token without local experts gets zeros.
+
+    Raises:
+        ValueError: where a tensor does not fit the config.
+    """
+    config.check_tokens(topk, activation, weights, output)
+    return launch_token_gemm(activation, weights, topk, config=config, output=output)
+
+
+def launch_token_gemm(
+    activation: Tensor, weights: Tensor, topk: TopK, *, config: FewTokenConfig, output: Tensor | None
+) -> Tensor:
+    """`token_gemm` of tensors that were checked."""
+    gemm = config.gemm2
+    num_tokens = topk.expert_ids.shape[0]
+    if output is None:
+        output = torch.empty(num_tokens, gemm.out_features, dtype=torch.bfloat16, device=activation.device)
+    if not num_tokens:
+        return output
+    tile = config.token_tile or default_token_tile(gemm, config.top_k)
+    strides = weight_strides(gemm)
+    uses_pdl = config.uses_pdl and launches_dependents(activation.device)
+    skips_absent = gemm.num_experts < config.num_experts
+    num_steps = config.top_k * -(-gemm.in_features // tile.block_k)
+    is_unrolled = num_steps <= MAX_UNROLLED_STEPS
+    prefetches = uses_pdl and is_unrolled and not skips_absent
+    with torch.cuda.device_of(activation):
+        token_gemm_kernel[(num_tokens, -(-gemm.out_features // tile.block_n))](
+            activation,
+            weights,
+            topk.expert_ids,
+            topk.weights,
+            output,
+            config.local_expert_offset,
+            gemm.num_experts,
+            IN_FEATURES=gemm.in_features,
+            OUT_FEATURES=gemm.out_features,
+            TOP_K=config.top_k,
+            IS_SHUFFLED=gemm.weight_format.is_shuffled,
+            ROW_STRIDE=strides.row,
+            BLOCK_STRIDE=strides.block,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            NUM_PREFETCHED=min(tile.num_prefetched, num_steps) if prefetches else 0,
+            SKIPS_ABSENT=skips_absent,
+            IS_UNROLLED=is_unrolled,
+            USES_PDL=uses_pdl,
+            num_warps=tile.num_warps,
+            launch_pdl=uses_pdl,
+        )
+    return output
