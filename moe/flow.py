@@ -44,6 +44,7 @@ class Permutation:
     num_rows: Tensor  # [1] int32, on the device: rows in use, padding included
     num_tiles: Tensor  # [1] int32, on the device: num_rows / tile_rows
     tile_rows: int
+    mean_rows: int = 0  # rows of an expert in the mean, as the host reckons from T; 0 where nobody said
 
     @property
     def max_rows(self) -> int:

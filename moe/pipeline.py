@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from moe.checks import expect, expect_separate
 from moe.config import MoEConfig
-from moe.flow import ExpertOutputs, SwigluParams, TopK
+from moe.flow import ExpertOutputs, Permutation, SwigluParams, TopK
 from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
 from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
 from moe.routing.reference import select_experts_reference
@@ -20,12 +21,24 @@ ALLOCATION_BYTES = 512  # torch's CUDA allocator rounds every tensor up to a mul
 
 
 @dataclass(frozen=True)
+class FusedExperts:
+    """One callable that does the work of stages 2 to 5 for few tokens, and the stages that it stands for.
+
+    It steps aside when any of those stages is swapped, and where the caller stops before finalize.
+    """
+
+    run: Callable[..., Tensor]  # (topk, hidden_states, w1, w2, *, swiglu, output) -> [T, H] bfloat16
+    max_tokens: int
+    stands_for: tuple[Permuter, GatherGemm, GroupedGemm, Finalizer]
+
+
+@dataclass(frozen=True)
 class MoEPipeline:
     """A bf16 MoE layer: route -> permute -> gemm1 -> gemm2 -> finalize.
 
     Enter with logits (`pipeline(...)`, `expert_outputs`) or with chosen experts (`run_experts`,
     `run_experts_unfinalized`); leave with tokens, or before finalize with rows, weights and map.
-    Any stage is swapped with `dataclasses.replace(pipeline, gemm1=mine)`.
+    Any stage is swapped with `dataclasses.replace(pipeline, gemm1=mine)`. For few tokens `fused` may stand for stages 2 to 5.
 
     Every entry checks all of its tensors before the first stage runs, and raises TypeError (not a tensor) or ValueError
     (naming the tensor, what was wanted, what came and the cure). A pipeline whose stages take other tensors than `config`
@@ -43,6 +56,7 @@ class MoEPipeline:
     gemm2: GroupedGemm
     finalize: Finalizer
     checks_inputs: bool = True
+    fused: FusedExperts | None = None
 
     def __call__(
         self,
@@ -67,10 +81,7 @@ class MoEPipeline:
             logits, hidden_states, w1, w2, swiglu, bias=bias, output=output, routing_replay_out=routing_replay_out
         )
         topk = self.route(logits, bias, replay_out=routing_replay_out)
-        permutation = self.permute(topk)
-        activation = self.gemm1(hidden_states, w1, permutation, swiglu=swiglu)
-        rows = self.gemm2(activation, w2, permutation)
-        return self.finalize(rows, topk, permutation, output=output)
+        return self._experts(topk, hidden_states, w1, w2, swiglu, output)
 
     def expert_outputs(
         self,
@@ -86,9 +97,7 @@ class MoEPipeline:
         """The same, stopped before finalize."""
         self._check(logits, hidden_states, w1, w2, swiglu, bias=bias, routing_replay_out=routing_replay_out)
         topk = self.route(logits, bias, replay_out=routing_replay_out)
-        permutation = self.permute(topk)
-        activation = self.gemm1(hidden_states, w1, permutation, swiglu=swiglu)
-        rows = self.gemm2(activation, w2, permutation)
+        rows, permutation = self._rows(topk, hidden_states, w1, w2, swiglu)
         return ExpertOutputs(rows, topk.weights, permutation.row_of_slot)
 
     def run_experts(
@@ -103,20 +112,41 @@ class MoEPipeline:
     ) -> Tensor:
         """The same from chosen experts. Ids that are not local, or no expert's, are skipped."""
         self._check(topk, hidden_states, w1, w2, swiglu, output=output)
-        permutation = self.permute(topk)
-        activation = self.gemm1(hidden_states, w1, permutation, swiglu=swiglu)
-        rows = self.gemm2(activation, w2, permutation)
-        return self.finalize(rows, topk, permutation, output=output)
+        return self._experts(topk, hidden_states, w1, w2, swiglu, output)
 
     def run_experts_unfinalized(
         self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
     ) -> ExpertOutputs:
         """The same from chosen experts, stopped before finalize."""
         self._check(topk, hidden_states, w1, w2, swiglu)
+        rows, permutation = self._rows(topk, hidden_states, w1, w2, swiglu)
+        return ExpertOutputs(rows, topk.weights, permutation.row_of_slot)
+
+    def _experts(
+        self,
+        topk: TopK,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        swiglu: SwigluParams | None,
+        output: Tensor | None,
+    ) -> Tensor:
+        fused = self.fused
+        if fused is not None and topk.expert_ids.shape[0] <= fused.max_tokens and self._has(fused.stands_for):
+            return fused.run(topk, hidden_states, w1, w2, swiglu=swiglu, output=output)
+        rows, permutation = self._rows(topk, hidden_states, w1, w2, swiglu)
+        return self.finalize(rows, topk, permutation, output=output)
+
+    def _rows(
+        self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, swiglu: SwigluParams | None
+    ) -> tuple[Tensor, Permutation]:
         permutation = self.permute(topk)
         activation = self.gemm1(hidden_states, w1, permutation, swiglu=swiglu)
-        rows = self.gemm2(activation, w2, permutation)
-        return ExpertOutputs(rows, topk.weights, permutation.row_of_slot)
+        return self.gemm2(activation, w2, permutation), permutation
+
+    def _has(self, stages: tuple[Permuter, GatherGemm, GroupedGemm, Finalizer]) -> bool:
+        mine = (self.permute, self.gemm1, self.gemm2, self.finalize)
+        return all(one is other for one, other in zip(mine, stages))
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """Upper bound in bytes on what a call over `num_tokens` tokens allocates beside its [T, H] output.
@@ -212,8 +242,13 @@ def reference_pipeline(config: MoEConfig) -> MoEPipeline:
     )
 
 
-def build_pipeline(config: MoEConfig, device: torch.device | str) -> MoEPipeline:
+def build_pipeline(config: MoEConfig, device: torch.device | str, *, uses_pdl: bool = True) -> MoEPipeline:
     """The layer for a device: our kernels on CUDA, the references elsewhere and for whatever a kernel does not take.
+
+    Args:
+        device: "cuda", "cpu" or one of them; the pipeline runs where its tensors lie.
+        uses_pdl: programmatic dependent launches where kernels and GPU (compute capability 9.0 and up) have them. No
+            effect on the result.
 
     Example:
         >>> config = MoEConfig.create(hidden_size=2048, intermediate_size=768, num_experts=128, top_k=8)
@@ -223,20 +258,38 @@ def build_pipeline(config: MoEConfig, device: torch.device | str) -> MoEPipeline
     if torch.device(device).type != "cuda":
         return reference_pipeline(config)
     # Here and not above: `import moe` needs neither triton nor numba, and a CPU pipeline neither.
+    from moe.gemm import few_tokens_config
     from moe.gemm.dispatch import dispatch_gather_gemm, dispatch_grouped_gemm
+    from moe.gemm.few_tokens import few_token_experts
     from moe.permute import block_plan
     from moe.permute.finalize import finalize_tokens
     from moe.permute.plan import plan_permutation
     from moe.routing.topk import select_experts, takes
 
+    plan = block_plan.plan_permutation_in_blocks if block_plan.takes(config.permute) else plan_permutation
+    permute = partial(plan, config=config.permute)
+    gemm1 = partial(dispatch_gather_gemm, config=config.gemm1)
+    gemm2 = partial(dispatch_grouped_gemm, config=config.gemm2)
+    finalize = partial(finalize_tokens, config=config.finalize)
+    fused = None
+    if few_tokens_config.takes(config.gemm1, config.gemm2):
+        few = few_tokens_config.FewTokenConfig(
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            gemm1=config.gemm1,
+            gemm2=config.gemm2,
+            local_expert_offset=config.permute.local_expert_offset,
+            uses_pdl=uses_pdl,
+        )
+        fused = FusedExperts(
+            partial(few_token_experts, config=few), few.max_tokens, stands_for=(permute, gemm1, gemm2, finalize)
+        )
     return MoEPipeline(
         config,
         route=partial(select_experts if takes(config.routing) else select_experts_reference, config=config.routing),
-        permute=partial(
-            block_plan.plan_permutation_in_blocks if block_plan.takes(config.permute) else plan_permutation,
-            config=config.permute,
-        ),
-        gemm1=partial(dispatch_gather_gemm, config=config.gemm1),
-        gemm2=partial(dispatch_grouped_gemm, config=config.gemm2),
-        finalize=partial(finalize_tokens, config=config.finalize),
+        permute=permute,
+        gemm1=gemm1,
+        gemm2=gemm2,
+        finalize=finalize,
+        fused=fused,
     )

@@ -69,7 +69,8 @@ def trtllm_bf16_moe(
             (the original has no kernel for it).
         weight_layout: BlockMajorK (2), the only one of this call; `moe.build_pipeline` takes the others.
         do_finalize: False returns the experts' rows before they are weighted and summed.
-        enable_pdl: accepted without effect: no kernel here is launched as a programmatic dependent launch yet.
+        enable_pdl: let kernels start before the one before them has ended (compute capability 9.0 and up; the few-token
+            kernels do). None means True. The result is the same.
         tune_max_num_tokens: accepted without effect: tiles come from a model of the shape, nothing is timed.
         activation_type: Swiglu (3) or Relu2 (6).
         norm_topk_prob: method 6 only: divide the weights by their sum.
@@ -269,7 +270,7 @@ def _flat_pipeline(
         )
     except ValidationError as error:
         _raise_plainly(error)
-    return build_pipeline(config, device_type)
+    return build_pipeline(config, device_type, uses_pdl=enable_pdl is not False)
 
 
 def _raise_plainly(error: ValidationError) -> NoReturn:

@@ -74,6 +74,7 @@ def _allocate(topk: TopK, config: PermuteConfig) -> Permutation:
         num_rows=torch.empty(1, dtype=torch.int32, device=device),
         num_tiles=torch.empty(1, dtype=torch.int32, device=device),
         tile_rows=tile_rows,
+        mean_rows=config.mean_rows(num_tokens),
     )
 
 

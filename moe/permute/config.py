@@ -40,12 +40,16 @@ class PermuteConfig(FrozenConfig):
             )
         return self
 
+    def mean_rows(self, num_tokens: int) -> int:
+        """Rows of an expert, local or not, in the mean, rounded up."""
+        return -(-num_tokens * self.top_k // self.num_experts)
+
     def rows_per_tile(self, num_tokens: int) -> int:
         """Rows that each expert's segment is padded to: the mean load, rounded up to a power of two, within [16, 128]."""
         if self.tile_rows is not None:
             return self.tile_rows
-        mean_load = -(-num_tokens * self.top_k // self.num_experts)
-        return min(max(1 << (mean_load - 1).bit_length(), MIN_TILE_ROWS), MAX_TILE_ROWS) if mean_load else MIN_TILE_ROWS
+        next_power = 1 << max(self.mean_rows(num_tokens) - 1, 0).bit_length()
+        return min(max(next_power, MIN_TILE_ROWS), MAX_TILE_ROWS)
 
     def max_rows(self, num_tokens: int) -> int:
         """P: rows in the worst case, when every chosen expert is local and as many tiles as possible are ragged."""

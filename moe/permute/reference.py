@@ -44,6 +44,7 @@ def plan_permutation_reference(topk: TopK, *, config: PermuteConfig) -> Permutat
         num_rows=segment_end[-1:].int(),
         num_tiles=(segment_end[-1:] // tile_rows).int(),
         tile_rows=tile_rows,
+        mean_rows=config.mean_rows(num_tokens),
     )
 
 
