@@ -17,9 +17,9 @@ from moe.gemm.hopper_swapped_gather_gemm import takes as takes_swapped_gather
 from moe.gemm.hopper_swapped_grouped_gemm import hopper_swapped_grouped_gemm
 from moe.gemm.hopper_swapped_grouped_gemm import takes as takes_swapped_grouped
 
-# Rows of an expert in the mean, on an H200. Below the first, weights are all that is read, and the portable kernels read
-# them as fast. At 128 rows the swapped kernels were 2 to 12% faster than the wide ones, at 256 rows 3% slower.
-MIN_SWAPPED_ROWS = 24
+# Rows of an expert in the mean, on an H200. At 32 rows the portable kernels were 3 to 5% faster than the swapped ones, at 64
+# rows 6 to 9% slower; at 128 rows the swapped ones were 1 to 17% faster than the wide ones, at 256 rows 3% slower.
+MIN_SWAPPED_ROWS = 48
 MAX_SWAPPED_ROWS = 192
 
 

@@ -53,10 +53,9 @@ def launch_token_gemm(
     tile = config.token_tile or default_token_tile(gemm, config.top_k)
     strides = weight_strides(gemm)
     uses_pdl = config.uses_pdl and launches_dependents(activation.device)
-    skips_absent = gemm.num_experts < config.num_experts
     num_steps = config.top_k * -(-gemm.in_features // tile.block_k)
     is_unrolled = num_steps <= MAX_UNROLLED_STEPS
-    prefetches = uses_pdl and is_unrolled and not skips_absent
+    prefetches = uses_pdl and is_unrolled and not config.is_slice
     with torch.cuda.device_of(activation):
         token_gemm_kernel[(num_tokens, -(-gemm.out_features // tile.block_n))](
             activation,
@@ -75,7 +74,7 @@ def launch_token_gemm(
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
             NUM_PREFETCHED=min(tile.num_prefetched, num_steps) if prefetches else 0,
-            SKIPS_ABSENT=skips_absent,
+            SKIPS_ABSENT=config.is_slice,
             IS_UNROLLED=is_unrolled,
             USES_PDL=uses_pdl,
             num_warps=tile.num_warps,

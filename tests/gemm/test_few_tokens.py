@@ -310,12 +310,34 @@ def test_weights_with_neighbours_along_rows_are_refused():
         make_case(weight_format=WeightFormat(layout="MajorMn"))
 
 
-def test_few_tokens_are_those_whose_experts_mostly_differ():
-    def max_tokens(num_experts: int, top_k: int) -> int:
-        layer = MoEConfig.create(hidden_size=64, intermediate_size=64, num_experts=num_experts, top_k=top_k)
-        return few_token_config(layer).max_tokens
+@pytest.mark.parametrize(
+    ("dims", "fastest_at", "slower_at"),
+    [
+        ((2048, 768, 128, 8), 8, 16),
+        ((4096, 1536, 128, 8), 4, 16),
+        ((2048, 1024, 64, 8), 4, 16),
+        ((4096, 14336, 8, 2), 2, 4),
+        ((5120, 8192, 16, 1), 4, 8),
+        ((1536, 256, 128, 8), 16, 64),
+    ],
+    ids=["qwen3_30b", "qwen3_235b", "olmoe", "mixtral", "scout", "sonic_7b"],
+)
+def test_few_tokens_end_where_an_h200_was_faster_by_grouping(dims, fastest_at, slower_at):
+    hidden_size, intermediate_size, num_experts, top_k = dims
+    layer = MoEConfig.create(
+        hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, top_k=top_k
+    )
+    assert fastest_at <= few_token_config(layer).max_tokens < slower_at
 
-    assert [max_tokens(128, 8), max_tokens(8, 2), max_tokens(4, 4)] == [9, 2, 1]
+
+def test_a_slice_groups_its_tokens_earlier():
+    layer = MoEConfig.create(hidden_size=7168, intermediate_size=2048, num_experts=256, top_k=8, num_local_experts=32)
+    assert few_token_config(layer).max_tokens == 4
+
+
+def test_a_token_alone_is_always_few():
+    layer = MoEConfig.create(hidden_size=64, intermediate_size=64, num_experts=64, top_k=64, num_local_experts=32)
+    assert few_token_config(layer).max_tokens == 1
 
 
 LARGE = {"num_tokens": 4, "hidden_size": 2048, "intermediate_size": 768, "num_experts": 32, "top_k": 8}
@@ -378,7 +400,9 @@ def test_dependent_launches_race_with_nothing(cuda, local):
         buffers[0].copy_(hidden_states)
         run(plain.config, of_input, buffers)
         expected.append(buffers[num_layers % 2].clone())
-    assert all(torch.isfinite(value).all() and value.count_nonzero() > value.numel() // 2 for value in expected)
+    assert all(torch.isfinite(value).all() for value in expected)
+    # A token of a slice that meets no local expert is zero from there on, so not every value is not.
+    assert sum(bool(value.any()) for value in expected) > num_inputs // 2
 
     static_ids = ids[0].clone()
     run(dependent.config, static_ids, buffers)
