@@ -9,9 +9,10 @@ from torch import Tensor
 
 from moe.flow import Permutation, TopK
 from moe.launch import NumbaKernel
-from moe.permute.block_plan_kernel import WARP_SIZE, build_count_kernel, build_plan_kernel
+from moe.permute.block_plan_kernel import build_count_kernel, build_plan_kernel
 from moe.permute.chunks import NUMBA_CHUNKING
 from moe.permute.config import PermuteConfig
+from moe.warp import WARP_SIZE
 
 MAX_LOCAL_EXPERTS = 2048  # the counts of a block lie in shared memory
 CHUNKING = NUMBA_CHUNKING

@@ -15,15 +15,12 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-WARP_SIZE = 32
-FULL_MASK = 0xFFFFFFFF
+from moe.warp import FULL_MASK, WARP_SIZE, device_function
+
 NOT_LOCAL = np.int32(-1)
 BATCH = 4  # loads that a thread has in flight where it may have one only
 LONG_BATCH = 8  # likewise where it has many
 SHARED_BYTES = 48 * 1024 - 256  # a block, without asking for more; 128 of them for the tiles of each warp
-
-# Inlined before typing, so that numba needs no device, and makes no context, to compile a caller.
-device_function = cuda.jit(device=True, inline="always")
 
 
 def counter_rows(num_bins: int, num_warps: int) -> int:

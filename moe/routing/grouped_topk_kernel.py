@@ -12,7 +12,7 @@ from moe.routing.keys import NO_KEY, key_of_score, score_of_key
 from moe.routing.rules import Rule
 from moe.routing.selection import best_by_lane, best_of_lane, candidate_of_slot, slots_per_lane, take_best
 from moe.routing.topk_kernel import store_choice
-from moe.routing.warp import WARP_SIZE, device_function, lane_in_warp, warp_in_grid, warp_max, warp_min
+from moe.warp import WARP_SIZE, device_function, lane_in_warp, warp_in_grid, warp_max, warp_min
 
 
 def build_grouped_topk_kernel(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moe.routing.warp import bits_of_float, device_function, float_of_bits
+from moe.warp import bits_of_float, device_function, float_of_bits
 
 NO_KEY = np.uint32(0)
 _LOWEST_KEY = np.uint32(1)  # the one number whose image would be 0, the NaN of all ones, takes its neighbour's

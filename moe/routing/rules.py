@@ -10,7 +10,7 @@ import numpy as np
 
 from moe.routing.config import RoutingConfig, RoutingMethod
 from moe.routing.keys import key_of_logit, key_of_score, score_of_key
-from moe.routing.warp import device_function, warp_first, warp_max, warp_sum
+from moe.warp import device_function, warp_first, warp_max, warp_sum
 
 _ZERO = np.float32(0)
 _HALF = np.float32(0.5)

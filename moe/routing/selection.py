@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe.routing.keys import NO_KEY
-from moe.routing.warp import WARP_SIZE, device_function, warp_max, warp_min
+from moe.warp import WARP_SIZE, device_function, warp_max, warp_min
 
 _NO_CANDIDATE = np.uint32(0xFFFFFFFF)
 

@@ -14,7 +14,7 @@ from moe.routing.grouped_topk_kernel import build_grouped_topk_kernel
 from moe.routing.keys import load_bfloat16, load_float32, load_float32_as_bfloat16, load_nothing
 from moe.routing.rules import rule_of
 from moe.routing.topk_kernel import build_topk_kernel
-from moe.routing.warp import WARP_SIZE
+from moe.warp import WARP_SIZE
 
 MAX_EXPERTS = 2048  # a lane holds up to 64 scores in registers
 MAX_TOP_K = WARP_SIZE  # a lane holds one choice

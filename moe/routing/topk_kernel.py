@@ -11,7 +11,7 @@ from numba import cuda
 from moe.routing.keys import NO_KEY, bfloat16_of_float, score_of_key
 from moe.routing.rules import Rule
 from moe.routing.selection import best_by_lane, candidate_of_slot, slots_per_lane
-from moe.routing.warp import device_function, lane_in_warp, warp_in_grid
+from moe.warp import device_function, lane_in_warp, warp_in_grid
 
 _MINUS_INFINITY = np.float32(-np.inf)
 

@@ -11,8 +11,8 @@ import torch
 from numba import cuda
 from torch import Tensor
 
+from moe import warp
 from moe.launch import NumbaKernel
-from moe.routing import warp
 
 _NO_MEMORY = np.empty(0, dtype=np.uint8)
 
