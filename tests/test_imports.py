@@ -15,7 +15,16 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each unit is a file or a folder of the package; it imports units of lower levels, and itself.
 LEVELS = (
-    {"flow", "frozen", "checks", "shapes", "stages", "launch", "warp", "hf_config"},  # leaves import one another as they need
+    {
+        "flow",
+        "frozen",
+        "checks",
+        "shapes",
+        "stages",
+        "launch",
+        "warp",
+        "hf_config",
+    },  # leaves import one another as they need
     {"routing", "permute", "gemm"},  # a stage never imports another stage
     {"config"},
     {"pipeline", "tuning"},
