@@ -19,5 +19,5 @@ def _power_of_two(value: int) -> int:
     return value
 
 
-Count = Annotated[int, Field(ge=1)]
-PowerOfTwo = Annotated[int, Field(ge=1), AfterValidator(_power_of_two)]
+Count = Annotated[int, Field(ge=1, strict=True)]  # strict: neither "8" nor True is a count
+PowerOfTwo = Annotated[int, Field(ge=1, strict=True), AfterValidator(_power_of_two)]

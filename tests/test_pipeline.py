@@ -379,3 +379,9 @@ def test_a_real_layer_matches_float64(num_tokens: int, cuda: torch.device) -> No
         hidden_size=2048, intermediate_size=768, num_experts=128, top_k=8, weight_format=FLASHINFER
     )
     assert_layer_is_right(config, num_tokens, cuda)
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": "2"}, {"top_k": True}, {"num_experts": 8.0}, {"tile_rows": "16"}], ids=str)
+def test_counts_that_are_no_integers_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        MoEConfig.create(**SMALL | wrong)
