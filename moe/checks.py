@@ -70,6 +70,20 @@ def expect(
     expect_aligned(name, tensor)
 
 
+def is_as_expected(
+    tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None
+) -> bool:
+    """Whether `expect` would let the tensor pass: the short way, for callers whose messages take time to make."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.shape == shape
+        and tensor.dtype is dtype
+        and (device is None or tensor.device == device)
+        and tensor.is_contiguous()
+        and (not tensor.numel() or tensor.data_ptr() % ALIGNMENT_BYTES == 0)
+    )
+
+
 def expect_aligned(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless the tensor's memory starts at a multiple of 16 bytes."""
     if tensor.numel() and tensor.data_ptr() % ALIGNMENT_BYTES:

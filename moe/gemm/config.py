@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from enum import IntEnum
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from moe.checks import expect
+from moe.checks import expect, is_as_expected
 from moe.flow import Permutation, SwigluParams
 from moe.frozen import Count, FrozenConfig, PowerOfTwo
 
@@ -153,7 +154,7 @@ class GemmConfig(FrozenConfig):
         """N: 2I for a gated gemm1, else out_features."""
         return 2 * self.out_features if self.is_gated else self.out_features
 
-    @property
+    @functools.cached_property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the whole weight tensor in its format."""
         rows, columns = self.weight_rows, self.in_features
@@ -168,6 +169,8 @@ class GemmConfig(FrozenConfig):
 
     def check_weights(self, name: str, weights: Tensor, device: torch.device | None = None) -> None:
         """Raise unless `weights` is a bf16 tensor of weight_shape."""
+        if is_as_expected(weights, self.weight_shape, torch.bfloat16, device):
+            return
         if isinstance(weights, Tensor) and self.weight_format.layout is WeightLayout.BlockMajorK:
             self._check_block(name, weights)
         axes, dims = self._weight_axes()
