@@ -26,6 +26,7 @@ from moe import (
 from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
 from moe.gemm.weight_format import pack_weights
 from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
+from moe.pipeline import FusedExperts
 from moe.routing.reference import select_experts_reference
 
 SMALL = {"hidden_size": 128, "intermediate_size": 64, "num_experts": 8, "top_k": 2}
@@ -385,3 +386,52 @@ def test_a_real_layer_matches_float64(num_tokens: int, cuda: torch.device) -> No
 def test_counts_that_are_no_integers_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         MoEConfig.create(**SMALL | wrong)
+
+
+def with_fused(pipeline: MoEPipeline, max_tokens: int) -> tuple[MoEPipeline, list[int]]:
+    """The pipeline with a fused callable that gives sevens, and the token counts that it was called with."""
+    calls: list[int] = []
+
+    def sevens(topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: object, output: object) -> Tensor:
+        calls.append(hidden_states.shape[0])
+        return torch.full_like(hidden_states, 7)
+
+    stages = (pipeline.permute, pipeline.gemm1, pipeline.gemm2, pipeline.finalize)
+    return replace(pipeline, fused=FusedExperts(sevens, max_tokens, stages)), calls
+
+
+def test_few_tokens_take_the_fused_callable_and_more_the_chain() -> None:
+    config = MoEConfig.create(**SMALL)
+    plain = reference_pipeline(config)
+    pipeline, calls = with_fused(plain, max_tokens=3)
+    for num_tokens in (3, 4):
+        problem = make_problem(config, num_tokens)
+        experts = (problem.hidden_states, problem.w1, problem.w2)
+        topk = plain.route(problem.logits)
+        for run, entry in ((pipeline, problem.logits), (pipeline.run_experts, topk)):
+            output = run(entry, *experts)
+            assert (output == 7).all() if num_tokens == 3 else torch.equal(output, plain(problem.logits, *experts))
+        rows = pipeline.expert_outputs(problem.logits, *experts).rows
+        assert rows.shape[0] == config.permute.max_rows(num_tokens)
+    assert calls == [3, 3]
+
+
+@pytest.mark.parametrize("stage", ["permute", "gemm1", "gemm2", "finalize"])
+def test_the_fused_callable_steps_aside_for_a_swapped_stage(stage: str) -> None:
+    config = MoEConfig.create(**SMALL)
+    plain = reference_pipeline(config)
+    pipeline, calls = with_fused(plain, max_tokens=8)
+    problem = make_problem(config, 2)
+    arguments = (problem.logits, problem.hidden_states, problem.w1, problem.w2)
+    swapped = replace(pipeline, **{stage: SWAPS[stage](config)})
+    assert torch.equal(swapped(*arguments), plain(*arguments))
+    assert calls == []
+    assert (replace(pipeline, route=SWAPS["route"](config))(*arguments) == 7).all()
+
+
+def test_a_pipeline_for_a_gpu_stands_on_kernels_for_few_tokens_too(cuda: torch.device) -> None:
+    fused = build_pipeline(MoEConfig.create(**SMALL), cuda).fused
+    assert fused is not None
+    assert fused.max_tokens >= 1
+    major_mn = MoEConfig.create(**SMALL, weight_format=WeightFormat(layout=WeightLayout.MajorMn))
+    assert build_pipeline(major_mn, cuda).fused is None
