@@ -110,7 +110,9 @@ def _compiler() -> tuple[Any, tuple[type[Exception], ...]]:
         from numba import cuda
         from numba.cuda.cudadrv.error import NvvmSupportError
     except ImportError as error:
-        raise ImportError(f"numba-cuda, which compiles the routing kernels, is missing; {_INSTALL}") from error
+        raise ImportError(
+            f"numba-cuda, which compiles the routing and permutation kernels, is missing; {_INSTALL}"
+        ) from error
     return cuda, (DynamicLibNotFoundError, NvvmSupportError)
 
 
@@ -119,7 +121,9 @@ def _launch() -> Any:
     try:
         from cuda.core import launch
     except ImportError as error:
-        raise ImportError(f"cuda-core, which launches the routing kernels, is missing; {_INSTALL}") from error
+        raise ImportError(
+            f"cuda-core, which launches the routing and permutation kernels, is missing; {_INSTALL}"
+        ) from error
     return launch
 
 

@@ -5,7 +5,7 @@ on the CPU. Each emulation is fixed when its library is imported, so each is a p
 
     pytest -m "not gpu"                            references, checks, offline compiles
     TRITON_INTERPRET=1 pytest -m interpreter       Triton kernels in Triton's interpreter
-    NUMBA_ENABLE_CUDASIM=1 pytest -m simulator     routing kernels in numba's simulator
+    NUMBA_ENABLE_CUDASIM=1 pytest -m simulator     routing and permutation kernels in numba's simulator
     pytest -m gpu                                  all kernels on the GPU
 """
 

@@ -1,4 +1,4 @@
-"""What lets the routing kernels run in numba's simulator: Python in place of inline PTX and bit casts, and of the launcher.
+"""What lets numba kernels run in numba's simulator: Python in place of inline PTX and bit casts, and of the launcher.
 
 Import it with NUMBA_ENABLE_CUDASIM=1 set, before any module of kernels.
 """
