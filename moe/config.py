@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from moe.frozen import FrozenConfig
 from moe.gemm.config import ActivationType, GemmConfig, WeightFormat
+from moe.gemm.few_tokens_config import FewTokenTiles
 from moe.hf_config import layer_fields
 from moe.permute.config import FinalizeConfig, PermuteConfig
 from moe.routing.config import RoutingConfig, RoutingMethod
@@ -22,6 +23,7 @@ class MoEConfig(FrozenConfig):
     gemm1: GemmConfig
     gemm2: GemmConfig
     finalize: FinalizeConfig = FinalizeConfig()
+    few_tokens: FewTokenTiles = FewTokenTiles()  # what may stand for permute to finalize
 
     @classmethod
     def create(

@@ -272,18 +272,22 @@ def build_pipeline(config: MoEConfig, device: torch.device | str, *, uses_pdl: b
     gemm2 = partial(dispatch_grouped_gemm, config=config.gemm2)
     finalize = partial(finalize_tokens, config=config.finalize)
     fused = None
-    if few_tokens_config.takes(config.gemm1, config.gemm2):
+    if config.few_tokens.max_tokens != 0 and few_tokens_config.takes(config.gemm1, config.gemm2):
         few = few_tokens_config.FewTokenConfig(
             num_experts=config.num_experts,
             top_k=config.top_k,
             gemm1=config.gemm1,
             gemm2=config.gemm2,
             local_expert_offset=config.permute.local_expert_offset,
+            slot_tile=config.few_tokens.slot_tile,
+            token_tile=config.few_tokens.token_tile,
             # With a slice of the experts, dependent launches took longer on an H200 from two tokens on.
             uses_pdl=uses_pdl and config.permute.num_local_experts == config.num_experts,
         )
         fused = FusedExperts(
-            partial(few_token_experts, config=few), few.max_tokens, stands_for=(permute, gemm1, gemm2, finalize)
+            partial(few_token_experts, config=few),
+            config.few_tokens.max_tokens or few.max_tokens,
+            stands_for=(permute, gemm1, gemm2, finalize),
         )
     return MoEPipeline(
         config,

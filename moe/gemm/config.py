@@ -58,6 +58,7 @@ SHUFFLE_ROWS = 32  # rows that are permuted among themselves
 DIM_MULTIPLE = 8  # elements in a 16-byte load
 
 GateUpOrder = Literal["gate_up", "up_gate"]
+GemmKernel = Literal["portable", "swapped", "wide"]  # gather_gemm and grouped_gemm; hopper_swapped_*; hopper_*
 
 
 class WeightFormat(FrozenConfig):
@@ -101,7 +102,8 @@ class GemmConfig(FrozenConfig):
     out_features: Count = Field(multiple_of=DIM_MULTIPLE)
     activation: ActivationType | None = None
     weight_format: WeightFormat = WeightFormat()
-    tile: GemmTile | None = None  # None: default_tile
+    kernel: GemmKernel | None = None  # used where it takes the problem; None: by GPU and load (moe/gemm/dispatch.py)
+    tile: GemmTile | None = None  # of the portable kernel; None: default_tile
 
     @field_validator("activation", mode="before")
     @classmethod

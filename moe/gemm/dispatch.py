@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe.flow import Permutation, SwigluParams
-from moe.gemm.config import GemmConfig
+from moe.gemm.config import GemmConfig, GemmKernel
 from moe.gemm.gather_gemm import gather_gemm
 from moe.gemm.grouped_gemm import grouped_gemm
 from moe.gemm.hopper_gather_gemm import hopper_gather_gemm
@@ -33,9 +33,10 @@ def dispatch_gather_gemm(
 ) -> Tensor:
     """gemm1 by the fastest kernel that takes it; arguments, result and errors as `gather_gemm`."""
     tensors, tile_rows, device = (hidden_states, weights, permutation), permutation.tile_rows, hidden_states.device
-    if _is_load_swapped(permutation) and takes_swapped_gather(config, tile_rows, device):
+    kernel = config.kernel or _kernel_of_load(permutation)
+    if kernel == "swapped" and takes_swapped_gather(config, tile_rows, device):
         return hopper_swapped_gather_gemm(*tensors, config=config, swiglu=swiglu)
-    if _is_load_wide(permutation) and takes_wide_gather(config, tile_rows, device):
+    if kernel == "wide" and takes_wide_gather(config, tile_rows, device):
         return hopper_gather_gemm(*tensors, config=config, swiglu=swiglu)
     return gather_gemm(*tensors, config=config, swiglu=swiglu)
 
@@ -43,16 +44,15 @@ def dispatch_gather_gemm(
 def dispatch_grouped_gemm(rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig) -> Tensor:
     """gemm2 by the fastest kernel that takes it; arguments, result and errors as `grouped_gemm`."""
     tile_rows, device = permutation.tile_rows, rows.device
-    if _is_load_swapped(permutation) and takes_swapped_grouped(config, tile_rows, device):
+    kernel = config.kernel or _kernel_of_load(permutation)
+    if kernel == "swapped" and takes_swapped_grouped(config, tile_rows, device):
         return hopper_swapped_grouped_gemm(rows, weights, permutation, config=config)
-    if _is_load_wide(permutation) and takes_wide_grouped(config, tile_rows, device):
+    if kernel == "wide" and takes_wide_grouped(config, tile_rows, device):
         return hopper_grouped_gemm(rows, weights, permutation, config=config)
     return grouped_gemm(rows, weights, permutation, config=config)
 
 
-def _is_load_swapped(permutation: Permutation) -> bool:
-    return MIN_SWAPPED_ROWS <= permutation.mean_rows <= MAX_SWAPPED_ROWS
-
-
-def _is_load_wide(permutation: Permutation) -> bool:
-    return permutation.mean_rows > MAX_SWAPPED_ROWS
+def _kernel_of_load(permutation: Permutation) -> GemmKernel:
+    if permutation.mean_rows < MIN_SWAPPED_ROWS:
+        return "portable"
+    return "swapped" if permutation.mean_rows <= MAX_SWAPPED_ROWS else "wide"

@@ -33,6 +33,14 @@ class MatvecTile(FrozenConfig):
     num_prefetched: int = Field(default=0, ge=0, le=32)  # steps of W2 loaded before a dependent launch waits
 
 
+class FewTokenTiles(FrozenConfig):
+    """Up to how many tokens the few-token kernels run, and their tiles."""
+
+    max_tokens: int | None = Field(default=None, ge=0, strict=True)  # None: FewTokenConfig.max_tokens; 0: never
+    slot_tile: MatvecTile | None = None  # None: default_slot_tile
+    token_tile: MatvecTile | None = None  # None: default_token_tile
+
+
 class FewTokenConfig(FrozenConfig):
     """Experts [local_expert_offset, local_expert_offset + gemm1.num_experts) of num_experts lie here."""
 
