@@ -16,6 +16,33 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class UnitSize:
+    """How rows of an expert are cut into units: into as few as `max_rows` allows.
+
+    They share its rows evenly, but start at multiples of `multiple` of them. Up to `max_group` neighbours are a group.
+    """
+
+    max_rows: int
+    multiple: int
+    max_group: int
+
+
+@dataclass(frozen=True)
+class RowUnits:
+    """Runs of rows of one expert, for kernels whose blocks of threads take one run after another."""
+
+    records: Tensor  # [5, max_units] int32: expert, first row, real rows, first unit of its group, units of its group
+    counts: Tensor  # [2] int32: number of units, and 0, with which a kernel counts and which it leaves at 0
+    size: UnitSize
+    stream: int  # handle of the CUDA stream that orders all kernels that count with `counts`
+
+    @property
+    def max_units(self) -> int:
+        """Columns of `records`; those from counts[0] on are undefined."""
+        return self.records.shape[1]
+
+
+@dataclass(frozen=True)
 class Permutation:
     """Where each (token, choice) slot sits once rows are grouped by local expert.
 
@@ -45,6 +72,7 @@ class Permutation:
     num_tiles: Tensor  # [1] int32, on the device: num_rows / tile_rows
     tile_rows: int
     mean_rows: int = 0  # rows of an expert in the mean, as the host reckons from T; 0 where nobody said
+    units: RowUnits | None = None  # where the planner made them too
 
     @property
     def max_rows(self) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from moe.flow import Permutation, TopK
-from moe.launch import NumbaKernel
-from moe.permute.block_plan_kernel import build_count_kernel, build_plan_kernel
+from moe.dependent_launch import launches_dependents
+from moe.flow import Permutation, RowUnits, TopK, UnitSize
+from moe.launch import NumbaKernel, current_stream
+from moe.permute.block_plan_kernel import Totals, build_count_kernel, build_plan_kernel, mark_rows
 from moe.permute.chunks import NUMBA_CHUNKING
 from moe.permute.config import PermuteConfig
 from moe.warp import WARP_SIZE
@@ -25,7 +27,13 @@ def takes(config: PermuteConfig) -> bool:
     return config.num_local_experts <= MAX_LOCAL_EXPERTS
 
 
-def plan_permutation_in_blocks(topk: TopK, *, config: PermuteConfig) -> Permutation:
+def plan_permutation_in_blocks(
+    topk: TopK,
+    *,
+    config: PermuteConfig,
+    uses_pdl: bool = False,
+    unit_size: Callable[[torch.device, int, int], UnitSize | None] | None = None,
+) -> Permutation:
     """Place every (token, choice) slot in a row of its expert.
 
     One launch for up to 16384 slots, two above. The result is a pure function of the expert ids:
@@ -35,6 +43,9 @@ def plan_permutation_in_blocks(topk: TopK, *, config: PermuteConfig) -> Permutat
         topk: expert_ids [T, K] int32. Ids out of [local_expert_offset, local_expert_offset + num_local_experts),
             negative and garbage ones included, get no row.
         config: the slice of experts that lies here, and the row count that each segment is padded to.
+        uses_pdl: launches are dependent ones of those before them, and let a dependent one that follows start early
+            (`moe.dependent_launch`).
+        unit_size: which RowUnits the GEMMs want, if any, given device, tile_rows and mean_rows; they are made on the way.
     Returns:
         Permutation over P = config.max_rows(T) rows. Entries from num_rows and num_tiles on are undefined.
     Raises:
@@ -48,25 +59,37 @@ def plan_permutation_in_blocks(topk: TopK, *, config: PermuteConfig) -> Permutat
             f"{config.num_local_experts}; use plan_permutation, which takes any number"
         )
     num_tokens, top_k = topk.expert_ids.shape
-    permutation = _allocate(topk, config)
+    permutation = _allocate(topk, config, unit_size)
     num_slots = num_tokens * top_k
     if not num_slots:
         permutation.num_rows.zero_()
         permutation.num_tiles.zero_()
         return permutation
+    uses_pdl = uses_pdl and launches_dependents(topk.expert_ids.device)
     if num_slots <= CHUNKING.max_slots_in_one_launch:
-        _plan_in_one_launch(topk, permutation, config)
+        _plan_in_one_launch(topk, permutation, config, uses_pdl)
     else:
-        _plan_in_two_launches(topk, permutation, config)
+        _plan_in_two_launches(topk, permutation, config, uses_pdl)
     return permutation
 
 
-def _allocate(topk: TopK, config: PermuteConfig) -> Permutation:
+def _allocate(
+    topk: TopK, config: PermuteConfig, unit_size: Callable[[torch.device, int, int], UnitSize | None] | None
+) -> Permutation:
     device = topk.expert_ids.device
     num_tokens = topk.expert_ids.shape[0]
     tile_rows = config.rows_per_tile(num_tokens)
     max_rows = config.max_rows(num_tokens)
     max_tiles = max_rows // tile_rows
+    mean_rows = config.mean_rows(num_tokens)
+    units = None
+    if unit_size is not None and max_tiles and (size := unit_size(device, tile_rows, mean_rows)) is not None:
+        units = RowUnits(
+            torch.empty(5, max_tiles, dtype=torch.int32, device=device),
+            torch.empty(2, dtype=torch.int32, device=device),
+            size,
+            current_stream(device),
+        )
     return Permutation(
         row_of_slot=torch.empty(topk.expert_ids.shape, dtype=torch.int32, device=device),
         token_of_row=torch.empty(max_rows, dtype=torch.int32, device=device),
@@ -75,26 +98,39 @@ def _allocate(topk: TopK, config: PermuteConfig) -> Permutation:
         num_rows=torch.empty(1, dtype=torch.int32, device=device),
         num_tiles=torch.empty(1, dtype=torch.int32, device=device),
         tile_rows=tile_rows,
-        mean_rows=config.mean_rows(num_tokens),
+        mean_rows=mean_rows,
+        units=units,
     )
 
 
-def _plan_in_one_launch(topk: TopK, permutation: Permutation, config: PermuteConfig) -> None:
-    num_warps = FEW_WARPS if topk.expert_ids.numel() <= FEW_WARPS * WARP_SIZE else WARPS
-    kernel = plan_kernel_of(_num_bins(config), num_warps, config.top_k, reads_counts=False)
-    _launch_plan(kernel, topk, None, permutation, config, chunk_slots=num_warps * WARP_SIZE)
+def _plan_in_one_launch(topk: TopK, permutation: Permutation, config: PermuteConfig, uses_pdl: bool) -> None:
+    num_slots, num_bins = topk.expert_ids.numel(), _num_bins(config)
+    num_warps = FEW_WARPS if num_slots <= FEW_WARPS * WARP_SIZE else WARPS
+    is_whole = num_slots <= mark_rows(num_bins, num_warps) * WARP_SIZE
+    totals = Totals.CHUNK if is_whole else Totals.SLOTS
+    kernel = plan_kernel_of(num_bins, num_warps, config.top_k, totals, _size_of(permutation), uses_pdl=uses_pdl)
+    _launch_plan(kernel, topk, None, permutation, config, num_warps * WARP_SIZE, uses_pdl)
 
 
-def _plan_in_two_launches(topk: TopK, permutation: Permutation, config: PermuteConfig) -> None:
+def _plan_in_two_launches(topk: TopK, permutation: Permutation, config: PermuteConfig, uses_pdl: bool) -> None:
     num_slots, num_experts = topk.expert_ids.numel(), config.num_local_experts
     chunk_slots = CHUNKING.chunk_slots(num_slots, num_experts)
     num_chunks = -(-num_slots // chunk_slots)
     counts = torch.empty(num_chunks, num_experts, dtype=torch.int32, device=topk.expert_ids.device)
-    count_kernel_of(_num_bins(config), WARPS).launch(
-        num_chunks, topk.expert_ids, counts, num_slots, chunk_slots, config.local_expert_offset, num_experts
+    count_kernel_of(_num_bins(config), WARPS, uses_pdl=uses_pdl).launch(
+        num_chunks,
+        topk.expert_ids,
+        counts,
+        num_slots,
+        chunk_slots,
+        config.local_expert_offset,
+        num_experts,
+        uses_pdl=uses_pdl,
     )
-    kernel = plan_kernel_of(_num_bins(config), WARPS, config.top_k, reads_counts=True)
-    _launch_plan(kernel, topk, counts, permutation, config, chunk_slots)
+    kernel = plan_kernel_of(
+        _num_bins(config), WARPS, config.top_k, Totals.COUNTS, _size_of(permutation), uses_pdl=uses_pdl
+    )
+    _launch_plan(kernel, topk, counts, permutation, config, chunk_slots, uses_pdl)
 
 
 def _launch_plan(
@@ -104,8 +140,9 @@ def _launch_plan(
     permutation: Permutation,
     config: PermuteConfig,
     chunk_slots: int,
+    uses_pdl: bool,
 ) -> None:
-    num_slots = topk.expert_ids.numel()
+    num_slots, units = topk.expert_ids.numel(), permutation.units
     kernel.launch(
         -(-num_slots // chunk_slots),
         topk.expert_ids,
@@ -121,19 +158,38 @@ def _launch_plan(
         config.local_expert_offset,
         config.num_local_experts,
         permutation.tile_rows.bit_length() - 1,
+        units.records if units else None,
+        units.counts if units else None,
+        permutation.max_tiles,
+        uses_pdl=uses_pdl,
     )
 
 
+def _size_of(permutation: Permutation) -> UnitSize | None:
+    return permutation.units.size if permutation.units else None
+
+
 @functools.cache
-def count_kernel_of(num_bins: int, num_warps: int) -> NumbaKernel:
-    function = build_count_kernel(num_bins=num_bins, num_warps=num_warps)
+def count_kernel_of(num_bins: int, num_warps: int, *, uses_pdl: bool = False) -> NumbaKernel:
+    function = build_count_kernel(num_bins=num_bins, num_warps=num_warps, uses_pdl=uses_pdl)
     return NumbaKernel(function, (*("*int32",) * 2, *("int32",) * 4), threads_per_block=num_warps * WARP_SIZE)
 
 
 @functools.cache
-def plan_kernel_of(num_bins: int, num_warps: int, top_k: int, *, reads_counts: bool) -> NumbaKernel:
-    function = build_plan_kernel(num_bins=num_bins, num_warps=num_warps, top_k=top_k, reads_counts=reads_counts)
-    return NumbaKernel(function, (*("*int32",) * 8, *("int32",) * 5), threads_per_block=num_warps * WARP_SIZE)
+def plan_kernel_of(
+    num_bins: int,
+    num_warps: int,
+    top_k: int,
+    totals: Totals,
+    unit_size: UnitSize | None = None,
+    *,
+    uses_pdl: bool = False,
+) -> NumbaKernel:
+    function = build_plan_kernel(
+        num_bins=num_bins, num_warps=num_warps, top_k=top_k, totals=totals, uses_pdl=uses_pdl, unit_size=unit_size
+    )
+    parameters = (*("*int32",) * 8, *("int32",) * 5, "*int32", "*int32", "int32")
+    return NumbaKernel(function, parameters, threads_per_block=num_warps * WARP_SIZE)
 
 
 def _num_bins(config: PermuteConfig) -> int:

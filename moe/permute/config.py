@@ -84,6 +84,8 @@ class PermuteConfig(FrozenConfig):
 
     def check_num_tokens(self, num_tokens: int) -> None:
         """Raise unless rows can be numbered in int32."""
+        if num_tokens * self.top_k * MAX_TILE_ROWS < 1 << 31:  # a tile a slot, which needs no closer look
+            return
         if self.max_rows(num_tokens) >= 1 << 31:
             raise ValueError(
                 f"num_tokens: expected fewer than 2^31 rows, got num_tokens={num_tokens} with top_k={self.top_k}, "

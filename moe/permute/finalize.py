@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
 
+from moe.dependent_launch import launches_dependents
 from moe.flow import Permutation, TopK
 from moe.permute.config import FinalizeConfig
 from moe.permute.finalize_kernel import finalize_kernel
+from moe.triton_launch import KeptKernel
 
 COLUMNS_A_WARP = 256  # 16 bytes a lane
 MAX_WARPS = 8
@@ -17,7 +21,13 @@ FEW_TOKENS = 16  # up to here blocks of one warp, to spread a row over more of t
 
 
 def finalize_tokens(
-    rows: Tensor, topk: TopK, permutation: Permutation, *, config: FinalizeConfig, output: Tensor | None = None
+    rows: Tensor,
+    topk: TopK,
+    permutation: Permutation,
+    *,
+    config: FinalizeConfig,
+    output: Tensor | None = None,
+    uses_pdl: bool = False,
 ) -> Tensor:
     """Weighted sum of each token's K expert rows: out[t] = sum over k of weights[t, k] * rows[row_of_slot[t, k]].
 
@@ -30,6 +40,8 @@ def finalize_tokens(
         permutation: row_of_slot [T, K] int32, -1 where the expert is not local.
         config: how many columns a program sums.
         output: [T, H] bf16 to write to, with memory of its own; None allocates.
+        uses_pdl: the launch is a dependent one of the launch before it, which must be the one that wrote `rows`, itself a
+            dependent one or none (`moe.dependent_launch`).
     Returns:
         [T, H] bf16: `output` itself where given.
     Raises:
@@ -43,18 +55,24 @@ def finalize_tokens(
     if not output.numel():
         return output
     block_h = config.block_h or _default_block_h(num_tokens, hidden_size)
-    with torch.cuda.device_of(rows):
-        finalize_kernel[(num_tokens * triton.cdiv(hidden_size, block_h),)](
-            rows,
-            topk.weights,
-            permutation.row_of_slot,
-            output,
-            TOP_K=top_k,
-            HIDDEN=hidden_size,
-            BLOCK_H=block_h,
-            num_warps=min(max(block_h // COLUMNS_A_WARP, 1), MAX_WARPS),
-        )
+    uses_pdl = uses_pdl and launches_dependents(rows.device)
+    kernel = _kernel_of(top_k, hidden_size, block_h, uses_pdl)
+    num_programs = num_tokens * triton.cdiv(hidden_size, block_h)
+    kernel.launch((num_programs, 1, 1), rows, topk.weights, permutation.row_of_slot, output)
     return output
+
+
+@functools.cache
+def _kernel_of(top_k: int, hidden_size: int, block_h: int, uses_pdl: bool) -> KeptKernel:
+    return KeptKernel(
+        finalize_kernel,
+        TOP_K=top_k,
+        HIDDEN=hidden_size,
+        BLOCK_H=block_h,
+        USES_PDL=uses_pdl,
+        num_warps=min(max(block_h // COLUMNS_A_WARP, 1), MAX_WARPS),
+        launch_pdl=uses_pdl,
+    )
 
 
 def _default_block_h(num_tokens: int, hidden_size: int) -> int:

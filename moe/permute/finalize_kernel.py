@@ -14,18 +14,29 @@ def finalize_kernel(
     TOP_K: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    USES_PDL: tl.constexpr,
 ):
     num_blocks: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
     # int64 first: a row times HIDDEN overflows int32 past 300k rows at 7168 columns.
     token = (tl.program_id(0) // num_blocks).to(tl.int64)
     column = tl.program_id(0) % num_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     in_row = column < HIDDEN
-    total = tl.zeros([BLOCK_H], tl.float32)
+    row_of_choice = ()
+    weight_of_choice = ()
     for choice in tl.static_range(TOP_K):
         row = tl.load(row_of_slot_ptr + token * TOP_K + choice).to(tl.int64)
         # Masked, not branched, so that a row can be loaded before the one before it has come. Neither factor of a slot
         # without a row is read, and 0 * 0 leaves the sum as it is.
         weight = tl.load(weights_ptr + token * TOP_K + choice, mask=row >= 0, other=0.0).to(tl.float32)
+        row_of_choice = row_of_choice + (row,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no starred tuples
+        weight_of_choice = weight_of_choice + (weight,)  # type: ignore[assignment]  # noqa: RUF005
+    if USES_PDL:
+        # Before it, only what was complete when gemm2 began: the maps and weights.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for choice in tl.static_range(TOP_K):
+        row = row_of_choice[choice]
         values = tl.load(rows_ptr + row * HIDDEN + column, mask=in_row & (row >= 0), other=0.0)
-        total += weight * values.to(tl.float32)
+        total += weight_of_choice[choice] * values.to(tl.float32)
     tl.store(output_ptr + token * HIDDEN + column, total.to(tl.bfloat16), mask=in_row)

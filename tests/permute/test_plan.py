@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from permute.stage import Stage
 from torch import Tensor
 
-from moe.flow import Permutation, TopK
+from moe.flow import Permutation, TopK, UnitSize
 from moe.permute.config import PermuteConfig
 from moe.permute.reference import plan_permutation_reference
 
@@ -166,15 +166,53 @@ def test_both_sides_of_the_one_launch_border_agree(poisoned_memory, planner) -> 
         assert_agrees(planner, random_ids(num_tokens, 256, 32, planner.device), config_of(256, 32))
 
 
-def test_warps_take_turns_where_each_cannot_have_counters_of_its_own(poisoned_memory, numba_device) -> None:
+def test_a_block_takes_rounds_where_not_all_of_its_warps_have_room_to_mark(poisoned_memory, numba_device) -> None:
     from moe.permute.block_plan import FEW_WARPS, plan_permutation_in_blocks
-    from moe.permute.block_plan_kernel import counter_rows
+    from moe.permute.block_plan_kernel import mark_rows
 
     planner = Stage(plan_permutation_in_blocks, numba_device)
-    assert counter_rows(2048, FEW_WARPS) < FEW_WARPS
+    assert mark_rows(2048, FEW_WARPS) < FEW_WARPS
     expert_ids = random_ids(25, 12, 8, numba_device)
     assert_agrees(planner, expert_ids, config_of(2048, 8))
     assert_agrees(planner, expert_ids * 186, config_of(2048, 8))
+
+
+UNIT_CASES = {  # num_tokens, top_k, num_experts, tile_rows
+    "few_rows_of_many": (64, 8, 128, 16),
+    "several_units_an_expert": (64, 8, 5, 16),
+    "several_groups_an_expert": (97, 8, 2, 16),
+    "one_takes_all": (40, 8, 1, 16),
+    "more_experts_than_threads": (16, 2, 2048, 16),
+    "nobody": (7, 1, 3, 16),
+}
+
+
+@pytest.mark.parametrize("size", [UnitSize(16, 16, 22), UnitSize(40, 8, 3)], ids=["even", "ragged"])
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts", "tile_rows"), UNIT_CASES.values(), ids=UNIT_CASES)
+def test_units_made_on_the_way_are_those_of_the_reference(
+    num_tokens, top_k, num_experts, tile_rows, size, launches, poisoned_memory, numba_device
+) -> None:
+    from moe.gemm.hopper_schedule import plan_units_reference
+    from moe.permute.block_plan import plan_permutation_in_blocks
+
+    is_nobody = (num_tokens, num_experts) == (7, 3)
+    ids = random_ids(num_tokens, -2 if is_nobody else num_experts, top_k, numba_device, low=-3 if is_nobody else -1)
+    config = config_of(num_experts, top_k, tile_rows=tile_rows)
+    asked = []
+
+    def unit_size(*load):
+        asked.append(load)
+        return size
+
+    permutation = plan_permutation_in_blocks(topk_of(ids), config=config, unit_size=unit_size)
+    on_cpu = {name: getattr(permutation, name).cpu() for name in ("num_tiles", "expert_of_tile", "row_limit_of_tile")}
+    expected = plan_units_reference(replace(permutation, **on_cpu), size)
+    num_units = int(expected.counts[0])
+    assert (num_units > 0) != is_nobody
+    assert asked == [(numba_device, tile_rows, config.mean_rows(num_tokens))]
+    assert permutation.units.size == size
+    assert permutation.units.counts.tolist() == [num_units, 0]
+    assert torch.equal(permutation.units.records[:, :num_units].cpu(), expected.records[:, :num_units])
 
 
 def test_more_experts_than_fit_in_shared_memory_are_refused(numba_device) -> None:
