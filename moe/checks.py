@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -36,26 +37,67 @@ def expect(
         TypeError: not a tensor.
         ValueError: anything else, naming the tensor, what was wanted, what came and the cure.
     """
+    if not _fits(tensor, _axes(shape), dims, dtype, device):
+        _refuse(name, tensor, shape.split(), dims, dtype, device, words or {})
+
+
+def _fits(
+    tensor: Tensor,
+    axes: tuple[str | int, ...],
+    dims: dict[str, int],
+    dtype: torch.dtype | Sequence[torch.dtype],
+    device: torch.device | None,
+) -> bool:
+    """What `expect` expects, told without a message."""
+    if not isinstance(tensor, Tensor):
+        return False
+    sizes = tensor.shape
+    if len(sizes) != len(axes):
+        return False
+    for axis, size in zip(axes, sizes):
+        if size != (dims.setdefault(axis, size) if isinstance(axis, str) else axis):
+            return False
+    return (
+        (tensor.dtype == dtype if isinstance(dtype, torch.dtype) else tensor.dtype in dtype)
+        and (device is None or tensor.device == device)
+        and tensor.is_contiguous()
+        and (tensor.data_ptr() % ALIGNMENT_BYTES == 0 or not tensor.numel())
+    )
+
+
+@functools.cache
+def _axes(shape: str) -> tuple[str | int, ...]:
+    return tuple(int(axis) if axis.isdigit() else axis for axis in shape.split())
+
+
+def _refuse(
+    name: str,
+    tensor: Tensor,
+    axes: Sequence[str],
+    dims: dict[str, int],
+    dtype: torch.dtype | Sequence[torch.dtype],
+    device: torch.device | None,
+    words: Mapping[str, str],
+) -> None:
+    """Raise what is wrong first."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}; pass a tensor")
-    known = words or {}
-    axes = shape.split()
     if tensor.dim() != len(axes):
         raise ValueError(
-            f"{_lead(known, 'rank')}{name}: expected {len(axes)}-D {_wanted(axes, dims)}, got {tensor.dim()}-D "
+            f"{_lead(words, 'rank')}{name}: expected {len(axes)}-D {_wanted(axes, dims)}, got {tensor.dim()}-D "
             f"{list(tensor.shape)}; reshape it"
         )
     for axis, size in zip(axes, tensor.shape):
         wanted = int(axis) if axis.isdigit() else dims.setdefault(axis, size)
         if size != wanted:
             raise ValueError(
-                f"{_lead(known, axis)}{name}: expected {_wanted(axes, dims)}, got {list(tensor.shape)}; "
+                f"{_lead(words, axis)}{name}: expected {_wanted(axes, dims)}, got {list(tensor.shape)}; "
                 "pass a tensor of that shape or change the config to match"
             )
     allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
     if tensor.dtype not in allowed:
         raise ValueError(
-            f"{_lead(known, 'dtype')}{name}: expected {' or '.join(map(_dtype_name, allowed))}, got "
+            f"{_lead(words, 'dtype')}{name}: expected {' or '.join(map(_dtype_name, allowed))}, got "
             f"{_dtype_name(tensor.dtype)}; convert it with .to(torch.{_dtype_name(allowed[0])})"
         )
     if device is not None and tensor.device != device:
@@ -64,7 +106,7 @@ def expect(
         )
     if not tensor.is_contiguous():
         raise ValueError(
-            f"{_lead(known, 'strides')}{name}: expected a contiguous tensor, got strides {list(tensor.stride())} for shape "
+            f"{_lead(words, 'strides')}{name}: expected a contiguous tensor, got strides {list(tensor.stride())} for shape "
             f"{list(tensor.shape)}; call .contiguous() on it once, outside the hot path"
         )
     expect_aligned(name, tensor)
@@ -80,7 +122,7 @@ def is_as_expected(
         and tensor.dtype is dtype
         and (device is None or tensor.device == device)
         and tensor.is_contiguous()
-        and (not tensor.numel() or tensor.data_ptr() % ALIGNMENT_BYTES == 0)
+        and (tensor.data_ptr() % ALIGNMENT_BYTES == 0 or not tensor.numel())
     )
 
 
@@ -95,21 +137,26 @@ def expect_aligned(name: str, tensor: Tensor) -> None:
 
 def expect_separate(name: str, written: Tensor, others: Mapping[str, Tensor | None]) -> None:
     """Raise ValueError where memory that will be written overlaps a tensor that will be read."""
+    start, num_bytes = written.data_ptr(), _span_bytes(written)
+    if not num_bytes:
+        return
     for other_name, other in others.items():
-        if other is not None and _overlap(written, other):
+        if other is None:
+            continue
+        other_start = other.data_ptr()
+        if start >= other_start + _span_bytes(other) or other_start >= start + num_bytes:
+            continue
+        if other.numel() and other.device == written.device:
             raise ValueError(
                 f"{name}: expected memory of its own, got a tensor that shares memory with {other_name}; "
                 "pass a separate tensor"
             )
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if a.device != b.device or not a.numel() or not b.numel():
-        return False
-    return a.data_ptr() < b.data_ptr() + _span_bytes(b) and b.data_ptr() < a.data_ptr() + _span_bytes(a)
-
-
 def _span_bytes(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to its last."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return (last + 1) * tensor.element_size()
 

@@ -11,7 +11,7 @@ from moe.frozen import FrozenConfig
 from moe.gemm.config import ActivationType, GemmConfig, WeightFormat
 from moe.gemm.few_tokens_config import FewTokenTiles
 from moe.hf_config import layer_fields
-from moe.permute.config import FinalizeConfig, PermuteConfig
+from moe.permute.config import MIN_TILE_ROWS, FinalizeConfig, PermuteConfig
 from moe.routing.config import RoutingConfig, RoutingMethod
 
 
@@ -43,8 +43,13 @@ class MoEConfig(FrozenConfig):
         local_expert_offset: int = 0,
         num_local_experts: int | None = None,
         tile_rows: int | None = None,
+        is_batch_invariant: bool = False,
     ) -> MoEConfig:
         """The config of a layer: H=hidden_size, I=intermediate_size an expert, E=num_experts, K=top_k.
+
+        Args:
+            is_batch_invariant: a token alone has the bits that it has in any batch: one kind of kernel with one tile for
+                every number of tokens, so slower with few tokens and with very many.
 
         Raises:
             ValueError: (pydantic's ValidationError) naming the field, what was wanted and what came.
@@ -81,6 +86,10 @@ class MoEConfig(FrozenConfig):
                 "weight_format": weight_format,
             },
         }
+        if is_batch_invariant:
+            fields["permute"]["tile_rows"] = tile_rows or MIN_TILE_ROWS
+            fields["gemm1"]["kernel"] = fields["gemm2"]["kernel"] = "swapped"  # the portable one where it is not taken
+            fields["few_tokens"] = {"max_tokens": 0}
         return cls.model_validate(fields)
 
     @classmethod
@@ -92,6 +101,7 @@ class MoEConfig(FrozenConfig):
         local_expert_offset: int = 0,
         num_local_experts: int | None = None,
         tile_rows: int | None = None,
+        is_batch_invariant: bool = False,
     ) -> MoEConfig:
         """The config of the MoE layers that a Hugging Face config.json describes.
 
@@ -99,6 +109,7 @@ class MoEConfig(FrozenConfig):
             config: the content of config.json, or `PretrainedConfig.to_dict()`; `moe.hf_config.FAMILIES` lists the model
                 types that are known. Where it has a `text_config`, that is read.
             weight_format: how the weights that the layer is given lie; None: as transformers holds them.
+            is_batch_invariant: as in `create`.
 
         Raises:
             TypeError: not a mapping.
@@ -115,6 +126,7 @@ class MoEConfig(FrozenConfig):
             local_expert_offset=local_expert_offset,
             num_local_experts=num_local_experts,
             tile_rows=tile_rows,
+            is_batch_invariant=is_batch_invariant,
         )
 
     @model_validator(mode="after")

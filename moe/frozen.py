@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -11,6 +11,44 @@ class FrozenConfig(BaseModel):
     """Immutable, hashable, JSON round trip. Build variants through the constructor: `model_copy` skips validators."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    # Slots, which neither copies nor pickles take along: strings hash anew in each process.
+    __slots__ = ("_kept_hash", "_kept_identity")
+
+    def __hash__(self) -> int:
+        """Computed once: configs are keys of what is kept for a launch."""
+        try:
+            return object.__getattribute__(self, "_kept_hash")
+        except AttributeError:
+            value = hash(_type_and_values(self))
+            object.__setattr__(self, "_kept_hash", value)
+            return value
+
+    def __eq__(self, other: object) -> bool:
+        """Same type, same values. Compared field by field once: each layer of a model looks up kernels by its own config."""
+        if self is other:
+            return True
+        if type(self) is not type(other):
+            return NotImplemented
+        return _identity_of(self) is _identity_of(other)
+
+
+# The first of all that are equal. Never freed, as the caches of kernels are not.
+_identities: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+
+def _identity_of(config: Any) -> tuple[Any, ...]:
+    """One object for all configs that are equal."""
+    try:
+        return object.__getattribute__(config, "_kept_identity")
+    except AttributeError:
+        values = _type_and_values(config)
+        identity = _identities.setdefault(values, values)
+        object.__setattr__(config, "_kept_identity", identity)
+        return identity
+
+
+def _type_and_values(config: Any) -> tuple[Any, ...]:
+    return (type(config), *(getattr(config, name) for name in type(config).model_fields))
 
 
 def _power_of_two(value: int) -> int:

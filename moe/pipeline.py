@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moe.checks import expect, expect_separate
+from moe.checks import expect, expect_separate, is_as_expected
 from moe.config import MoEConfig
 from moe.flow import ExpertOutputs, Permutation, SwigluParams, TopK
 from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
@@ -30,6 +31,9 @@ class FusedExperts:
     run: Callable[..., Tensor]  # (topk, hidden_states, w1, w2, *, swiglu, output) -> [T, H] bfloat16
     max_tokens: int
     stands_for: tuple[Permuter, GatherGemm, GroupedGemm, Finalizer]
+    launch: Callable[..., Tensor] | None = None  # `run` without its checks, where a pipeline has made them
+    checked_by: MoEConfig | None = None  # the config of such a pipeline
+    routed_by: Router | None = None  # the router whose experts need no check
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,9 @@ class MoEPipeline:
             logits, hidden_states, w1, w2, swiglu, bias=bias, output=output, routing_replay_out=routing_replay_out
         )
         topk = self.route(logits, bias, replay_out=routing_replay_out)
-        return self._experts(topk, hidden_states, w1, w2, swiglu, output)
+        if topk.expert_ids.shape[0] <= self._max_fused_tokens:
+            return self._run_routed(topk, hidden_states, w1, w2, swiglu=swiglu, output=output)
+        return self._chain(topk, hidden_states, w1, w2, swiglu, output)
 
     def expert_outputs(
         self,
@@ -112,7 +118,9 @@ class MoEPipeline:
     ) -> Tensor:
         """The same from chosen experts. Ids that are not local, or no expert's, are skipped."""
         self._check(topk, hidden_states, w1, w2, swiglu, output=output)
-        return self._experts(topk, hidden_states, w1, w2, swiglu, output)
+        if topk.expert_ids.shape[0] <= self._max_fused_tokens:
+            return self._run_fused(topk, hidden_states, w1, w2, swiglu=swiglu, output=output)
+        return self._chain(topk, hidden_states, w1, w2, swiglu, output)
 
     def run_experts_unfinalized(
         self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
@@ -122,7 +130,7 @@ class MoEPipeline:
         rows, permutation = self._rows(topk, hidden_states, w1, w2, swiglu)
         return ExpertOutputs(rows, topk.weights, permutation.row_of_slot)
 
-    def _experts(
+    def _chain(
         self,
         topk: TopK,
         hidden_states: Tensor,
@@ -131,9 +139,6 @@ class MoEPipeline:
         swiglu: SwigluParams | None,
         output: Tensor | None,
     ) -> Tensor:
-        fused = self.fused
-        if fused is not None and topk.expert_ids.shape[0] <= fused.max_tokens and self._has(fused.stands_for):
-            return fused.run(topk, hidden_states, w1, w2, swiglu=swiglu, output=output)
         rows, permutation = self._rows(topk, hidden_states, w1, w2, swiglu)
         return self.finalize(rows, topk, permutation, output=output)
 
@@ -144,9 +149,27 @@ class MoEPipeline:
         activation = self.gemm1(hidden_states, w1, permutation, swiglu=swiglu)
         return self.gemm2(activation, w2, permutation), permutation
 
-    def _has(self, stages: tuple[Permuter, GatherGemm, GroupedGemm, Finalizer]) -> bool:
-        mine = (self.permute, self.gemm1, self.gemm2, self.finalize)
-        return all(one is other for one, other in zip(mine, stages))
+    @functools.cached_property
+    def _max_fused_tokens(self) -> int:
+        """Up to how many tokens `fused` runs; -1 where it steps aside."""
+        stages = (self.permute, self.gemm1, self.gemm2, self.finalize)
+        if self.fused is None or any(stage is not other for stage, other in zip(stages, self.fused.stands_for)):
+            return -1
+        return self.fused.max_tokens
+
+    @functools.cached_property
+    def _run_fused(self) -> Callable[..., Tensor]:
+        """`fused` for tensors that passed `_check`, the chosen experts among them."""
+        fused = self.fused
+        assert fused is not None
+        is_checked = self.checks_inputs and self.config is fused.checked_by
+        return fused.launch if fused.launch and is_checked else fused.run
+
+    @functools.cached_property
+    def _run_routed(self) -> Callable[..., Tensor]:
+        """`fused` for tensors that passed `_check`, and experts that `route` chose."""
+        assert self.fused is not None
+        return self._run_fused if self.route is self.fused.routed_by else self.fused.run
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """Upper bound in bytes on what a call over `num_tokens` tokens allocates beside its [T, H] output.
@@ -194,34 +217,46 @@ class MoEPipeline:
         if isinstance(entry, TopK):
             config.permute.check(entry)
             first, first_name = entry.expert_ids, "expert_indices"
-            read: dict[str, Tensor | None] = {first_name: first, "expert_weights": entry.weights}
         else:
             config.routing.check(entry, bias, routing_replay_out)
             first, first_name = entry, "routing_logits"
-            read = {first_name: first, "routing_bias": bias}
-        read |= {"hidden_states": hidden_states, "gemm1_weights": w1, "gemm2_weights": w2}
         device, num_tokens = first.device, first.shape[0]
-        dims = {"T": num_tokens, "H": config.hidden_size}
-        words = {
-            "dtype": "BF16 MoE: hidden_states must be bfloat16.",
-            "T": f"{first_name} and hidden_states must have the same number of tokens.",
-        }
-        expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16, device=device, words=words)
+        if not is_as_expected(hidden_states, (num_tokens, config.hidden_size), torch.bfloat16, device):
+            words = {
+                "dtype": "BF16 MoE: hidden_states must be bfloat16.",
+                "T": f"{first_name} and hidden_states must have the same number of tokens.",
+            }
+            dims = {"T": num_tokens, "H": config.hidden_size}
+            expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16, device=device, words=words)
         config.permute.check_num_tokens(num_tokens)
         config.gemm1.check_weights("gemm1_weights", w1, device)
         config.gemm2.check_weights("gemm2_weights", w2, device)
         config.gemm1.check_swiglu(swiglu, device)
+        weights = entry.weights if isinstance(entry, TopK) else None
+        needs_gradient = _needs_gradient(first, hidden_states, w1, w2, bias, weights)
+        if output is None and routing_replay_out is None and not needs_gradient:
+            return
+        read = {first_name: first, "routing_bias": bias, "expert_weights": weights}
+        read |= {"hidden_states": hidden_states, "gemm1_weights": w1, "gemm2_weights": w2}
         if output is not None:
+            dims = {"T": num_tokens, "H": config.hidden_size}
             expect("output", output, "T H", dims, dtype=torch.bfloat16, device=device)
             expect_separate("output", output, read | {"routing_replay_out": routing_replay_out})
         if routing_replay_out is not None:
             expect_separate("routing_replay_out", routing_replay_out, read)
-        _expect_no_gradient(read)
+        if needs_gradient:
+            _refuse_gradient(read)
 
 
-def _expect_no_gradient(tensors: dict[str, Tensor | None]) -> None:
-    if not torch.is_grad_enabled():
-        return
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def _refuse_gradient(tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
@@ -259,18 +294,24 @@ def build_pipeline(config: MoEConfig, device: torch.device | str, *, uses_pdl: b
         return reference_pipeline(config)
     # Here and not above: `import moe` needs neither triton nor numba, and a CPU pipeline neither.
     from moe.gemm import few_tokens_config
-    from moe.gemm.dispatch import dispatch_gather_gemm, dispatch_grouped_gemm
-    from moe.gemm.few_tokens import few_token_experts
+    from moe.gemm.dispatch import dispatch_gather_gemm, dispatch_grouped_gemm, unit_size
+    from moe.gemm.few_tokens import few_token_experts, launch_few_token_experts
     from moe.permute import block_plan
     from moe.permute.finalize import finalize_tokens
     from moe.permute.plan import plan_permutation
     from moe.routing.topk import select_experts, takes
 
-    plan = block_plan.plan_permutation_in_blocks if block_plan.takes(config.permute) else plan_permutation
-    permute = partial(plan, config=config.permute)
-    gemm1 = partial(dispatch_gather_gemm, config=config.gemm1)
-    gemm2 = partial(dispatch_grouped_gemm, config=config.gemm2)
-    finalize = partial(finalize_tokens, config=config.finalize)
+    permute = partial(plan_permutation, config=config.permute)
+    if block_plan.takes(config.permute):
+        size = partial(unit_size, gemm1=config.gemm1, gemm2=config.gemm2)
+        permute = partial(
+            block_plan.plan_permutation_in_blocks, config=config.permute, uses_pdl=uses_pdl, unit_size=size
+        )
+    gemm1 = partial(dispatch_gather_gemm, config=config.gemm1, uses_pdl=uses_pdl)
+    gemm2 = partial(dispatch_grouped_gemm, config=config.gemm2, uses_pdl=uses_pdl)
+    finalize = partial(finalize_tokens, config=config.finalize, uses_pdl=uses_pdl)
+    router = partial(select_experts, uses_pdl=uses_pdl) if takes(config.routing) else select_experts_reference
+    route = partial(router, config=config.routing)
     fused = None
     if config.few_tokens.max_tokens != 0 and few_tokens_config.takes(config.gemm1, config.gemm2):
         few = few_tokens_config.FewTokenConfig(
@@ -288,10 +329,13 @@ def build_pipeline(config: MoEConfig, device: torch.device | str, *, uses_pdl: b
             partial(few_token_experts, config=few),
             config.few_tokens.max_tokens or few.max_tokens,
             stands_for=(permute, gemm1, gemm2, finalize),
+            launch=partial(launch_few_token_experts, config=few),
+            checked_by=config,
+            routed_by=route,
         )
     return MoEPipeline(
         config,
-        route=partial(select_experts if takes(config.routing) else select_experts_reference, config=config.routing),
+        route=route,
         permute=permute,
         gemm1=gemm1,
         gemm2=gemm2,

@@ -22,12 +22,15 @@ LEVELS = (
         "shapes",
         "stages",
         "launch",
+        "dependent_launch",
+        "triton_launch",
         "warp",
         "hf_config",
     },  # leaves import one another as they need
     {"routing", "permute", "gemm"},  # a stage never imports another stage
     {"config"},
-    {"pipeline", "tuning"},
+    {"pipeline"},
+    {"tuning"},
     {"trtllm", "cli"},
     {"integrations"},
     {"__init__", "__main__"},

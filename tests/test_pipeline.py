@@ -429,9 +429,114 @@ def test_the_fused_callable_steps_aside_for_a_swapped_stage(stage: str) -> None:
     assert (replace(pipeline, route=SWAPS["route"](config))(*arguments) == 7).all()
 
 
+def test_a_fused_callable_checks_again_only_what_the_pipeline_has_not() -> None:
+    config, other = (MoEConfig.create(**SMALL | fields) for fields in ({}, {"norm_topk_prob": False}))
+    plain = reference_pipeline(config)
+    calls: list[str] = []
+
+    def note(name: str) -> Callable[..., Tensor]:
+        return lambda topk, hidden_states, *weights, **more: calls.append(name) or torch.zeros_like(hidden_states)
+
+    stages = (plain.permute, plain.gemm1, plain.gemm2, plain.finalize)
+    fused = FusedExperts(note("run"), 8, stages, launch=note("launch"), checked_by=config, routed_by=plain.route)
+    pipeline = replace(plain, fused=fused)
+    problem = make_problem(config, 2)
+    experts = (problem.hidden_states, problem.w1, problem.w2)
+    topk = plain.route(problem.logits)
+    variants = {
+        "as_built": (pipeline, ["launch", "launch"]),
+        "unchecked": (replace(pipeline, checks_inputs=False), ["run", "run"]),
+        "other_config": (replace(pipeline, config=other), ["run", "run"]),
+        "other_router": (replace(pipeline, route=SWAPS["route"](config)), ["run", "launch"]),
+    }
+    for name, (variant, expected) in variants.items():
+        calls.clear()
+        variant(problem.logits, *experts)
+        variant.run_experts(topk, *experts)
+        assert calls == expected, name
+
+
 def test_a_pipeline_for_a_gpu_stands_on_kernels_for_few_tokens_too(cuda: torch.device) -> None:
     fused = build_pipeline(MoEConfig.create(**SMALL), cuda).fused
     assert fused is not None
     assert fused.max_tokens >= 1
+    assert fused.launch is not None
     major_mn = MoEConfig.create(**SMALL, weight_format=WeightFormat(layout=WeightLayout.MajorMn))
     assert build_pipeline(major_mn, cuda).fused is None
+
+
+@pytest.mark.parametrize(
+    "num_tokens", [5, 24, 300, 1000], ids="T{}".format
+)  # few tokens; portable, swapped, wide GEMMs
+def test_dependent_launches_of_a_whole_layer_race_with_nothing(num_tokens: int, cuda: torch.device) -> None:
+    """A captured chain of dependent layers, replayed over random inputs beside a noisy stream, has the plain chain's bits.
+
+    Layers write into one another's inputs and reuse freed memory, so a kernel that reads or writes too early meets what
+    another one is still using.
+    """
+    num_replays, num_inputs, num_layers = 2_500, 16, 3
+    config = MoEConfig.create(hidden_size=512, intermediate_size=256, num_experts=16, top_k=4)
+    plain, dependent = build_pipeline(config, cuda, uses_pdl=False), build_pipeline(config, cuda)
+    generator = torch.Generator(device=cuda).manual_seed(0)
+    logits = torch.randn(num_inputs, num_layers, num_tokens, 16, generator=generator, device=cuda)
+    hidden = torch.randn(num_inputs, num_tokens, 512, generator=generator, device=cuda).bfloat16()
+    problem = make_problem(config, 1, device=cuda)
+    w1, w2 = problem.w1, problem.w2 * 4  # so that activations do not vanish over the layers
+
+    def run(pipeline: MoEPipeline, logits: Tensor, buffers: list[Tensor]) -> None:
+        for layer in range(num_layers):
+            pipeline(logits[layer], buffers[layer % 2], w1, w2, output=buffers[(layer + 1) % 2])
+
+    buffers = [torch.empty_like(hidden[0]) for _ in range(2)]
+    expected = []
+    for its_logits, its_hidden in zip(logits, hidden):
+        buffers[0].copy_(its_hidden)
+        run(plain, its_logits, buffers)
+        expected.append(buffers[num_layers % 2].clone())
+    assert all(value.isfinite().all() and value.any() for value in expected)
+
+    static_logits = logits[0].clone()
+    run(dependent, static_logits, buffers)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(dependent, static_logits, buffers)
+    noise = torch.cuda.Stream()
+    busy = [torch.randn(size, size, device=cuda) for size in (64, 512, 1024)]
+    num_wrong = torch.zeros((), dtype=torch.int64, device=cuda)
+    order = torch.randint(num_inputs, (num_replays,), generator=torch.Generator().manual_seed(1)).tolist()
+    for replay, index in enumerate(order):
+        if replay % 8 == 0:
+            with torch.cuda.stream(noise):
+                torch.mm(busy[index % 3], busy[index % 3])
+        static_logits.copy_(logits[index])
+        buffers[1].fill_(float("nan"))
+        buffers[0].copy_(hidden[index])
+        graph.replay()
+        num_wrong += (buffers[num_layers % 2] != expected[index]).any()
+    assert num_wrong.item() == 0
+
+
+@pytest.mark.parametrize(
+    "dims", [{"hidden_size": 512, "intermediate_size": 256}, {"hidden_size": 200, "intermediate_size": 72}], ids=str
+)
+def test_a_batch_invariant_layer_gives_a_token_alone_the_bits_of_any_batch(
+    dims: dict[str, int], device: torch.device
+) -> None:
+    config = MoEConfig.create(**dims, num_experts=8, top_k=2, is_batch_invariant=True)
+    largest = 2000 if device.type == "cuda" else 40
+    problem = make_problem(config, largest, device=device)
+    pipeline = build_pipeline(config, device)
+    together = pipeline(problem.logits, problem.hidden_states, problem.w1, problem.w2)
+    for num_tokens in (1, 7, 33, 300, 900):
+        some = slice(0, min(num_tokens, largest))
+        alone = pipeline(problem.logits[some], problem.hidden_states[some], problem.w1, problem.w2)
+        assert torch.equal(alone, together[some])
+
+
+def test_a_batch_invariant_config_leaves_nothing_to_the_number_of_tokens() -> None:
+    config = MoEConfig.create(**SMALL, is_batch_invariant=True)
+    assert config.permute.tile_rows is not None
+    assert config.gemm1.kernel == config.gemm2.kernel == "swapped"
+    assert config.few_tokens.max_tokens == 0
+    assert MoEConfig.model_validate_json(config.model_dump_json()) == config

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from moe.flow import Permutation, SwigluParams
+from moe.flow import Permutation, SwigluParams, UnitSize
 from moe.gemm.config import GemmConfig, GemmKernel
 from moe.gemm.gather_gemm import gather_gemm
 from moe.gemm.grouped_gemm import grouped_gemm
@@ -12,10 +13,12 @@ from moe.gemm.hopper_gather_gemm import hopper_gather_gemm
 from moe.gemm.hopper_gather_gemm import takes as takes_wide_gather
 from moe.gemm.hopper_grouped_gemm import hopper_grouped_gemm
 from moe.gemm.hopper_grouped_gemm import takes as takes_wide_grouped
+from moe.gemm.hopper_launch import WIDE_UNITS
 from moe.gemm.hopper_swapped_gather_gemm import hopper_swapped_gather_gemm
 from moe.gemm.hopper_swapped_gather_gemm import takes as takes_swapped_gather
 from moe.gemm.hopper_swapped_grouped_gemm import hopper_swapped_grouped_gemm
 from moe.gemm.hopper_swapped_grouped_gemm import takes as takes_swapped_grouped
+from moe.gemm.hopper_swapped_launch import SWAPPED_UNITS
 
 # Rows of an expert in the mean, on an H200. At 32 rows the portable kernels were 3 to 5% faster than the swapped ones, at 64
 # rows 6 to 9% slower; at 128 rows the swapped ones were 1 to 23% faster than the wide ones, at 256 rows 3% slower.
@@ -30,29 +33,44 @@ def dispatch_gather_gemm(
     *,
     config: GemmConfig,
     swiglu: SwigluParams | None = None,
+    uses_pdl: bool = False,
 ) -> Tensor:
     """gemm1 by the fastest kernel that takes it; arguments, result and errors as `gather_gemm`."""
     tensors, tile_rows, device = (hidden_states, weights, permutation), permutation.tile_rows, hidden_states.device
-    kernel = config.kernel or _kernel_of_load(permutation)
+    kernel = config.kernel or _kernel_of_load(permutation.mean_rows)
     if kernel == "swapped" and takes_swapped_gather(config, tile_rows, device):
-        return hopper_swapped_gather_gemm(*tensors, config=config, swiglu=swiglu)
+        return hopper_swapped_gather_gemm(*tensors, config=config, swiglu=swiglu, uses_pdl=uses_pdl)
     if kernel == "wide" and takes_wide_gather(config, tile_rows, device):
-        return hopper_gather_gemm(*tensors, config=config, swiglu=swiglu)
-    return gather_gemm(*tensors, config=config, swiglu=swiglu)
+        return hopper_gather_gemm(*tensors, config=config, swiglu=swiglu, uses_pdl=uses_pdl)
+    return gather_gemm(*tensors, config=config, swiglu=swiglu, uses_pdl=uses_pdl)
 
 
-def dispatch_grouped_gemm(rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig) -> Tensor:
+def dispatch_grouped_gemm(
+    rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig, uses_pdl: bool = False
+) -> Tensor:
     """gemm2 by the fastest kernel that takes it; arguments, result and errors as `grouped_gemm`."""
     tile_rows, device = permutation.tile_rows, rows.device
-    kernel = config.kernel or _kernel_of_load(permutation)
+    kernel = config.kernel or _kernel_of_load(permutation.mean_rows)
     if kernel == "swapped" and takes_swapped_grouped(config, tile_rows, device):
-        return hopper_swapped_grouped_gemm(rows, weights, permutation, config=config)
+        return hopper_swapped_grouped_gemm(rows, weights, permutation, config=config, uses_pdl=uses_pdl)
     if kernel == "wide" and takes_wide_grouped(config, tile_rows, device):
-        return hopper_grouped_gemm(rows, weights, permutation, config=config)
-    return grouped_gemm(rows, weights, permutation, config=config)
+        return hopper_grouped_gemm(rows, weights, permutation, config=config, uses_pdl=uses_pdl)
+    return grouped_gemm(rows, weights, permutation, config=config, uses_pdl=uses_pdl)
 
 
-def _kernel_of_load(permutation: Permutation) -> GemmKernel:
-    if permutation.mean_rows < MIN_SWAPPED_ROWS:
+def unit_size(
+    device: torch.device, tile_rows: int, mean_rows: int, *, gemm1: GemmConfig, gemm2: GemmConfig
+) -> UnitSize | None:
+    """The units that both GEMMs of a layer take under such a load, or None: where a planner may make them in its launch."""
+    kernels = {gemm.kernel or _kernel_of_load(mean_rows) for gemm in (gemm1, gemm2)}
+    if kernels == {"swapped"} and takes_swapped_gather(gemm1, tile_rows, device):
+        return SWAPPED_UNITS if takes_swapped_grouped(gemm2, tile_rows, device) else None
+    if kernels == {"wide"} and takes_wide_gather(gemm1, tile_rows, device):
+        return WIDE_UNITS if takes_wide_grouped(gemm2, tile_rows, device) else None
+    return None
+
+
+def _kernel_of_load(mean_rows: int) -> GemmKernel:
+    if mean_rows < MIN_SWAPPED_ROWS:
         return "portable"
-    return "swapped" if permutation.mean_rows <= MAX_SWAPPED_ROWS else "wide"
+    return "swapped" if mean_rows <= MAX_SWAPPED_ROWS else "wide"

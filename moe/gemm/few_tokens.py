@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moe.flow import SwigluParams, TopK
@@ -39,5 +40,21 @@ def few_token_experts(
         ValueError: where a tensor does not fit the config, before anything is launched.
     """
     config.check(topk, hidden_states, w1, w2, swiglu, output)
+    return launch_few_token_experts(topk, hidden_states, w1, w2, config=config, swiglu=swiglu, output=output)
+
+
+def launch_few_token_experts(
+    topk: TopK,
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    config: FewTokenConfig,
+    swiglu: SwigluParams | None,
+    output: Tensor | None,
+) -> Tensor:
+    """`few_token_experts` of tensors that were checked."""
     activation = launch_slot_gemm(hidden_states, w1, topk, config=config, swiglu=swiglu)
+    if output is None:
+        output = torch.empty_like(hidden_states)  # quicker than by shape, dtype and device
     return launch_token_gemm(activation, w2, topk, config=config, output=output)

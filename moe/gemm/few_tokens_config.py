@@ -8,13 +8,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from moe.checks import expect, expect_separate
+from moe.checks import expect, expect_separate, is_as_expected
 from moe.flow import SwigluParams, TopK
 from moe.frozen import Count, FrozenConfig, PowerOfTwo
 from moe.gemm.config import GemmConfig, WeightLayout
 
 ELEMENTS_A_WARP = 256  # bf16 elements that a warp loads at once, 16 bytes a lane
 MAX_BLOCK_K = 1024
+WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 MAX_COLUMN_BLOCKS = 65535  # the grid's second axis
 # A slot streams its expert's weights by itself, so an expert chosen twice is read twice: from L2 in part, at about a fifth of
 # the cost of a first read. Up to so many bytes of second reads that is less than what the launches of the grouped chain cost
@@ -112,10 +113,28 @@ class FewTokenConfig(FrozenConfig):
         output: Tensor | None,
     ) -> None:
         """Raise unless all tensors fit: hidden_states [T, H], weights of weight_shape, output [T, H] of its own."""
-        self.check_slots(topk, hidden_states, w1, swiglu)
-        self.gemm2.check_weights("gemm2_weights", w2, topk.expert_ids.device)
-        read = {"hidden_states": hidden_states, "gemm1_weights": w1, "gemm2_weights": w2}
-        self._check_output(topk, output, read)
+        if swiglu is not None or not self._fit(topk, hidden_states, w1, w2):
+            self.check_slots(topk, hidden_states, w1, swiglu)
+            self.gemm2.check_weights("gemm2_weights", w2, topk.expert_ids.device)
+        if output is not None:
+            read = {"hidden_states": hidden_states, "gemm1_weights": w1, "gemm2_weights": w2}
+            self._check_output(topk, output, read)
+
+    def _fit(self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor) -> bool:
+        """Whether all of these pass their checks: told without messages, which take time to make."""
+        ids, weights = topk.expert_ids, topk.weights
+        if not isinstance(ids, Tensor) or not isinstance(weights, Tensor) or ids.dim() != 2:
+            return False
+        num_tokens, device = ids.shape[0], ids.device
+        slots = (num_tokens, self.top_k)
+        return (
+            is_as_expected(ids, slots, torch.int32)
+            and weights.dtype in WEIGHT_DTYPES
+            and is_as_expected(weights, slots, weights.dtype, device)
+            and is_as_expected(hidden_states, (num_tokens, self.gemm1.in_features), torch.bfloat16, device)
+            and is_as_expected(w1, self.gemm1.weight_shape, torch.bfloat16, device)
+            and is_as_expected(w2, self.gemm2.weight_shape, torch.bfloat16, device)
+        )
 
     def check_slots(self, topk: TopK, hidden_states: Tensor, w1: Tensor, swiglu: SwigluParams | None) -> None:
         """Raise unless the tensors fit gemm1 of these slots."""
@@ -137,8 +156,7 @@ class FewTokenConfig(FrozenConfig):
     def _check_topk(self, topk: TopK) -> dict[str, int]:
         dims = {"K": self.top_k}
         expect("expert_ids", topk.expert_ids, "T K", dims, dtype=torch.int32)
-        dtypes = (torch.bfloat16, torch.float32)
-        expect("expert_weights", topk.weights, "T K", dims, dtype=dtypes, device=topk.expert_ids.device)
+        expect("expert_weights", topk.weights, "T K", dims, dtype=WEIGHT_DTYPES, device=topk.expert_ids.device)
         return dims
 
     def _check_output(self, topk: TopK, output: Tensor | None, read: dict[str, Tensor]) -> None:

@@ -42,10 +42,14 @@ def gather_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_TILES: tl.constexpr,
+    USES_PDL: tl.constexpr,
 ):
     NUM_COLUMN_BLOCKS: tl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
     BLOCK_W: tl.constexpr = 2 * BLOCK_N if IS_GATED else BLOCK_N
     WEIGHT_ROWS: tl.constexpr = 2 * OUT_FEATURES if IS_GATED else OUT_FEATURES
+    if USES_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     num_tiles = tl.load(num_tiles_ptr)
     if program >= num_tiles * NUM_COLUMN_BLOCKS:

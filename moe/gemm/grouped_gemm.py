@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from moe.dependent_launch import launches_dependents
 from moe.flow import Permutation
 from moe.gemm.config import GemmConfig
 from moe.gemm.grouped_gemm_kernel import grouped_gemm_kernel
 from moe.gemm.tile import launch_tile
 from moe.gemm.weight_format import weight_strides
+from moe.triton_launch import KeptKernel
 
 
-def grouped_gemm(rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig) -> Tensor:
+def grouped_gemm(
+    rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig, uses_pdl: bool = False
+) -> Tensor:
     """rows @ W2[expert_of_row]^T.
 
     Args:
         rows: [P, I] bf16; padding rows may hold anything, NaN included.
         weights: bf16, config.weight_shape, as config.weight_format says.
         permutation: where rows lie; a program takes permutation.tile_rows of them.
+        uses_pdl: the launch is a dependent one of the launch before it (`moe.dependent_launch`), where the GPU has them.
 
     Returns:
         [P, H] bf16, rounded once. Padding rows are uninitialised memory.
@@ -30,28 +37,40 @@ def grouped_gemm(rows: Tensor, weights: Tensor, permutation: Permutation, *, con
     out = torch.empty(permutation.max_rows, config.out_features, dtype=torch.bfloat16, device=rows.device)
     if not out.numel():
         return out
-    tile = launch_tile(config, permutation.tile_rows, rows.device)
-    strides = weight_strides(config)
-    grid = (permutation.max_tiles * -(-config.out_features // tile.block_n),)
-    with torch.cuda.device_of(rows):
-        grouped_gemm_kernel[grid](
-            rows,
-            weights,
-            out,
-            permutation.expert_of_tile,
-            permutation.row_limit_of_tile,
-            permutation.num_tiles,
-            IN_FEATURES=config.in_features,
-            OUT_FEATURES=config.out_features,
-            IS_SHUFFLED=config.weight_format.is_shuffled,
-            ROW_STRIDE=strides.row,
-            K_STRIDE=strides.k,
-            BLOCK_STRIDE=strides.block,
-            BLOCK_M=permutation.tile_rows,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            GROUP_TILES=tile.group_tiles,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    uses_pdl = uses_pdl and launches_dependents(rows.device)
+    kernel, num_columns = _kernel_of(config, permutation.tile_rows, rows.device, uses_pdl)
+    kernel.launch(
+        (permutation.max_tiles * num_columns, 1, 1),
+        rows,
+        weights,
+        out,
+        permutation.expert_of_tile,
+        permutation.row_limit_of_tile,
+        permutation.num_tiles,
+    )
     return out
+
+
+@functools.cache
+def _kernel_of(config: GemmConfig, tile_rows: int, device: torch.device, uses_pdl: bool) -> tuple[KeptKernel, int]:
+    """The kernel of a config, and how many programs share a tile of rows."""
+    tile = launch_tile(config, tile_rows, device)
+    strides = weight_strides(config)
+    kernel = KeptKernel(
+        grouped_gemm_kernel,
+        IN_FEATURES=config.in_features,
+        OUT_FEATURES=config.out_features,
+        IS_SHUFFLED=config.weight_format.is_shuffled,
+        ROW_STRIDE=strides.row,
+        K_STRIDE=strides.k,
+        BLOCK_STRIDE=strides.block,
+        BLOCK_M=tile_rows,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_TILES=tile.group_tiles,
+        USES_PDL=uses_pdl,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        launch_pdl=uses_pdl,
+    )
+    return kernel, -(-config.out_features // tile.block_n)

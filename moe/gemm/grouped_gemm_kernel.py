@@ -26,8 +26,12 @@ def grouped_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_TILES: tl.constexpr,
+    USES_PDL: tl.constexpr,
 ):
     NUM_COLUMN_BLOCKS: tl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
+    if USES_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     num_tiles = tl.load(num_tiles_ptr)
     if program >= num_tiles * NUM_COLUMN_BLOCKS:

@@ -52,7 +52,7 @@ def hopper_gather_gemm_kernel(
     out_desc,  # [P, OUT_FEATURES] bf16; box [64, 128]
     token_of_row_ptr,  # [P] int32
     units_ptr,  # [5, max_units] int32
-    counts_ptr,  # [2] int32: units, work taken
+    counts_ptr,  # [2] int32: units, and 0: work taken
     max_units,
     alpha_ptr,  # [E_local] fp32 or None, as the two that follow
     beta_ptr,
@@ -64,6 +64,7 @@ def hopper_gather_gemm_kernel(
     IS_GATE_FIRST: gl.constexpr,
     SKIPS_TAILS: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
+    USES_PDL: gl.constexpr,
 ):
     rows = gl.allocate_shared_memory(
         gl.bfloat16,
@@ -150,6 +151,7 @@ def hopper_gather_gemm_kernel(
                     IS_SHUFFLED,
                     SKIPS_TAILS,
                     IS_DYNAMIC,
+                    USES_PDL,
                 ),
             ),
         ],
@@ -179,6 +181,7 @@ def produce(
     IS_SHUFFLED: gl.constexpr,
     SKIPS_TAILS: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
+    USES_PDL: gl.constexpr,
 ):
     COLUMN_BLOCKS: gl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
@@ -191,6 +194,9 @@ def produce(
     lane = gl.arange(0, HALF_ROWS, gl.SliceLayout(1, layout))
     column = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
 
+    if USES_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     num_work = gl.load(counts_ptr) * COLUMN_BLOCKS
     work = gl.program_id(0)
     message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, SKIPS_TAILS)
@@ -243,7 +249,7 @@ def produce(
             step += 1
             if k == 1:
                 # Here, so that the wait for it falls into a time when the stages ahead are full.
-                work = next_work(work, counts_ptr, IS_DYNAMIC)
+                work = next_work(work, counts_ptr, num_work, IS_DYNAMIC)
                 next_message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, SKIPS_TAILS)
         message = next_message
     send(END, slots, slot_filled, slot_emptied, num_sent)

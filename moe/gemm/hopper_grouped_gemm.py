@@ -8,8 +8,17 @@ from torch import Tensor
 from moe.flow import Permutation
 from moe.gemm.config import GemmConfig, WeightLayout
 from moe.gemm.hopper_grouped_gemm_kernel import hopper_grouped_gemm_kernel
-from moe.gemm.hopper_launch import MAX_REGISTERS, descriptor, fits, is_hopper, num_blocks, skips_tails, weight_matrix
-from moe.gemm.hopper_schedule import plan_units
+from moe.gemm.hopper_launch import (
+    MAX_REGISTERS,
+    WIDE_UNITS,
+    descriptor,
+    fits,
+    is_hopper,
+    num_blocks,
+    skips_tails,
+    weight_matrix,
+)
+from moe.gemm.hopper_schedule import units_of
 
 BLOCK_N = 256  # columns of the result
 
@@ -20,12 +29,19 @@ def takes(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
 
 
 def hopper_grouped_gemm(
-    rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig, is_dynamic: bool = True
+    rows: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    is_dynamic: bool = True,
+    uses_pdl: bool = False,
 ) -> Tensor:
     """rows @ W2[expert_of_row]^T; arguments and result as `grouped_gemm`.
 
     Args:
         is_dynamic: blocks take the next piece of work as they finish one, rather than every n-th.
+        uses_pdl: the launch is a dependent one of the launch before it (`moe.dependent_launch`).
 
     Raises:
         ValueError: where a tensor does not fit the config, or the kernel does not take the config.
@@ -39,23 +55,25 @@ def hopper_grouped_gemm(
     out = torch.empty(permutation.max_rows, config.out_features, dtype=torch.bfloat16, device=rows.device)
     if not out.numel():
         return out
-    schedule = plan_units(permutation)
+    units = units_of(permutation, WIDE_UNITS, uses_pdl=uses_pdl)
     matrix = weight_matrix(weights, config)
     with torch.cuda.device_of(rows):
-        hopper_grouped_gemm_kernel[(num_blocks(schedule, config, BLOCK_N),)](
+        hopper_grouped_gemm_kernel[(num_blocks(units, config, BLOCK_N),)](
             descriptor(rows, 64, 64),
             descriptor(matrix, BLOCK_N, 64),
             descriptor(out, 64, 128),
-            schedule.units,
-            schedule.counts,
-            schedule.max_units,
+            units.records,
+            units.counts,
+            units.max_units,
             IN_FEATURES=config.in_features,
             OUT_FEATURES=config.out_features,
             IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
             IS_SHUFFLED=config.weight_format.is_shuffled,
             SKIPS_TAILS=skips_tails(config, permutation.tile_rows),
             IS_DYNAMIC=is_dynamic,
+            USES_PDL=uses_pdl,
             num_warps=4,
             maxnreg=MAX_REGISTERS,
+            launch_pdl=uses_pdl,
         )
     return out

@@ -12,6 +12,7 @@ a time, while the first two wgmmas of the next one run.
 """
 # mypy: allow-untyped-defs
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -49,7 +50,7 @@ def hopper_grouped_gemm_kernel(
     weights_desc,  # [rows of all experts, IN_FEATURES], or [.., 64] where BlockMajorK; box [256, 64]
     out_desc,  # [P, OUT_FEATURES] bf16; box [64, 128]
     units_ptr,  # [5, max_units] int32
-    counts_ptr,  # [2] int32: units, work taken
+    counts_ptr,  # [2] int32: units, and 0: work taken
     max_units,
     IN_FEATURES: gl.constexpr,
     OUT_FEATURES: gl.constexpr,
@@ -57,6 +58,7 @@ def hopper_grouped_gemm_kernel(
     IS_SHUFFLED: gl.constexpr,
     SKIPS_TAILS: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
+    USES_PDL: gl.constexpr,
 ):
     rows = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES * 2, HALF_ROWS, BLOCK_K], rows_desc.layout)
     weights = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, BLOCK_N, BLOCK_K], weights_desc.layout)
@@ -129,6 +131,7 @@ def hopper_grouped_gemm_kernel(
                     IS_BLOCK_MAJOR,
                     SKIPS_TAILS,
                     IS_DYNAMIC,
+                    USES_PDL,
                 ),
             ),
         ],
@@ -156,12 +159,16 @@ def produce(
     IS_BLOCK_MAJOR: gl.constexpr,
     SKIPS_TAILS: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
+    USES_PDL: gl.constexpr,
 ):
     COLUMN_BLOCKS: gl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
     WEIGHT_BYTES: gl.constexpr = BLOCK_N * BLOCK_K * 2
     ROW_BYTES: gl.constexpr = HALF_ROWS * BLOCK_K * 2
 
+    if USES_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     num_work = gl.load(counts_ptr) * COLUMN_BLOCKS
     work = gl.program_id(0)
     message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, SKIPS_TAILS)
@@ -195,7 +202,7 @@ def produce(
             step += 1
             if k == 1:
                 # Here, so that the wait for it falls into a time when the stages ahead are full.
-                work = next_work(work, counts_ptr, IS_DYNAMIC)
+                work = next_work(work, counts_ptr, num_work, IS_DYNAMIC)
                 next_message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, SKIPS_TAILS)
         message = next_message
     send(END, slots, slot_filled, slot_emptied, num_sent)

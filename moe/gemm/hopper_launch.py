@@ -9,9 +9,12 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from moe.flow import RowUnits, UnitSize
 from moe.gemm.config import BLOCK_MAJOR_K, GemmConfig, WeightLayout
-from moe.gemm.hopper_schedule import UnitSchedule
 
+# 128 rows are what a block multiplies at a time; 22 units that share a weight tile while it is in L2 were best of 8, 22 and
+# all on an H200.
+WIDE_UNITS = UnitSize(max_rows=128, multiple=128, max_group=22)
 MAX_REGISTERS = 168  # a thread: 65536 over three groups of 128 threads, in steps of 8; partitions then share them out
 DEFAULT_SMS = 132  # where no GPU can be asked (offline compiles)
 MAX_MESSAGE = 1 << 16  # experts and column blocks that a message between warps has bits for
@@ -57,10 +60,10 @@ def descriptor(matrix: Tensor, box_rows: int, box_columns: int) -> TensorDescrip
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), box, layout)
 
 
-def num_blocks(schedule: UnitSchedule, config: GemmConfig, block_n: int) -> int:
+def num_blocks(units: RowUnits, config: GemmConfig, block_n: int) -> int:
     """One block of threads an SM, or one for each piece of work where those are fewer."""
-    work = schedule.max_units * -(-config.out_features // block_n)
-    return min(work, num_sms(schedule.units.device))
+    work = units.max_units * -(-config.out_features // block_n)
+    return min(work, num_sms(units.counts.device))
 
 
 @functools.cache

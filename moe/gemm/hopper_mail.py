@@ -16,7 +16,7 @@ END = gl.constexpr(-1)
 
 @gluon.jit
 def message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS: gl.constexpr, SKIPS_TAILS: gl.constexpr):
-    """The message for a piece of work in the order of `UnitSchedule`, END from num_work on.
+    """The message for a piece of work in the order of `hopper_schedule`, END from num_work on.
 
     Rows to compute are those of the unit that are real, rounded up to 16, or 128 where not SKIPS_TAILS.
     """
@@ -40,10 +40,15 @@ def message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS: gl.cons
 
 
 @gluon.jit
-def next_work(work, counts_ptr, IS_DYNAMIC: gl.constexpr):
-    """The work after `work`: the next that no block has taken, or every num_programs-th."""
+def next_work(work, counts_ptr, num_work, IS_DYNAMIC: gl.constexpr):
+    """The work after `work`: the next that no block has taken, or every num_programs-th.
+
+    Asked for once for each piece of work, so whoever asks last leaves the counter at 0 for the next kernel.
+    """
     if IS_DYNAMIC:
-        return gl.num_programs(0) + gl.atomic_add(counts_ptr + 1, 1, sem="relaxed")
+        num_asked = gl.atomic_add(counts_ptr + 1, 1, sem="relaxed")
+        gl.store(counts_ptr + 1, 0, mask=num_asked == num_work - 1)
+        return gl.num_programs(0) + num_asked
     else:
         return work + gl.num_programs(0)
 

@@ -23,7 +23,11 @@ def plan_units_kernel(
     ROW_MULTIPLE: tl.constexpr,
     MAX_GROUP_UNITS: tl.constexpr,
     CHUNK: tl.constexpr,
+    USES_PDL: tl.constexpr,
 ):
+    if USES_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     num_tiles = tl.load(num_tiles_ptr)
     num_units = 0
     run_start = 0  # first tile of the expert that the last chunk ended in

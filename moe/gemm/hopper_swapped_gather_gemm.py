@@ -8,8 +8,9 @@ from torch import Tensor
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.config import GemmConfig, WeightLayout
 from moe.gemm.hopper_launch import MAX_REGISTERS, descriptor, is_hopper, num_blocks
+from moe.gemm.hopper_schedule import units_of
 from moe.gemm.hopper_swapped_gather_gemm_kernel import hopper_swapped_gather_gemm_kernel
-from moe.gemm.hopper_swapped_launch import TILE_ROWS, fits_swapped, plan_swapped_units, store_rows, weight_boxes
+from moe.gemm.hopper_swapped_launch import SWAPPED_UNITS, TILE_ROWS, fits_swapped, store_rows, weight_boxes
 
 BLOCK_N = 128  # columns of the result, for 256 rows of the weight
 
@@ -27,11 +28,13 @@ def hopper_swapped_gather_gemm(
     config: GemmConfig,
     swiglu: SwigluParams | None = None,
     is_dynamic: bool = True,
+    uses_pdl: bool = False,
 ) -> Tensor:
     """SwiGLU(hidden_states[token_of_row] @ W1[expert_of_row]^T); arguments and result as `gather_gemm`.
 
     Args:
         is_dynamic: blocks take the next piece of work as they finish one, rather than every n-th.
+        uses_pdl: the launch is a dependent one of the launch before it (`moe.dependent_launch`).
 
     Raises:
         ValueError: where a tensor does not fit the config, or the kernel does not take the config.
@@ -46,16 +49,16 @@ def hopper_swapped_gather_gemm(
     if not out.numel():
         return out
     swiglu = swiglu or SwigluParams()
-    schedule = plan_swapped_units(permutation)
+    units = units_of(permutation, SWAPPED_UNITS, uses_pdl=uses_pdl)
     with torch.cuda.device_of(hidden_states):
-        hopper_swapped_gather_gemm_kernel[(num_blocks(schedule, config, BLOCK_N),)](
+        hopper_swapped_gather_gemm_kernel[(num_blocks(units, config, BLOCK_N),)](
             hidden_states,
             weight_boxes(weights, config),
             descriptor(out, store_rows(permutation.tile_rows), 64),
             permutation.token_of_row,
-            schedule.units,
-            schedule.counts,
-            schedule.max_units,
+            units.records,
+            units.counts,
+            units.max_units,
             swiglu.alpha,
             swiglu.beta,
             swiglu.clamp_limit,
@@ -65,7 +68,9 @@ def hopper_swapped_gather_gemm(
             IS_SHUFFLED=config.weight_format.is_shuffled,
             IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
             IS_DYNAMIC=is_dynamic,
+            USES_PDL=uses_pdl,
             num_warps=4,
             maxnreg=MAX_REGISTERS,
+            launch_pdl=uses_pdl,
         )
     return out

@@ -59,7 +59,7 @@ def hopper_swapped_gather_gemm_kernel(
     out_desc,  # [P, OUT_FEATURES] bf16; box [16 or 32, 64]
     token_of_row_ptr,  # [P] int32
     units_ptr,  # [5, max_units] int32
-    counts_ptr,  # [2] int32: units, work taken
+    counts_ptr,  # [2] int32: units, and 0: work taken
     max_units,
     alpha_ptr,  # [E_local] fp32 or None, as the two that follow
     beta_ptr,
@@ -70,6 +70,7 @@ def hopper_swapped_gather_gemm_kernel(
     IS_SHUFFLED: gl.constexpr,
     IS_GATE_FIRST: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
+    USES_PDL: gl.constexpr,
 ):
     STORE_ROWS: gl.constexpr = out_desc.block_shape[0]
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK_ROWS, BLOCK_K], gl.bfloat16)
@@ -157,6 +158,7 @@ def hopper_swapped_gather_gemm_kernel(
                     IS_BLOCK_MAJOR,
                     IS_SHUFFLED,
                     IS_DYNAMIC,
+                    USES_PDL,
                 ),
             ),
         ],
@@ -186,12 +188,16 @@ def produce(
     IS_BLOCK_MAJOR: gl.constexpr,
     IS_SHUFFLED: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
+    USES_PDL: gl.constexpr,
 ):
     COLUMN_BLOCKS: gl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])  # 16 bytes a thread, 128 a row
     column = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
 
+    if USES_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     num_work = gl.load(counts_ptr) * COLUMN_BLOCKS
     work = gl.program_id(0)
     message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, True)
@@ -244,7 +250,7 @@ def produce(
             step += 1
             if k == 1:
                 # Here, so that the wait for it falls into a time when the stages ahead are full.
-                work = next_work(work, counts_ptr, IS_DYNAMIC)
+                work = next_work(work, counts_ptr, num_work, IS_DYNAMIC)
                 next_message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, True)
         message = next_message
     send(END, slots, slot_filled, slot_emptied, num_sent)

@@ -8,12 +8,13 @@ from torch import Tensor
 from moe.flow import Permutation
 from moe.gemm.config import GemmConfig, WeightLayout
 from moe.gemm.hopper_launch import MAX_REGISTERS, descriptor, is_hopper, num_blocks
+from moe.gemm.hopper_schedule import units_of
 from moe.gemm.hopper_swapped_grouped_gemm_kernel import hopper_swapped_grouped_gemm_kernel
 from moe.gemm.hopper_swapped_launch import (
     ROW_MULTIPLE,
+    SWAPPED_UNITS,
     TILE_ROWS,
     fits_swapped,
-    plan_swapped_units,
     store_rows,
     weight_boxes,
 )
@@ -27,12 +28,19 @@ def takes(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
 
 
 def hopper_swapped_grouped_gemm(
-    rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig, is_dynamic: bool = True
+    rows: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    is_dynamic: bool = True,
+    uses_pdl: bool = False,
 ) -> Tensor:
     """rows @ W2[expert_of_row]^T; arguments and result as `grouped_gemm`.
 
     Args:
         is_dynamic: blocks take the next piece of work as they finish one, rather than every n-th.
+        uses_pdl: the launch is a dependent one of the launch before it (`moe.dependent_launch`).
 
     Raises:
         ValueError: where a tensor does not fit the config, or the kernel does not take the config.
@@ -46,21 +54,24 @@ def hopper_swapped_grouped_gemm(
     out = torch.empty(permutation.max_rows, config.out_features, dtype=torch.bfloat16, device=rows.device)
     if not out.numel():
         return out
-    schedule = plan_swapped_units(permutation)
+    units = units_of(permutation, SWAPPED_UNITS, uses_pdl=uses_pdl)
     with torch.cuda.device_of(rows):
-        hopper_swapped_grouped_gemm_kernel[(num_blocks(schedule, config, BLOCK_N),)](
+        hopper_swapped_grouped_gemm_kernel[(num_blocks(units, config, BLOCK_N),)](
             descriptor(rows, ROW_MULTIPLE, 64),
             weight_boxes(weights, config),
             descriptor(out, store_rows(permutation.tile_rows), 64),
-            schedule.units,
-            schedule.counts,
-            schedule.max_units,
+            units.records,
+            units.counts,
+            units.max_units,
             IN_FEATURES=config.in_features,
             OUT_FEATURES=config.out_features,
             IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
             IS_SHUFFLED=config.weight_format.is_shuffled,
             IS_DYNAMIC=is_dynamic,
+            USES_PDL=uses_pdl,
+            PREFETCHES=uses_pdl and units is permutation.units,
             num_warps=4,
             maxnreg=MAX_REGISTERS,
+            launch_pdl=uses_pdl,
         )
     return out

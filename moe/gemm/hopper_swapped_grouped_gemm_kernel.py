@@ -10,6 +10,7 @@ A stage is filled by bytes alone. Results are written as soon as they are there:
 """
 # mypy: allow-untyped-defs
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
@@ -54,13 +55,15 @@ def hopper_swapped_grouped_gemm_kernel(
     weights_desc,  # boxes of 128 weight rows, 64 of the contraction: see weight_boxes
     out_desc,  # [P, OUT_FEATURES] bf16; box [16 or 32, 64]
     units_ptr,  # [5, max_units] int32
-    counts_ptr,  # [2] int32: units, work taken
+    counts_ptr,  # [2] int32: units, and 0: work taken
     max_units,
     IN_FEATURES: gl.constexpr,
     OUT_FEATURES: gl.constexpr,
     IS_BLOCK_MAJOR: gl.constexpr,
     IS_SHUFFLED: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
+    USES_PDL: gl.constexpr,
+    PREFETCHES: gl.constexpr,  # the first weights before the wait of a dependent launch: the units were ready before gemm1
 ):
     STORE_ROWS: gl.constexpr = out_desc.block_shape[0]
     row_chunks = gl.allocate_shared_memory(
@@ -140,6 +143,8 @@ def hopper_swapped_grouped_gemm_kernel(
                     IS_BLOCK_MAJOR,
                     IS_SHUFFLED,
                     IS_DYNAMIC,
+                    USES_PDL,
+                    PREFETCHES,
                 ),
             ),
         ],
@@ -168,22 +173,34 @@ def produce(
     IS_BLOCK_MAJOR: gl.constexpr,
     IS_SHUFFLED: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
+    USES_PDL: gl.constexpr,
+    PREFETCHES: gl.constexpr,  # the first weights before the wait of a dependent launch: the units were ready before gemm1
 ):
     COLUMN_BLOCKS: gl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
     CHUNKS: gl.constexpr = MAX_ROWS // CHUNK_ROWS
+    AHEAD: gl.constexpr = min(NUM_STAGES, NUM_STEPS) if PREFETCHES else 0
 
+    if USES_PDL and not PREFETCHES:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     num_work = gl.load(counts_ptr) * COLUMN_BLOCKS
     work = gl.program_id(0)
     message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, True)
+    if PREFETCHES:
+        if message >= 0:
+            for k in gl.static_range(AHEAD):
+                copy_step_of_weights(
+                    message, k, k, weights_desc, weights, filled, IN_FEATURES, OUT_FEATURES, IS_BLOCK_MAJOR, IS_SHUFFLED
+                )
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     step = 0
     num_sent = 0
     while message >= 0:
         send(message, slots, slot_filled, slot_emptied, num_sent)
         num_sent += 1
         row = row_of(message)
-        expert = expert_of(message)
-        column = column_block_of(message) * BLOCK_N
         row_blocks = row_blocks_of(message)
         num_chunks = (row_blocks + 1) // 2
         has_extra = has_extra_rows(row_blocks)
@@ -193,22 +210,19 @@ def produce(
             stage = step % NUM_STAGES
             mbarrier.wait(emptied.index(stage), ((step // NUM_STAGES) & 1) ^ 1)
             bar = filled.index(stage)
-            for chunks in gl.static_range(1, CHUNKS + 2):
-                mbarrier.expect(bar, WEIGHT_BYTES + chunks * CHUNK_BYTES, pred=num_chunks == chunks)
-            copy_weights(
-                weights_desc,
-                expert,
-                column,
-                k,
-                bar,
-                weights,
-                stage,
-                IN_FEATURES,
-                OUT_FEATURES,
-                False,
-                IS_BLOCK_MAJOR,
-                IS_SHUFFLED,
-            )
+            if step >= AHEAD:
+                copy_step_of_weights(
+                    message,
+                    k,
+                    stage,
+                    weights_desc,
+                    weights,
+                    filled,
+                    IN_FEATURES,
+                    OUT_FEATURES,
+                    IS_BLOCK_MAJOR,
+                    IS_SHUFFLED,
+                )
             for chunk in gl.static_range(CHUNKS):
                 is_chunk = num_chunks - has_extra.to(gl.int32) > chunk
                 tma.async_copy_global_to_shared(
@@ -224,10 +238,44 @@ def produce(
             step += 1
             if k == 1:
                 # Here, so that the wait for it falls into a time when the stages ahead are full.
-                work = next_work(work, counts_ptr, IS_DYNAMIC)
+                work = next_work(work, counts_ptr, num_work, IS_DYNAMIC)
                 next_message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, True)
         message = next_message
     send(END, slots, slot_filled, slot_emptied, num_sent)
+
+
+@gluon.jit
+def copy_step_of_weights(
+    message,
+    k,
+    stage,
+    weights_desc,
+    weights,
+    filled,
+    IN_FEATURES: gl.constexpr,
+    OUT_FEATURES: gl.constexpr,
+    IS_BLOCK_MAJOR: gl.constexpr,
+    IS_SHUFFLED: gl.constexpr,
+):
+    """Start the copy of step k of the weights, and tell the stage's barrier of all its bytes: rows too."""
+    bar = filled.index(stage)
+    num_chunks = (row_blocks_of(message) + 1) // 2
+    for chunks in gl.static_range(1, MAX_ROWS // CHUNK_ROWS + 2):
+        mbarrier.expect(bar, WEIGHT_BYTES + chunks * CHUNK_BYTES, pred=num_chunks == chunks)
+    copy_weights(
+        weights_desc,
+        expert_of(message),
+        column_block_of(message) * BLOCK_N,
+        k,
+        bar,
+        weights,
+        stage,
+        IN_FEATURES,
+        OUT_FEATURES,
+        False,
+        IS_BLOCK_MAJOR,
+        IS_SHUFFLED,
+    )
 
 
 @gluon.jit

@@ -6,27 +6,21 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moe.flow import Permutation
+from moe.flow import UnitSize
 from moe.gemm.config import BLOCK_MAJOR_K, SHUFFLE_ROWS, GemmConfig, WeightLayout
-from moe.gemm.hopper_launch import fits
-from moe.gemm.hopper_schedule import UnitSchedule, plan_units
+from moe.gemm.hopper_launch import WIDE_UNITS, fits
 
 TILE_ROWS = (16, 32, 64, 128)
+ROW_MULTIPLE = 32  # rows that the kernels' branches count in
 # 128 + 32 rows: the most whose accumulators, 160 registers a thread, leave room for the rest. At a mean of 128 rows an expert
 # under uniform routing hardly any has more, so that its weights are read once.
-UNIT_ROWS = 160
-ROW_MULTIPLE = 32  # rows that the kernels' branches count in
+SWAPPED_UNITS = UnitSize(max_rows=160, multiple=ROW_MULTIPLE, max_group=WIDE_UNITS.max_group)
 BOX_ROWS = 128  # weight rows of a consumer
 
 
 def fits_swapped(config: GemmConfig, tile_rows: int, block_n: int) -> bool:
     """Whether the swapped kernels' tiles and index arithmetic take this problem."""
     return fits(config, tile_rows, block_n, TILE_ROWS)
-
-
-def plan_swapped_units(permutation: Permutation) -> UnitSchedule:
-    """Units of up to 160 rows; an expert that needs several shares its rows out evenly, in multiples of 32."""
-    return plan_units(permutation, unit_rows=UNIT_ROWS, row_multiple=ROW_MULTIPLE)
 
 
 def store_rows(tile_rows: int) -> int:

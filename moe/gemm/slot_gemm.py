@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+import functools
+
 from torch import Tensor
 
+from moe.dependent_launch import launches_dependents
 from moe.flow import SwigluParams, TopK
-from moe.gemm.dependent_launch import launches_dependents
 from moe.gemm.few_tokens_config import FewTokenConfig, default_slot_tile
 from moe.gemm.slot_gemm_kernel import slot_gemm_kernel
 from moe.gemm.weight_format import weight_strides
+from moe.triton_launch import KeptKernel
 
 
 def slot_gemm(
@@ -44,38 +46,38 @@ def launch_slot_gemm(
     hidden_states: Tensor, weights: Tensor, topk: TopK, *, config: FewTokenConfig, swiglu: SwigluParams | None
 ) -> Tensor:
     """`slot_gemm` of tensors that were checked."""
-    gemm = config.gemm1
     num_slots = topk.expert_ids.numel()
-    out = torch.empty(num_slots, gemm.out_features, dtype=torch.bfloat16, device=hidden_states.device)
+    out = hidden_states.new_empty((num_slots, config.gemm1.out_features))
     if not num_slots:
         return out
-    swiglu = swiglu or SwigluParams()
+    kernel, num_blocks = _kernel_of(config, config.uses_pdl and launches_dependents(hidden_states.device))
+    alpha, beta, clamp_limit = (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
+    kernel.launch((num_slots, num_blocks, 1), hidden_states, weights, topk.expert_ids, out, alpha, beta, clamp_limit)
+    return out
+
+
+@functools.cache
+def _kernel_of(config: FewTokenConfig, uses_pdl: bool) -> tuple[KeptKernel, int]:
+    """The kernel of a config, and into how many programs it cuts a row."""
+    gemm = config.gemm1
     tile = config.slot_tile or default_slot_tile(gemm)
     strides = weight_strides(gemm)
-    uses_pdl = config.uses_pdl and launches_dependents(hidden_states.device)
-    with torch.cuda.device_of(hidden_states):
-        slot_gemm_kernel[(num_slots, -(-gemm.out_features // tile.block_n))](
-            hidden_states,
-            weights,
-            topk.expert_ids,
-            out,
-            swiglu.alpha,
-            swiglu.beta,
-            swiglu.clamp_limit,
-            config.local_expert_offset,
-            gemm.num_experts,
-            IN_FEATURES=gemm.in_features,
-            OUT_FEATURES=gemm.out_features,
-            TOP_K=config.top_k,
-            IS_GATED=gemm.is_gated,
-            IS_GATE_FIRST=gemm.weight_format.gate_up_order == "gate_up",
-            IS_SHUFFLED=gemm.weight_format.is_shuffled,
-            ROW_STRIDE=strides.row,
-            BLOCK_STRIDE=strides.block,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            USES_PDL=uses_pdl,
-            num_warps=tile.num_warps,
-            launch_pdl=uses_pdl,
-        )
-    return out
+    kernel = KeptKernel(
+        slot_gemm_kernel,
+        first_expert=config.local_expert_offset,
+        num_experts=gemm.num_experts,
+        IN_FEATURES=gemm.in_features,
+        OUT_FEATURES=gemm.out_features,
+        TOP_K=config.top_k,
+        IS_GATED=gemm.is_gated,
+        IS_GATE_FIRST=gemm.weight_format.gate_up_order == "gate_up",
+        IS_SHUFFLED=gemm.weight_format.is_shuffled,
+        ROW_STRIDE=strides.row,
+        BLOCK_STRIDE=strides.block,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        USES_PDL=uses_pdl,
+        num_warps=tile.num_warps,
+        launch_pdl=uses_pdl,
+    )
+    return kernel, -(-gemm.out_features // tile.block_n)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+import functools
+
 from torch import Tensor
 
+from moe.dependent_launch import launches_dependents
 from moe.flow import TopK
-from moe.gemm.dependent_launch import launches_dependents
 from moe.gemm.few_tokens_config import FewTokenConfig, default_token_tile
 from moe.gemm.token_gemm_kernel import token_gemm_kernel
 from moe.gemm.weight_format import weight_strides
+from moe.triton_launch import KeptKernel
 
 MAX_UNROLLED_STEPS = (
     64  # steps of a program up to which its K slots are unrolled: their loads overlap, code stays small
@@ -44,40 +46,42 @@ def launch_token_gemm(
     activation: Tensor, weights: Tensor, topk: TopK, *, config: FewTokenConfig, output: Tensor | None
 ) -> Tensor:
     """`token_gemm` of tensors that were checked."""
-    gemm = config.gemm2
     num_tokens = topk.expert_ids.shape[0]
     if output is None:
-        output = torch.empty(num_tokens, gemm.out_features, dtype=torch.bfloat16, device=activation.device)
+        output = activation.new_empty((num_tokens, config.gemm2.out_features))
     if not num_tokens:
         return output
+    kernel, num_blocks = _kernel_of(config, config.uses_pdl and launches_dependents(activation.device))
+    kernel.launch((num_tokens, num_blocks, 1), activation, weights, topk.expert_ids, topk.weights, output)
+    return output
+
+
+@functools.cache
+def _kernel_of(config: FewTokenConfig, uses_pdl: bool) -> tuple[KeptKernel, int]:
+    """The kernel of a config, and into how many programs it cuts a row."""
+    gemm = config.gemm2
     tile = config.token_tile or default_token_tile(gemm, config.top_k)
     strides = weight_strides(gemm)
-    uses_pdl = config.uses_pdl and launches_dependents(activation.device)
     num_steps = config.top_k * -(-gemm.in_features // tile.block_k)
     is_unrolled = num_steps <= MAX_UNROLLED_STEPS
     prefetches = uses_pdl and is_unrolled and not config.is_slice
-    with torch.cuda.device_of(activation):
-        token_gemm_kernel[(num_tokens, -(-gemm.out_features // tile.block_n))](
-            activation,
-            weights,
-            topk.expert_ids,
-            topk.weights,
-            output,
-            config.local_expert_offset,
-            gemm.num_experts,
-            IN_FEATURES=gemm.in_features,
-            OUT_FEATURES=gemm.out_features,
-            TOP_K=config.top_k,
-            IS_SHUFFLED=gemm.weight_format.is_shuffled,
-            ROW_STRIDE=strides.row,
-            BLOCK_STRIDE=strides.block,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            NUM_PREFETCHED=min(tile.num_prefetched, num_steps) if prefetches else 0,
-            SKIPS_ABSENT=config.is_slice,
-            IS_UNROLLED=is_unrolled,
-            USES_PDL=uses_pdl,
-            num_warps=tile.num_warps,
-            launch_pdl=uses_pdl,
-        )
-    return output
+    kernel = KeptKernel(
+        token_gemm_kernel,
+        first_expert=config.local_expert_offset,
+        num_experts=gemm.num_experts,
+        IN_FEATURES=gemm.in_features,
+        OUT_FEATURES=gemm.out_features,
+        TOP_K=config.top_k,
+        IS_SHUFFLED=gemm.weight_format.is_shuffled,
+        ROW_STRIDE=strides.row,
+        BLOCK_STRIDE=strides.block,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        NUM_PREFETCHED=min(tile.num_prefetched, num_steps) if prefetches else 0,
+        SKIPS_ABSENT=config.is_slice,
+        IS_UNROLLED=is_unrolled,
+        USES_PDL=uses_pdl,
+        num_warps=tile.num_warps,
+        launch_pdl=uses_pdl,
+    )
+    return kernel, -(-gemm.out_features // tile.block_n)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,8 +15,11 @@ from moe.flow import Permutation, SwigluParams
 from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, WeightFormat, WeightLayout
 from moe.gemm.hopper_gather_gemm import hopper_gather_gemm
 from moe.gemm.hopper_grouped_gemm import hopper_grouped_gemm
+from moe.gemm.hopper_launch import WIDE_UNITS
+from moe.gemm.hopper_schedule import plan_units, units_of
 from moe.gemm.hopper_swapped_gather_gemm import hopper_swapped_gather_gemm
 from moe.gemm.hopper_swapped_grouped_gemm import hopper_swapped_grouped_gemm
+from moe.gemm.hopper_swapped_launch import SWAPPED_UNITS
 from moe.gemm.reference import activate_reference, gather_gemm_reference, grouped_gemm_reference, rows_of_experts
 from moe.gemm.weight_format import pack_weights
 
@@ -215,3 +218,30 @@ def test_bits_are_the_same_in_20_runs_and_in_a_replayed_graph(hopper, kernels, w
     hidden_states.copy_(normal(NUM_TOKENS, 512, device=hopper, seed=9))
     graph.replay()
     assert torch.equal(captured[is_real], both()[is_real])
+
+
+@for_both_kernels
+def test_gemms_that_share_the_planners_units_leave_their_counter_at_zero(hopper, kernels):
+    counts, dims = COUNTS["many_units"] * 4, Dims(512, 512)
+    permutation = permutation_of_counts(counts, kernels.tile_rows, NUM_TOKENS, device=hopper)
+    config = gemm_config(dims, counts, WeightFormat(), is_gated=False)
+    weights = logical_weights(config, hopper)
+    rows = normal(permutation.max_rows, 512, device=hopper, seed=3)
+    is_real = real_rows(permutation)
+    expected = kernels.grouped(rows, weights, permutation, config=config)[is_real]
+    size = WIDE_UNITS if kernels.grouped is hopper_grouped_gemm else SWAPPED_UNITS
+    shared = replace(permutation, units=plan_units(permutation, size))
+    num_units = int(shared.units.counts[0])
+    for uses_pdl in (False, True, True):
+        out = kernels.grouped(rows, weights, shared, config=config, uses_pdl=uses_pdl)
+        assert torch.equal(out[is_real], expected)
+        assert shared.units.counts.tolist() == [num_units, 0]
+
+
+def test_units_are_not_shared_with_another_stream(hopper):
+    permutation = permutation_of_counts([300, 20], 128, NUM_TOKENS, device=hopper)
+    permutation = replace(permutation, units=plan_units(permutation, WIDE_UNITS))
+    assert units_of(permutation, WIDE_UNITS) is permutation.units
+    assert units_of(permutation, SWAPPED_UNITS) is not permutation.units
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert units_of(permutation, WIDE_UNITS) is not permutation.units

@@ -85,6 +85,24 @@ def test_grouped_gemm_compiles_without_spills_or_serialised_wgmma(tmp_path, weig
     assert_is_tight(gpu.launches[-1], tmp_path)
 
 
+@pytest.mark.parametrize("uses_pdl", [False, True], ids=["alone", "dependent"])
+def test_every_launch_of_a_dependent_chain_waits_and_triggers_once(tmp_path, uses_pdl):
+    gate = GemmConfig(num_experts=4, in_features=2048, out_features=768, activation=ActivationType.Swiglu)
+    down = GemmConfig(num_experts=4, in_features=768, out_features=2048)
+    permutation = permutation_of_counts([5000, 0, 700, 64], 128, 6)
+    with offline_gpu(arch=90) as gpu:
+        rows = hopper_gather_gemm(
+            empty(6, 2048), empty(*gate.weight_shape), permutation, config=gate, uses_pdl=uses_pdl
+        )
+        hopper_grouped_gemm(rows, empty(*down.weight_shape), permutation, config=down, uses_pdl=uses_pdl)
+    assert len(gpu.launches) == 4  # units, gemm1, units, gemm2
+    for launch in gpu.launches:
+        assert bool(launch.options.get("launch_pdl")) == uses_pdl
+        assert launch.report.count("griddepcontrol.wait") == launch.report.count("griddepcontrol.launch") == uses_pdl
+    assert_is_tight(gpu.launches[1], tmp_path)
+    assert_is_tight(gpu.launches[3], tmp_path)
+
+
 @pytest.mark.parametrize("tile_rows", [16, 32], ids="tile_rows{}".format)
 def test_small_row_tiles_are_refused(tile_rows):
     config = GemmConfig(num_experts=1, in_features=128, out_features=128)

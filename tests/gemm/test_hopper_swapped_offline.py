@@ -1,5 +1,7 @@
 """What ptxas makes of the swapped Hopper GEMMs, and where their boxes of weights come from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from emulation.offline_driver import offline_gpu
@@ -9,9 +11,10 @@ from triton import knobs
 
 from moe.flow import SwigluParams
 from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, WeightFormat, WeightLayout
+from moe.gemm.hopper_schedule import plan_units_reference
 from moe.gemm.hopper_swapped_gather_gemm import hopper_swapped_gather_gemm
 from moe.gemm.hopper_swapped_grouped_gemm import hopper_swapped_grouped_gemm
-from moe.gemm.hopper_swapped_launch import weight_boxes
+from moe.gemm.hopper_swapped_launch import SWAPPED_UNITS, weight_boxes
 from moe.gemm.weight_format import pack_weights
 
 pytestmark = pytest.mark.skipif(knobs.runtime.interpret, reason="nothing is compiled in the interpreter")
@@ -80,6 +83,25 @@ def test_grouped_gemm_compiles_without_spills_or_serialised_wgmma(tmp_path, weig
     assert out.shape == (permutation.max_rows, 2048)
     assert gpu.launches[-1].grid == (NUM_SMS, 1, 1)
     assert_is_tight(gpu.launches[-1], tmp_path)
+
+
+@pytest.mark.parametrize("has_units", [False, True], ids=["units_of_their_own", "units_of_the_planner"])
+def test_dependent_gemms_compile_alike(tmp_path, has_units):
+    gate = GemmConfig(num_experts=4, in_features=2048, out_features=256, activation=ActivationType.Swiglu)
+    down = GemmConfig(num_experts=4, in_features=256, out_features=2048)
+    permutation = permutation_of_counts([5000, 0, 700, 64], 64, 6)
+    if has_units:
+        permutation = replace(permutation, units=plan_units_reference(permutation, SWAPPED_UNITS))
+    with offline_gpu(arch=90) as gpu:
+        rows = hopper_swapped_gather_gemm(
+            empty(6, 2048), empty(*gate.weight_shape), permutation, config=gate, uses_pdl=True
+        )
+        hopper_swapped_grouped_gemm(rows, empty(*down.weight_shape), permutation, config=down, uses_pdl=True)
+    gemms = [launch for launch in gpu.launches if "gemm" in launch.name]
+    assert len(gpu.launches) == (2 if has_units else 4)
+    for launch in gemms:
+        assert_is_tight(launch, tmp_path)
+        assert launch.report.count("griddepcontrol.wait") == launch.report.count("griddepcontrol.launch") == 1
 
 
 @pytest.mark.parametrize("is_gated", [True, False], ids=["gated", "not_gated"])

@@ -1,0 +1,68 @@
+"""Checks of tensors by themselves: what passes, what a shared letter binds, and whose memory overlaps."""
+
+import pytest
+import torch
+
+from moe.checks import expect, expect_separate, is_as_expected
+
+MEMORY = torch.zeros(4096, dtype=torch.bfloat16)
+RIGHT = MEMORY[:96].view(12, 8)
+WRONG = {
+    "rank": (MEMORY[:96], "expected 2-D"),
+    "size": (MEMORY[:112].view(14, 8), r"expected \[T=12, 8\]"),
+    "fixed_size": (MEMORY[:108].view(12, 9), r"expected \[T=12, 8\]"),
+    "dtype": (RIGHT.float(), "expected bfloat16"),
+    "device": (RIGHT.to("meta"), "expected a tensor on cpu"),
+    "strides": (MEMORY[:192].view(12, 16)[:, ::2], "expected a contiguous tensor"),
+    "alignment": (MEMORY[1:97].view(12, 8), "expected memory aligned to 16 bytes"),
+}
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_refused_by_both_checks(name):
+    tensor, says = WRONG[name]
+    with pytest.raises(ValueError, match=says):
+        expect("rows", tensor, "T 8", {"T": 12}, dtype=torch.bfloat16, device=CPU)
+    assert not is_as_expected(tensor, (12, 8), torch.bfloat16, CPU)
+
+
+def test_what_is_no_tensor_is_refused_by_both_checks():
+    with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got list"):
+        expect("rows", [], "T 8", {}, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    assert not is_as_expected([], (0,), torch.bfloat16)  # type: ignore[arg-type]
+
+
+def test_what_fits_passes_and_binds_its_letters():
+    dims: dict[str, int] = {}
+    expect("rows", RIGHT, "T K", dims, dtype=(torch.float32, torch.bfloat16), device=CPU)
+    assert dims == {"T": 12, "K": 8}
+    assert is_as_expected(RIGHT, (12, 8), torch.bfloat16, CPU)
+
+
+def test_an_empty_tensor_may_lie_anywhere():
+    empty = MEMORY[1:1].view(0, 8)
+    expect("rows", empty, "T 8", {}, dtype=torch.bfloat16)
+    assert is_as_expected(empty, (0, 8), torch.bfloat16)
+
+
+OVERLAPPING = {
+    "itself": RIGHT,
+    "last_element": MEMORY[95:100],
+    "around": MEMORY,
+    "strided": MEMORY[:192].view(2, 96)[:, :1],  # its last element is 96, its first 0
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_shared_memory_is_refused_from_either_side(name):
+    other = OVERLAPPING[name]
+    for written, read in ((RIGHT, other), (other, RIGHT)):
+        with pytest.raises(ValueError, match=r"output: expected memory of its own.*shares memory with rows"):
+            expect_separate("output", written, {"absent": None, "rows": read})
+
+
+def test_neighbours_and_empty_tensors_share_nothing():
+    read = {"before": MEMORY[:96], "after": MEMORY[192:], "empty": MEMORY[100:100], "absent": None}
+    expect_separate("output", MEMORY[96:192], read)
+    expect_separate("output", MEMORY[4:4], {"around": MEMORY})
