@@ -1,4 +1,4 @@
-"""python -m moe: run a layer of a real model, time many, or say what is here."""
+"""python -m moe: run a layer of a real model, time many, tune them, or say what is here."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from moe.cli.bench import measure_all, print_bench
 from moe.cli.layer import FORMATS, ROUTINGS, make_layer
 from moe.cli.machine import UnfitMachine, describe_machine, expect_memory, info_json, info_text, pick_device
+from moe.cli.plot import expect_matplotlib
 from moe.cli.progress import Progress
 from moe.cli.run import measure_layer, report_json, report_text
 from moe.shapes import NAMED_SHAPES
@@ -20,6 +21,8 @@ from moe.tuning.measure import Peaks, measure_peaks
 
 CPU_TOKENS, CUDA_TOKENS = 64, 2048
 BENCH_TOKENS = (1, 128, 2048, 8192)
+LAUNCH_TOKENS = (1, 64)
+MAX_TUNED_TOKENS = 8192
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,9 +61,11 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def bench_command(options: argparse.Namespace) -> int:
+    if options.plot is not None:
+        expect_matplotlib()
     progress = Progress(shows_details=False)
     peaks = _measure_peaks(options, progress)
-    measurements = measure_all(
+    lines = measure_all(
         options.model,
         options.tokens,
         options.device,
@@ -68,14 +73,61 @@ def bench_command(options: argparse.Namespace) -> int:
         routing=options.routing,
         seed=options.seed,
         progress=progress,
+        uses_tables=not options.untuned,
     )
-    return 0 if print_bench(measurements, peaks, options.device, options.json) else 1
+    return 0 if print_bench(lines, peaks, options.device, options.json, options.plot) else 1
+
+
+def launches_command(options: argparse.Namespace) -> int:
+    if options.device.type != "cuda":
+        raise UnfitMachine("launches: expected a GPU that torch can use, got none; see `python -m moe info`")
+    from moe.cli.launches import launches_text, measure_launches
+
+    shape = NAMED_SHAPES[options.model]
+    expect_memory(shape, options.device)
+    layer = make_layer(
+        shape, options.device, weight_format=FORMATS[options.weights], seed=options.seed, progress=Progress()
+    )
+    for num_tokens in options.tokens:
+        report = measure_launches(layer, num_tokens, routing=options.routing, seed=options.seed)
+        print(f"\n{launches_text(shape.name, report)}", flush=True)
+    return 0
 
 
 def info_command(options: argparse.Namespace) -> int:
     machine = describe_machine(options.device)
     print(json.dumps(info_json(machine), indent=1) if options.json else info_text(machine))
     return 0
+
+
+def tune_command(options: argparse.Namespace) -> int:
+    if not tunes_on(options.device):
+        raise UnfitMachine("tune: expected a GPU that torch can use, got none; see `python -m moe info`")
+    # Here and not above: the other commands need no tables.
+    from moe.cli.tune import export_table, layers_of, show_table, tune_layers
+
+    layers = layers_of(options.model, options.config, options.format)
+    if not (layers or options.show or options.export):
+        raise UnfitMachine("tune: expected --model or --config, or --show or --export, got none; name a layer")
+    tune_layers(
+        () if options.show else layers,
+        options.tokens,
+        options.device,
+        max_num_tokens=options.max_tokens,
+        seed=options.seed,
+        force=options.force,
+        progress=Progress(),
+    )
+    if options.show:
+        show_table(layers, options.device)
+    if options.export:
+        export_table(options.export, options.device)
+    return 0
+
+
+def tunes_on(device: torch.device) -> bool:
+    """Whether there is anything to choose: the references of a CPU have no tiles."""
+    return device.type == "cuda"
 
 
 def _measure_peaks(options: argparse.Namespace, progress: Progress) -> Peaks:
@@ -107,13 +159,49 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens", type=_count, nargs="+", default=BENCH_TOKENS, metavar="N", help=f"default: {BENCH_TOKENS}"
     )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write all values to this file as well")
+    bench.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the roofline and time by tokens (needs matplotlib)"
+    )
+    bench.add_argument("--untuned", action="store_true", help="use no tuning table")
     _add_inputs(bench)
+
+    launches = commands.add_parser("launches", help="every kernel launch of a call, and its time")
+    launches.set_defaults(command=launches_command)
+    launches.add_argument(
+        "--model", choices=NAMED_SHAPES, default="qwen3-30b-a3b", metavar="NAME", help=", ".join(NAMED_SHAPES)
+    )
+    launches.add_argument("--tokens", type=_count, nargs="+", default=LAUNCH_TOKENS, metavar="N", help="default: 1 64")
+    _add_inputs(launches)
+
+    _add_tune(commands.add_parser("tune", help="find what is fastest for a layer on this GPU, and keep it"))
 
     info = commands.add_parser("info", help="device, versions, which stages run kernels here")
     info.set_defaults(command=info_command)
     info.add_argument("--json", action="store_true", help="print values instead of text")
     _add_device(info)
     return parser
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=tune_command)
+    parser.add_argument(
+        "--model", choices=NAMED_SHAPES, nargs="+", default=[], metavar="NAME", help=", ".join(NAMED_SHAPES)
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="JSON of a MoEConfig, or a Hugging Face config.json"
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, default="hf", help="format of the weights in memory; default: hf (MajorK)"
+    )
+    parser.add_argument("--tokens", type=_count, nargs="+", metavar="N", help="default: all buckets up to --max-tokens")
+    parser.add_argument(
+        "--max-tokens", type=_count, default=MAX_TUNED_TOKENS, metavar="N", help=f"default: {MAX_TUNED_TOKENS}"
+    )
+    parser.add_argument("--force", action="store_true", help="tune also what the tables hold")
+    parser.add_argument("--show", action="store_true", help="tune nothing: print what the user's table holds")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="add the entries of the user's table to this one")
+    parser.add_argument("--seed", type=int, default=0)
+    _add_device(parser)
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:

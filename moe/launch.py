@@ -14,6 +14,7 @@ from torch import Tensor
 
 _INSTALL = 'pip install "moe-stages[cuda13]"'
 _compile_lock = threading.Lock()
+_this_thread = threading.local()
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,7 @@ class NumbaKernel:
     _loaded_of_device: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
     _loaded_of_capability: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
 
-    def launch(self, num_blocks: int, *arguments: Tensor | int | None) -> None:
+    def launch(self, num_blocks: int, *arguments: Tensor | int | None, uses_pdl: bool = False) -> None:
         """Start the kernel on the current stream of the tensors' device.
 
         The first launch on an architecture compiles, which a graph capture does not allow: warm up before.
@@ -38,17 +39,19 @@ class NumbaKernel:
         Args:
             num_blocks: blocks of the grid, at least 1.
             arguments: one for each parameter: for a pointer a tensor, or None for a null pointer; else a number.
+            uses_pdl: may start while the kernel before it runs, for which the kernel waits itself (`moe.dependent_launch`).
+                An ordinary launch where cuda-core has no dependent ones.
         Raises:
             ValueError: the tensors do not lie on one CUDA device.
             ImportError: numba-cuda, cuda-core, libNVVM or NVRTC is missing.
             RuntimeError: the driver cannot load what the compiler made.
         """
-        index = _device_index(arguments)
-        values = [_as_parameter(argument) for argument in arguments]
-        with torch.cuda.device(index):
-            kernel = self._loaded_of_device.get(index) or self._load(index)
-            stream = _stream(index, torch._C._cuda_getCurrentRawStream(index))
-            _launch()(stream, _launch_config(num_blocks, self.threads_per_block), kernel, *values)
+        index, values = _parameters(arguments)
+        if index == torch._C._cuda_getDevice():
+            self._launch_on(index, num_blocks, values, uses_pdl)
+        else:
+            with torch.cuda.device(index):
+                self._launch_on(index, num_blocks, values, uses_pdl)
 
     def compile_ptx(self, capability: tuple[int, int]) -> str:
         """PTX for a compute capability such as (9, 0). Needs libNVVM and NVRTC, but no GPU and no driver."""
@@ -70,6 +73,13 @@ class NumbaKernel:
             raise ImportError(f"libNVVM or NVRTC, which compile the numba kernels, is missing; {_INSTALL}") from error
         return ptx.decode() if isinstance(ptx, bytes) else ptx
 
+    def _launch_on(self, device_index: int, num_blocks: int, values: list[Any], uses_pdl: bool) -> None:
+        if not hasattr(_this_thread, "has_context"):
+            _give_thread_a_context(device_index)
+        kernel = self._loaded_of_device.get(device_index) or self._load(device_index)
+        stream = _stream(device_index, torch._C._cuda_getCurrentRawStream(device_index))
+        _launch()(stream, _launch_config(num_blocks, self.threads_per_block, uses_pdl), kernel, *values)
+
     def _load(self, device_index: int) -> Any:
         capability = torch.cuda.get_device_capability(device_index)
         with _compile_lock:
@@ -81,22 +91,34 @@ class NumbaKernel:
         return kernel
 
 
-def _device_index(arguments: tuple[Tensor | int | None, ...]) -> int:
-    indices = {argument.get_device() for argument in arguments if isinstance(argument, Tensor)}  # -1 is the CPU
-    if len(indices) != 1 or -1 in indices:
+def current_stream(device: torch.device) -> int:
+    """The handle of torch's current CUDA stream; 0 on a CPU (emulation)."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def _parameters(arguments: tuple[Tensor | int | None, ...]) -> tuple[int, list[Any]]:
+    """The tensors' device, and what cuda.core passes on: a Python int is an address, a numpy scalar is itself."""
+    index: int | None = None
+    is_one = True
+    values: list[Any] = []
+    for argument in arguments:
+        if argument is None:
+            values.append(0)
+        elif isinstance(argument, Tensor):
+            other = argument.get_device()  # -1 is the CPU
+            if other != index:
+                is_one &= index is None and other >= 0
+                index = other
+            values.append(argument.data_ptr())
+        else:
+            values.append(np.int32(argument))
+    if index is None or not is_one:
         devices = sorted({str(argument.device) for argument in arguments if isinstance(argument, Tensor)})
         raise ValueError(
             f"kernel arguments: expected tensors on one CUDA device, got {' and '.join(devices)}; "
             "use the reference on a CPU"
         )
-    return indices.pop()
-
-
-def _as_parameter(argument: Tensor | int | None) -> Any:
-    """What cuda.core passes on: a Python int is an address, a numpy scalar is itself."""
-    if argument is None:
-        return 0
-    return argument.data_ptr() if isinstance(argument, Tensor) else np.int32(argument)
+    return index, values
 
 
 def _numba_type(numba_types: Any, name: str) -> Any:
@@ -114,6 +136,18 @@ def _compiler() -> tuple[Any, tuple[type[Exception], ...]]:
             f"numba-cuda, which compiles the routing and permutation kernels, is missing; {_INSTALL}"
         ) from error
     return cuda, (DynamicLibNotFoundError, NvvmSupportError)
+
+
+def _give_thread_a_context(device_index: int) -> None:
+    """What a launch needs: torch gives it to a thread only where it calls the CUDA runtime, which allocations may not."""
+    _launch()  # says what to install where cuda-core is missing
+    from cuda.bindings import driver
+    from cuda.core import Device
+
+    _, context = driver.cuCtxGetCurrent()
+    if context is None or not int(context):
+        Device(device_index).set_current()
+    _this_thread.has_context = True
 
 
 @functools.cache
@@ -149,7 +183,9 @@ def _stream(device_index: int, handle: int) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _launch_config(num_blocks: int, threads_per_block: int) -> Any:
+def _launch_config(num_blocks: int, threads_per_block: int, uses_pdl: bool) -> Any:
     from cuda.core import LaunchConfig
 
-    return LaunchConfig(grid=num_blocks, block=threads_per_block)
+    has_pdl = hasattr(LaunchConfig, "programmatic_stream_serialization")
+    options = {"programmatic_stream_serialization": True} if uses_pdl and has_pdl else {}
+    return LaunchConfig(grid=num_blocks, block=threads_per_block, **options)

@@ -6,17 +6,17 @@ Source of names, order, defaults and meaning: flashinfer's documentation page of
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from moe.checks import expect
+from moe.checks import expect, is_as_expected
 from moe.config import MoEConfig
 from moe.flow import ExpertOutputs, SwigluParams, TopK
 from moe.gemm.config import BLOCK_MAJOR_K, ActivationType, WeightFormat, WeightLayout
-from moe.pipeline import MoEPipeline, build_pipeline
+from moe.tuning.tuned import TunedPipeline, tuned_pipeline
 
 
 def trtllm_bf16_moe(
@@ -69,9 +69,10 @@ def trtllm_bf16_moe(
             (the original has no kernel for it).
         weight_layout: BlockMajorK (2), the only one of this call; `moe.build_pipeline` takes the others.
         do_finalize: False returns the experts' rows before they are weighted and summed.
-        enable_pdl: let kernels start before the one before them has ended (compute capability 9.0 and up; the few-token
-            kernels do). None means True. The result is the same.
-        tune_max_num_tokens: accepted without effect: tiles come from a model of the shape, nothing is timed.
+        enable_pdl: let kernels start before the one before them has ended (compute capability 9.0 and up).
+            None means True. The result is the same.
+        tune_max_num_tokens: within `moe.tuning.autotune()`, the first call tunes all token counts up to this one that no
+            table holds. Elsewhere nothing is timed: tiles come from the tables, else from a model of the shape.
         activation_type: Swiglu (3) or Relu2 (6).
         norm_topk_prob: method 6 only: divide the weights by their sum.
         routing_replay_out: [>=T, K] int16; rows [0, T) receive the chosen global ids, other rows are left alone.
@@ -110,10 +111,12 @@ def trtllm_bf16_moe(
     )
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
     tensors = (routing_logits, hidden_states, gemm1_weights, gemm2_weights)
-    more: dict[str, Any] = {"bias": routing_bias, "swiglu": swiglu, "routing_replay_out": routing_replay_out}
     if do_finalize:
-        return pipeline(*tensors, output=output, **more)
-    return _as_list(pipeline.expert_outputs(*tensors, **more))
+        return pipeline(
+            *tensors, bias=routing_bias, swiglu=swiglu, output=output, routing_replay_out=routing_replay_out
+        )
+    outputs = pipeline.expert_outputs(*tensors, bias=routing_bias, swiglu=swiglu, routing_replay_out=routing_replay_out)
+    return _as_list(outputs)
 
 
 def trtllm_bf16_routed_moe(
@@ -213,7 +216,7 @@ def _flat_pipeline(
     activation_type: int,
     norm_topk_prob: bool,
     device_type: str,
-) -> MoEPipeline:
+) -> TunedPipeline:
     """The pipeline of a flat call: every check that needs no tensor, once a combination of arguments."""
     for name, value in (
         ("num_experts", num_experts),
@@ -270,7 +273,7 @@ def _flat_pipeline(
         )
     except ValidationError as error:
         _raise_plainly(error)
-    return build_pipeline(config, device_type, uses_pdl=enable_pdl is not False)
+    return tuned_pipeline(config, device_type, uses_pdl=enable_pdl is not False, max_num_tokens=tune_max_num_tokens)
 
 
 def _raise_plainly(error: ValidationError) -> NoReturn:
@@ -307,9 +310,11 @@ def _expect_type(name: str, value: object, kind: type | tuple[type, ...], wanted
 
 
 def _hidden_size(hidden_states: Tensor) -> int:
-    expect_bf16 = {"dtype": "BF16 MoE: hidden_states must be bfloat16."}
-    expect("hidden_states", hidden_states, "T H", {}, dtype=torch.bfloat16, words=expect_bf16)
-    return hidden_states.shape[1]
+    shape: tuple[int, ...] = getattr(hidden_states, "shape", ())
+    if len(shape) != 2 or not is_as_expected(hidden_states, shape, torch.bfloat16):
+        words = {"dtype": "BF16 MoE: hidden_states must be bfloat16."}
+        expect("hidden_states", hidden_states, "T H", {}, dtype=torch.bfloat16, words=words)
+    return shape[1]
 
 
 def _swiglu(alpha: Tensor | None, beta: Tensor | None, clamp_limit: Tensor | None) -> SwigluParams | None:

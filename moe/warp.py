@@ -11,6 +11,7 @@ from numba.cuda import extending
 from numba.cuda import types as numba_types
 
 WARP_SIZE = 32
+_LOG_WARP_SIZE = 5  # a shift, where a signed division would take ten instructions
 FULL_MASK = 0xFFFFFFFF
 
 intrinsic: Any = extending.intrinsic
@@ -26,9 +27,8 @@ def lane_in_warp() -> np.int32:
 
 
 @device_function
-def warp_in_grid() -> np.int64:
-    warps_per_block = cuda.blockDim.x // WARP_SIZE  # type: ignore[operator]
-    return np.int64(cuda.blockIdx.x) * warps_per_block + (cuda.threadIdx.x // WARP_SIZE)  # type: ignore[arg-type, operator]
+def warp_in_block() -> np.int32:
+    return np.int32(cuda.threadIdx.x >> _LOG_WARP_SIZE)  # type: ignore[operator]
 
 
 @intrinsic
@@ -72,18 +72,79 @@ def _reduction(instruction: str) -> Any:
 
 
 warp_max = _reduction("redux.sync.max.u32")  # uint32 of each lane -> the largest, in all lanes
+warp_add = _reduction("redux.sync.add.u32")  # uint32 of each lane -> their sum, in all lanes
 warp_min = _reduction("redux.sync.min.u32")  # uint32 of each lane -> the smallest, in all lanes
 
 
-@device_function
-def warp_sum(value: np.float32) -> np.float32:
-    """float32 of each lane -> their sum, the same bits in all lanes."""
-    for distance in (16, 8, 4, 2, 1):
-        value += cuda.shfl_xor_sync(FULL_MASK, value, distance)
-    return value
+def _instruction(instruction: str) -> Any:
+    @intrinsic
+    def issue(typing_context: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            assembly = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), instruction, "~{memory}", side_effect=True)
+            builder.call(assembly, [])
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    return issue
+
+
+# Compute capability 9.0 and up: see moe.dependent_launch.
+gdc_wait = _instruction("griddepcontrol.wait;")
+gdc_launch_dependents = _instruction("griddepcontrol.launch_dependents;")
+
+
+def _load(width: int) -> Any:
+    """One load, of `width` neighbours, from an address that is a multiple of their size."""
+
+    @intrinsic
+    def load(typing_context: Any, pointer: Any, index: Any) -> Any:
+        numbers = types.UniTuple(pointer.dtype, width)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            number = context.get_value_type(pointer.dtype)
+            address = builder.bitcast(
+                builder.gep(arguments[0], [arguments[1]]), ir.VectorType(number, width).as_pointer()
+            )
+            vector = builder.load(address, align=width * context.get_abi_sizeof(number))
+            elements = [builder.extract_element(vector, ir.IntType(32)(element)) for element in range(width)]
+            return context.make_tuple(builder, numbers, elements)
+
+        return numbers(pointer, types.int64), generate
+
+    return load
+
+
+load_two = _load(2)  # pointer, index of the first -> tuple
+load_four = _load(4)
+
+
+def build_sum_of_first(count: int) -> Any:
+    """(float32 of each lane) -> the sum over the first `count` lanes, the same bits in each of them; the others bring 0."""
+    STEPS = (count - 1).bit_length()
+
+    @device_function
+    def sum_of_first(value: np.float32) -> np.float32:
+        for step in range(STEPS):
+            value += cuda.shfl_xor_sync(FULL_MASK, value, 1 << (STEPS - 1 - step))
+        return value
+
+    return sum_of_first
 
 
 @device_function
 def warp_first(value: np.float32) -> np.float32:
     """float32 of each lane -> that of lane 0, in all lanes."""
     return cuda.shfl_sync(FULL_MASK, value, 0)
+
+
+@device_function
+def word_of_lane(word: np.uint32, lane: np.int32) -> np.uint32:
+    """The uint32 that `lane` brought."""
+    return bits_of_float(cuda.shfl_sync(FULL_MASK, float_of_bits(word), lane))
+
+
+@device_function
+def word_across(word: np.uint32, distance: int) -> np.uint32:
+    """The uint32 that the lane brought whose number differs from this lane's by exclusive or with `distance`."""
+    return bits_of_float(cuda.shfl_xor_sync(FULL_MASK, float_of_bits(word), distance))

@@ -37,6 +37,92 @@ def test_tensors_on_the_cpu_are_refused():
         add_one_kernel().launch(1, torch.zeros(4, dtype=torch.int32), 4)
 
 
+@pytest.mark.parametrize("devices", [(-1, 0), (0, -1), (0, 1), (0, 0, 1)])
+def test_tensors_on_several_devices_are_refused(monkeypatch, devices):
+    values = [torch.zeros(4, dtype=torch.int32) for _ in devices]
+    index_of = {id(tensor): index for tensor, index in zip(values, devices)}
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: index_of[id(tensor)])
+    with pytest.raises(ValueError, match="expected tensors on one CUDA device"):
+        add_one_kernel().launch(1, *values, None, 4)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch, current):
+    entered, launched = [], []
+
+    class OnDevice:
+        def __init__(self, index: int) -> None:
+            entered.append(index)
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda _: 1)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", OnDevice)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1000 + index, raising=False)
+    monkeypatch.setattr(launch, "_give_thread_a_context", lambda index: None)
+    monkeypatch.setattr(launch, "_stream", lambda index, handle: handle)
+    monkeypatch.setattr(launch, "_launch", lambda: lambda *arguments: launched.append(arguments))
+    kernel = add_one_kernel()
+    kernel._loaded_of_device[1] = "loaded"
+    values = torch.zeros(4, dtype=torch.int32)
+    kernel.launch(2, values, 4)
+    ((stream, config, loaded, pointer, number),) = launched
+    assert (stream, config.grid, loaded, pointer, number) == (1001, (2, 1, 1), "loaded", values.data_ptr(), 4)
+    assert entered == ([] if current == 1 else [1])
+
+
+@pytest.mark.parametrize(("context", "entered"), [(0, [1]), (77, [])], ids=["none", "of_the_caller"])
+def test_a_thread_without_a_context_gets_one_and_others_keep_theirs(monkeypatch, context, entered):
+    from cuda import core
+    from cuda.bindings import driver
+
+    made = []
+
+    class Device:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def set_current(self) -> None:
+            made.append(self.index)
+
+    monkeypatch.setattr(core, "Device", Device)
+    monkeypatch.setattr(driver, "cuCtxGetCurrent", lambda: (0, context))
+    monkeypatch.setattr(launch, "_this_thread", threading.local())
+    launch._give_thread_a_context(1)
+    assert made == entered
+    assert launch._this_thread.has_context
+
+
+def test_each_thread_asks_for_its_context_once(monkeypatch):
+    asked = []
+    this_thread = threading.local()
+
+    def give(index: int) -> None:
+        asked.append(threading.current_thread().name)
+        this_thread.has_context = True
+
+    monkeypatch.setattr(launch, "_this_thread", this_thread)
+    monkeypatch.setattr(launch, "_give_thread_a_context", give)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(launch, "_stream", lambda index, handle: handle)
+    monkeypatch.setattr(launch, "_launch", lambda: lambda *arguments: None)
+    kernel = add_one_kernel()
+    kernel._loaded_of_device[0] = "loaded"
+
+    def launch_twice() -> None:
+        for _ in range(2):
+            kernel._launch_on(0, 1, [], False)
+
+    for name in ("first", "second"):
+        thread = threading.Thread(target=launch_twice, name=name)
+        thread.start()
+        thread.join()
+    assert asked == ["first", "second"]
+
+
 def test_a_missing_compiler_names_the_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     with pytest.raises(ImportError, match=r'pip install "moe-stages\[cuda13\]"'):
@@ -117,3 +203,15 @@ def test_a_launch_into_a_capture_is_replayed(cuda):
     for _ in range(3):
         graph.replay()
     assert (values == 4).all()
+
+
+def test_a_thread_that_never_used_the_gpu_launches(cuda):
+    values = torch.zeros(32, dtype=torch.int32, device=cuda)
+    kernel = add_one_kernel()
+    kernel.launch(1, values, 32)
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=lambda: kernel.launch(1, values, 32))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert (values == 2).all()

@@ -1,6 +1,7 @@
 """The commands, on a layer small enough for a test."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from moe.cli import exact, layer, load, text
 from moe.cli.layer import ROUTINGS, random_logits
 from moe.cli.progress import Progress
 from moe.shapes import NAMED_SHAPES, MoEShape
+from moe.tuning.choice import TuningChoice
 from moe.tuning.measure import Peaks
 
 TINY = MoEShape("tiny", 64, 64, 16, 4, "Renormalize", 16)
@@ -99,6 +101,49 @@ def test_bench_prints_a_line_a_token_count_and_writes_json(tmp_path, capsys: pyt
     results = json.loads(file.read_text())["results"]
     assert [result["num_tokens"] for result in results] == [1, 9, 1, 9]
     assert all("experts" in result["stages"] for result in results)
+    assert all({"experts", "dense", "eager"} <= set(result["beside_us"]) for result in results)
+    assert all(microseconds > 0 for result in results for microseconds in result["beside_us"].values())
+
+
+@pytest.mark.parametrize("is_untuned", [False, True])
+def test_bench_runs_what_the_tables_say_beside_the_models_choice(
+    is_untuned: bool, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def tuned_config(config, num_tokens, device):
+        return TuningChoice(tile_rows=64).apply(config) if num_tokens == 9 else config
+
+    monkeypatch.setattr("moe.cli.beside.tuned_config", tuned_config)
+    file = tmp_path / "bench.json"
+    arguments = ["bench", "--model", "tiny", "--tokens", "1", "9", "--device", "cpu", "--json", str(file)]
+    assert commands.main([*arguments, "--untuned"] if is_untuned else arguments) == 0
+    results = json.loads(file.read_text())["results"]
+    assert [result["is_tuned"] for result in results] == [False, not is_untuned]
+    assert ["untuned" in result["beside_us"] for result in results] == [False, not is_untuned]
+    assert [result["tiles"]["tile_rows"] for result in results] == [None, None if is_untuned else 64]
+    header, _, tuned = capsys.readouterr().out.splitlines()[-3:]
+    cell = tuned.split()[header.split().index("untuned")]
+    assert (cell == "-") == is_untuned
+
+
+def test_bench_without_matplotlib_names_the_extra_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        commands.main(["bench", "--model", "tiny", "--tokens", "1", "--device", "cpu", "--plot", "bench.svg"])
+    streams = capsys.readouterr()
+    assert "pip install 'moe-stages[plot]'" in streams.err
+    assert streams.out == ""
+
+
+def test_bench_draws_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "bench.svg"
+    arguments = ["bench", "--model", "tiny", "tiny-grouped", "--tokens", "1", "9", "--device", "cpu"]
+    assert commands.main([*arguments, "--plot", str(file)]) == 0
+    picture = file.read_text()
+    assert picture.count('id="legend_') == 2
+    assert picture.count('id="axes_') == 2
 
 
 def test_info_names_versions_and_stages(capsys: pytest.CaptureFixture[str]):
@@ -179,3 +224,71 @@ def test_accuracy_is_of_the_layer_from_its_own_choices(capsys: pytest.CaptureFix
     assert accuracy.num_checked == 7
     assert 1e-4 < accuracy.relative_frobenius < 1e-2
     assert accuracy.same_choices == 1.0
+
+
+@pytest.fixture
+def _pretends_to_have_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[None]:
+    """The command believes that the CPU is a GPU, and a clock says that tiles of 16 rows are fastest."""
+    from moe.cli import tune
+    from moe.tuning.lookup import forget_tables
+    from moe.tuning.search import tune as search
+
+    def timer(choice, calls):
+        return 80.0 if choice.tile_rows == 16 else 100.0
+
+    monkeypatch.setenv("MOE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(commands, "tunes_on", lambda device: True)
+    monkeypatch.setattr(tune, "tune", lambda *args, **more: search(*args, **more, timer=timer))
+    forget_tables()
+    yield
+    forget_tables()
+
+
+@pytest.mark.usefixtures("_pretends_to_have_a_gpu")
+def test_tune_shows_each_bucket_before_and_after(tmp_path, capsys: pytest.CaptureFixture[str]):
+    assert commands.main(["tune", "--model", "tiny", "--tokens", "40", "70", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "tiny"
+    assert lines[2].split() == ["tokens", "model", "us", "tuned", "us", "gain", "choice"]
+    assert lines[-2].split()[:4] == ["48", "100.0", "80.0", "25.0%"]
+    assert "tile_rows 16" in lines[-2]
+
+    exported = tmp_path / "exported.json"
+    assert commands.main(["tune", "--show", "--model", "tiny", "--device", "cpu", "--export", str(exported)]) == 0
+    shown = capsys.readouterr().out
+    assert lines[-2] in shown
+    assert "\ntiny\n" in shown
+    assert f"{exported}: 2 entries" in shown
+    assert len(json.loads(exported.read_text())["entries"]) == 2
+
+    assert commands.main(["tune", "--model", "tiny", "--tokens", "40", "--device", "cpu"]) == 0
+    assert "nothing was left to tune" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_pretends_to_have_a_gpu")
+def test_tune_reads_our_config_and_a_hugging_face_one(tmp_path, capsys: pytest.CaptureFixture[str]):
+    ours, theirs = tmp_path / "ours.json", tmp_path / "config.json"
+    ours.write_text(layer.config_of_shape(TINY, layer.FORMATS["hf"]).model_dump_json())
+    numbers = {"hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4}
+    theirs.write_text(json.dumps({"model_type": "qwen3_moe", "hidden_act": "silu", "norm_topk_prob": True} | numbers))
+    assert commands.main(["tune", "--config", str(ours), "--tokens", "40", "--device", "cpu"]) == 0
+    assert "\nours.json\n" in capsys.readouterr().out
+    assert commands.main(["tune", "--config", str(theirs), "--tokens", "40", "--device", "cpu"]) == 0
+    assert "config.json: nothing was left to tune" in capsys.readouterr().out
+
+
+def test_tune_refuses_a_machine_without_a_gpu_in_a_line(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        commands.main(["tune", "--model", "tiny", "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert "tune: expected a GPU" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("_pretends_to_have_a_gpu")
+@pytest.mark.parametrize("content", ["not json", "[1]", '{"model_type": "unknown"}', '{"routing": 3}'])
+def test_tune_refuses_a_file_that_describes_no_layer(content: str, tmp_path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    with pytest.raises(SystemExit):
+        commands.main(["tune", "--config", str(file), "--device", "cpu"])
+    assert "expected a MoEConfig or a Hugging Face config.json" in capsys.readouterr().err

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
-import torch
-
 from moe.cli.exact import ERROR_LIMIT, Accuracy, check_accuracy
 from moe.cli.layer import Inputs, Layer, make_inputs
 from moe.cli.load import Cost, Load, mean_costs, measure_load, stage_costs
@@ -15,6 +13,7 @@ from moe.cli.machine import STAGES, function_of_stage, is_kernel
 from moe.cli.progress import Progress
 from moe.cli.text import Unit, decimal, flops_unit, histogram, table, time_unit
 from moe.tuning.measure import Peaks, Timing, measure_us
+from moe.tuning.problem import sets_for
 
 MAX_CHECKED_TOKENS = 64
 CPU_BUDGET_S = 2.0  # a stage
@@ -56,17 +55,6 @@ def measure_layer(
     progress.detail(f"float64 reference of {min(num_tokens, MAX_CHECKED_TOKENS)} tokens")
     accuracy = check_accuracy(layer, sets[0], MAX_CHECKED_TOKENS, progress)
     return Measurement(layer, num_tokens, routing, num_sets, loads[0], costs, timings, accuracy)
-
-
-def sets_for(num_tokens: int, device: torch.device) -> int:
-    """Input sets that take turns while timing, so that no call finds its weights in the L2 cache.
-
-    Few tokens touch few experts, so many sets; above, one call's weights are larger than any cache. A CPU's caches
-    hold no layer either way.
-    """
-    if device.type != "cuda":
-        return 1
-    return 16 if num_tokens <= 32 else 4 if num_tokens <= 512 else 2
 
 
 def stage_calls(layer: Layer, *, with_experts: bool) -> dict[str, Callable[[Inputs], object]]:

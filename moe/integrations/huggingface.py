@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe.config import MoEConfig
 from moe.flow import TopK
 from moe.gemm.config import ActivationType, WeightFormat, WeightLayout
-from moe.pipeline import MoEPipeline, build_pipeline
+from moe.tuning.tuned import TunedPipeline, tuned_pipeline
 
 OLDEST_TRANSFORMERS = (5, 7)  # the first that takes the name of an experts function that it did not bring itself
 INSTALL = 'pip install "moe-stages[hf]"'
@@ -147,7 +147,7 @@ def _pipeline(
     activation: int,
     weight_layout: int,
     device: torch.device,
-) -> MoEPipeline:
+) -> TunedPipeline:
     config = MoEConfig.create(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -158,7 +158,7 @@ def _pipeline(
         activation=activation,
         weight_format=WeightFormat(layout=WeightLayout(weight_layout)),
     )
-    return build_pipeline(config, device)
+    return tuned_pipeline(config, device)
 
 
 def _as_int32_ids(top_k_index: Tensor, num_local_experts: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Device functions: the total order on scores, as unsigned integers, and loads and roundings of bfloat16.
+"""Device functions: the total order on scores, as unsigned integers, and bfloat16 from and to float32.
 
 The key of a float32 is the integer image of its bits that grows with the number: -NaN < -inf < ... < -0.0 < +0.0 < ...
 < inf < NaN. Key 0 is kept for "no candidate".
@@ -6,15 +6,12 @@ The key of a float32 is the integer image of its bits that grows with the number
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from moe.warp import bits_of_float, device_function, float_of_bits
 
 NO_KEY = np.uint32(0)
 _LOWEST_KEY = np.uint32(1)  # the one number whose image would be 0, the NaN of all ones, takes its neighbour's
-_ZERO = np.float32(0)
 _SIGN = np.uint32(0x80000000)
 _ALL_BITS = np.uint32(0xFFFFFFFF)
 _NAN_KEY = np.uint32(0xFFC00000)  # of the positive quiet NaN 0x7FC00000
@@ -56,23 +53,17 @@ def bfloat16_of_float(value: np.float32) -> np.uint16:
 
 
 @device_function
-def load_float32(pointer: Any, index: Any) -> np.float32:
-    return pointer[index]
+def float_of_float32(value: np.float32) -> np.float32:
+    return value
 
 
 @device_function
-def load_bfloat16(pointer: Any, index: Any) -> np.float32:
+def float_of_bfloat16(bits: np.uint16) -> np.float32:
     """The exact value of a bfloat16 whose bits lie in memory as uint16."""
-    return float_of_bits(np.uint32(np.uint32(pointer[index]) << _SHIFT))
+    return float_of_bits(np.uint32(np.uint32(bits) << _SHIFT))
 
 
 @device_function
-def load_float32_as_bfloat16(pointer: Any, index: Any) -> np.float32:
-    """A float32 rounded to bfloat16."""
-    return float_of_bits(np.uint32(np.uint32(bfloat16_of_float(pointer[index])) << _SHIFT))
-
-
-@device_function
-def load_nothing(pointer: Any, index: Any) -> np.float32:
-    """0, whatever the pointer."""
-    return _ZERO
+def rounded_to_bfloat16(value: np.float32) -> np.float32:
+    """The nearest number that bfloat16 has."""
+    return float_of_bits(np.uint32(np.uint32(bfloat16_of_float(value)) << _SHIFT))

@@ -7,17 +7,20 @@ import functools
 import torch
 from torch import Tensor
 
+from moe.dependent_launch import launches_dependents
 from moe.flow import TopK
 from moe.launch import NumbaKernel
 from moe.routing.config import RoutingConfig
-from moe.routing.grouped_topk_kernel import build_grouped_topk_kernel
-from moe.routing.keys import load_bfloat16, load_float32, load_float32_as_bfloat16, load_nothing
+from moe.routing.groups import build_keep_best_groups
+from moe.routing.keys import float_of_bfloat16, float_of_float32, rounded_to_bfloat16
 from moe.routing.rules import rule_of
+from moe.routing.selection import slots_per_lane
 from moe.routing.topk_kernel import build_topk_kernel
 from moe.warp import WARP_SIZE
 
 MAX_EXPERTS = 2048  # a lane holds up to 64 scores in registers
 MAX_TOP_K = WARP_SIZE  # a lane holds one choice
+MAX_LOAD_WIDTH = 4  # 16 bytes of float32
 WARPS_PER_BLOCK = 4
 
 
@@ -27,15 +30,22 @@ def takes(config: RoutingConfig) -> bool:
 
 
 def select_experts(
-    logits: Tensor, bias: Tensor | None = None, *, config: RoutingConfig, replay_out: Tensor | None = None
+    logits: Tensor,
+    bias: Tensor | None = None,
+    *,
+    config: RoutingConfig,
+    replay_out: Tensor | None = None,
+    uses_pdl: bool = False,
 ) -> TopK:
-    """Choose each token's K best experts and weigh them. Same arguments and result as `select_experts_reference`.
+    """Choose each token's K best experts and weigh them. As `select_experts_reference`, with the same result.
 
     Args:
         logits: [T, E] float32 or bfloat16.
         bias: [E] bfloat16 or float32, or None for zero. Methods without a bias check and ignore it.
         config: the rule; E up to 2048 and K up to 32.
         replay_out: [>=T, K] int16; rows [0, T) receive the chosen ids.
+        uses_pdl: let a dependent launch that follows start early (`moe.dependent_launch`). This launch is none itself, since
+            the one before it may be anyone's.
     Returns:
         expert_ids [T, K] int32, distinct, best first; weights [T, K] bfloat16.
     Raises:
@@ -55,7 +65,14 @@ def select_experts(
     )
     if num_tokens:
         used_bias = bias if config.method.uses_bias else None
-        kernel = kernel_of(config, logits.dtype, None if used_bias is None else used_bias.dtype, replay_out is not None)
+        kernel = kernel_of(
+            config,
+            logits.dtype,
+            None if used_bias is None else used_bias.dtype,
+            replay_out is not None,
+            load_width=_load_width(config.num_experts, logits, used_bias),
+            uses_pdl=uses_pdl and launches_dependents(logits.device),
+        )
         num_blocks = -(-num_tokens // WARPS_PER_BLOCK)
         kernel.launch(num_blocks, logits, used_bias, topk.expert_ids, topk.weights, replay_out, num_tokens)
     return topk
@@ -63,34 +80,49 @@ def select_experts(
 
 @functools.cache
 def kernel_of(
-    config: RoutingConfig, logits_dtype: torch.dtype, bias_dtype: torch.dtype | None, writes_replay: bool
+    config: RoutingConfig,
+    logits_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    writes_replay: bool,
+    *,
+    load_width: int = 1,
+    uses_pdl: bool = False,
 ) -> NumbaKernel:
-    """The kernel of a config, for logits and bias (None: without) of these dtypes."""
-    load_bias = _LOAD[bias_dtype] if bias_dtype else load_nothing
+    """The kernel of a config, for logits and bias (None: without) of these dtypes. See `build_topk_kernel`."""
+    keep_best_groups = None
     if config.is_grouped:
-        function = build_grouped_topk_kernel(
-            rule_of(config),
+        keep_best_groups = build_keep_best_groups(
             num_experts=config.num_experts,
-            top_k=config.top_k,
+            num_slots=slots_per_lane(config.num_experts),
             n_group=config.n_group,
             topk_group=config.topk_group,
-            load_logit=_LOAD[logits_dtype],
-            load_bias=load_float32_as_bfloat16 if bias_dtype is torch.float32 else load_bias,
-            writes_replay=writes_replay,
+            num_warps=WARPS_PER_BLOCK,
         )
-    else:
-        function = build_topk_kernel(
-            rule_of(config),
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            load_logit=_LOAD[logits_dtype],
-            load_bias=load_bias,
-            writes_replay=writes_replay,
-        )
+    bias_of = _FLOAT_OF[bias_dtype] if bias_dtype else None
+    function = build_topk_kernel(
+        rule_of(config),
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        num_warps=WARPS_PER_BLOCK,
+        load_width=load_width,
+        logit_of=_FLOAT_OF[logits_dtype],
+        bias_of=rounded_to_bfloat16 if config.is_grouped and bias_dtype is torch.float32 else bias_of,
+        keep_best_groups=keep_best_groups,
+        writes_replay=writes_replay,
+        uses_pdl=uses_pdl,
+    )
     inputs = (_POINTER_TO[logits_dtype], _POINTER_TO[bias_dtype or torch.float32])
     parameters = (*inputs, "*int32", "*uint16", "*int16", "int32")
     return NumbaKernel(function, parameters, threads_per_block=WARPS_PER_BLOCK * WARP_SIZE)
 
 
-_LOAD = {torch.float32: load_float32, torch.bfloat16: load_bfloat16}
+def _load_width(num_experts: int, *rows: Tensor | None) -> int:
+    """Neighbours that a load may read: 4 where they lie in one slot of aligned memory, else fewer."""
+    width = min(slots_per_lane(num_experts), MAX_LOAD_WIDTH)
+    while num_experts % width or any(row is not None and row.data_ptr() % (width * row.element_size()) for row in rows):
+        width //= 2
+    return width
+
+
+_FLOAT_OF = {torch.float32: float_of_float32, torch.bfloat16: float_of_bfloat16}
 _POINTER_TO = {torch.float32: "*float32", torch.bfloat16: "*uint16"}

@@ -10,24 +10,57 @@ from numba import cuda
 
 from moe.routing.keys import NO_KEY, bfloat16_of_float, score_of_key
 from moe.routing.rules import Rule
-from moe.routing.selection import best_by_lane, candidate_of_slot, slots_per_lane
-from moe.warp import device_function, lane_in_warp, warp_in_grid
+from moe.routing.selection import build_choose_best, slots_per_lane
+from moe.warp import (
+    device_function,
+    gdc_launch_dependents,
+    lane_in_warp,
+    load_four,
+    load_two,
+    warp_in_block,
+)
 
 _MINUS_INFINITY = np.float32(-np.inf)
+_ZERO = np.float32(0)
 
 
 def build_topk_kernel(
-    rule: Rule, *, num_experts: int, top_k: int, load_logit: Any, load_bias: Any, writes_replay: bool
+    rule: Rule,
+    *,
+    num_experts: int,
+    top_k: int,
+    num_warps: int,
+    load_width: int,
+    logit_of: Any,
+    bias_of: Any,
+    keep_best_groups: Any,
+    writes_replay: bool,
+    uses_pdl: bool,
 ) -> Callable[..., None]:
     """The kernel of one rule over E=num_experts <= 2048 experts and K=top_k <= 32 choices.
 
-    load_logit and load_bias are device functions (pointer, index) -> float32.
+    Args:
+        num_warps: warps, and so tokens, of a block.
+        load_width: neighbours that one load reads, 1, 2 or 4, from addresses that are multiples of their size.
+        logit_of, bias_of: device functions from an element in memory to float32. bias_of is None without bias.
+        keep_best_groups: device function (keys, lane, warp) that rules experts out, or None.
+        writes_replay: whether ids also go to replay_ptr.
+        uses_pdl: let the next kernel start at once; it waits for this one itself.
     """
     NUM_EXPERTS = num_experts
     TOP_K = top_k
+    NUM_WARPS = num_warps
     SLOTS = slots_per_lane(num_experts)
+    HAS_BIAS = bias_of is not None
+    HAS_GROUPS = keep_best_groups is not None
     WRITES_REPLAY = writes_replay
+    USES_PDL = uses_pdl
+    NEEDS_LOGIT = rule.weighs_logit
     score_of, normalize, key_of, weight_of = rule.score, rule.normalize, rule.key, rule.weight
+    load_logits = build_row_load(logit_of, load_width, SLOTS, num_experts)
+    load_biases = build_row_load(bias_of, load_width, SLOTS, num_experts) if HAS_BIAS else leave_zeros
+    keep = keep_best_groups if HAS_GROUPS else leave_keys
+    choose_best = build_choose_best(num_slots=SLOTS, count=top_k)
 
     def topk_kernel(
         logits_ptr: Any,  # [T, E] float32, or uint16 with the bits of bfloat16
@@ -37,43 +70,78 @@ def build_topk_kernel(
         replay_ptr: Any,  # [>=T, K] int16; null without replay
         num_tokens: np.int32,
     ) -> None:
+        if USES_PDL:
+            gdc_launch_dependents()
         lane = lane_in_warp()
-        token = warp_in_grid()  # int64: token * E passes 2^31
+        warp = warp_in_block()
+        token = np.int64(cuda.blockIdx.x) * NUM_WARPS + warp  # type: ignore[arg-type]  # int64: token * E passes 2^31
         if token < num_tokens:
             row = token * NUM_EXPERTS
             scores = cuda.local.array(SLOTS, np.float32)
+            biases = cuda.local.array(SLOTS, np.float32)
+            load_logits(logits_ptr, row, lane, scores)
+            load_biases(bias_ptr, 0, lane, biases)
             for slot in range(SLOTS):
-                expert = candidate_of_slot(slot, lane)
-                scores[slot] = _MINUS_INFINITY
-                if expert < NUM_EXPERTS:
-                    scores[slot] = score_of(load_logit(logits_ptr, row + expert), load_bias(bias_ptr, expert))
+                is_expert = lane * np.int32(SLOTS) + np.int32(slot) < NUM_EXPERTS
+                scores[slot] = score_of(scores[slot], biases[slot]) if is_expert else _MINUS_INFINITY
             normalize(scores)
-
             keys = cuda.local.array(SLOTS, np.uint32)
             for slot in range(SLOTS):
-                keys[slot] = key_of(scores[slot]) if candidate_of_slot(slot, lane) < NUM_EXPERTS else NO_KEY
+                is_expert = lane * np.int32(SLOTS) + np.int32(slot) < NUM_EXPERTS
+                keys[slot] = key_of(scores[slot]) if is_expert else NO_KEY
+            keep(keys, lane, warp)
 
-            key, expert = best_by_lane(keys, TOP_K, lane)
-            logit = load_logit(logits_ptr, row + expert)
-            weight = weight_of(logit, score_of_key(key), lane < TOP_K)
-            if lane < TOP_K:
+            key, expert = choose_best(keys, lane)
+            is_chosen = lane < TOP_K
+            value = score_of_key(key)
+            if NEEDS_LOGIT and is_chosen:
+                value = logit_of(logits_ptr[row + expert])
+            weight = weight_of(value, is_chosen)
+            if is_chosen:
                 position = token * TOP_K + lane
-                store_choice(position, expert, weight, expert_ids_ptr, weights_ptr, replay_ptr, WRITES_REPLAY)
+                expert_ids_ptr[position] = expert
+                weights_ptr[position] = bfloat16_of_float(weight)
+                if WRITES_REPLAY:
+                    replay_ptr[position] = np.int16(expert)
 
     return topk_kernel
 
 
+def build_row_load(number_of: Any, width: int, num_slots: int, num_experts: int) -> Any:
+    """(pointer, first, lane, values): load this lane's slots of the row that begins at `first`, 0 beyond its end."""
+    WIDTH = width
+    SLOTS = num_slots
+    NUM_EXPERTS = num_experts
+
+    @device_function
+    def load_row(pointer: Any, first: Any, lane: np.int32, values: Any) -> None:
+        for slot in range(0, SLOTS, WIDTH):
+            expert = lane * np.int32(SLOTS) + np.int32(slot)
+            for index in range(WIDTH):
+                values[slot + index] = _ZERO
+            if expert < NUM_EXPERTS:
+                if WIDTH == 4:
+                    a, b, c, d = load_four(pointer, first + expert)
+                    values[slot] = number_of(a)
+                    values[slot + 1] = number_of(b)
+                    values[slot + 2] = number_of(c)
+                    values[slot + 3] = number_of(d)
+                elif WIDTH == 2:
+                    a, b = load_two(pointer, first + expert)
+                    values[slot] = number_of(a)
+                    values[slot + 1] = number_of(b)
+                else:
+                    values[slot] = number_of(pointer[first + expert])
+
+    return load_row
+
+
 @device_function
-def store_choice(
-    position: np.int64,
-    expert: np.int32,
-    weight: np.float32,
-    expert_ids_ptr: Any,
-    weights_ptr: Any,
-    replay_ptr: Any,
-    writes_replay: bool,
-) -> None:
-    expert_ids_ptr[position] = expert
-    weights_ptr[position] = bfloat16_of_float(weight)
-    if writes_replay:
-        replay_ptr[position] = np.int16(expert)
+def leave_zeros(pointer: Any, first: Any, lane: np.int32, values: Any) -> None:
+    for slot in range(len(values)):
+        values[slot] = _ZERO
+
+
+@device_function
+def leave_keys(keys: Any, lane: np.int32, warp: np.int32) -> None:
+    pass

@@ -14,9 +14,10 @@ from moe.cli.exact import check_accuracy
 from moe.cli.layer import FORMATS, ROUTINGS, Inputs, Layer, make_inputs, make_layer
 from moe.cli.machine import UnfitMachine, expect_memory, pick_device
 from moe.cli.progress import Progress
-from moe.cli.run import MAX_CHECKED_TOKENS, sets_for
+from moe.cli.run import MAX_CHECKED_TOKENS
 from moe.cli.text import decimal, table
 from moe.shapes import NAMED_SHAPES, MoEShape
+from moe.tuning.problem import sets_for
 
 SEED = 0
 TINY = MoEShape("tiny", 64, 64, 16, 4, "Renormalize", 16)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -39,6 +39,7 @@ class Line:
     peer: str | None = None
     peer_us: float | None = None
     is_same_draw: bool = True
+    beside_us: dict[str, float] = field(default_factory=dict)  # as `moe.cli.beside` names them
 
     @property
     def lead(self) -> float:
@@ -55,12 +56,13 @@ def read_lines(results: Iterable[dict], peers: dict) -> list[Line]:
         stages = result["stages"]
         us = {name: stage["median_us"] for name, stage in stages.items()}
         roof_us = stages["experts"]["roof_us"]
-        line = Line(result["model"], result["routing"], result["num_tokens"], us, roof_us)
+        beside_us = result.get("beside_us", {})
+        line = Line(*_cell(result), us, roof_us, beside_us=beside_us)
         if cell := cells.get(_cell(result)):
             best = min(cell["us"], key=cell["us"].__getitem__)
             is_same_draw = abs(cell["roof_us"] / roof_us - 1) <= SAME_DRAW
             name = peers["libraries"][best]["name"]
-            line = Line(*_cell(result), us, roof_us, name, cell["us"][best], is_same_draw)
+            line = Line(*_cell(result), us, roof_us, name, cell["us"][best], is_same_draw, beside_us)
         lines[_cell(result)] = line
     return list(lines.values())
 
@@ -83,6 +85,21 @@ def table_text(lines: Sequence[Line]) -> str:
             mark = "" if line.is_same_draw else " †"
             row += [str(line.peer), _number(line.peer_us), f"{line.lead:.2f}{mark}"]
         rows.append(tuple(row))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def beside_text(lines: Sequence[Line]) -> str:
+    """Markdown, a line a layer and load: what was timed in turns with the experts' part, and the calls from Python."""
+    header = ("layer", "T", "experts", "untuned", "dense", "grouped_mm", "whole, graph", "whole, eager")
+    rows = [header, ("---", *["---:"] * (len(header) - 1))]
+    for line in lines:
+        if not line.beside_us:
+            continue
+        times = [line.beside_us.get(name) for name in ("experts", "untuned", "dense", "grouped_mm")]
+        eager = line.beside_us.get("eager")
+        times += [None if eager is None else line.us["whole"], eager]
+        name = line.model if line.routing == "uniform" else f"{line.model}, {line.routing}"
+        rows.append((name, str(line.num_tokens), *("" if time is None else _number(time) for time in times)))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -256,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("files", type=Path, nargs="+", help="written by `python -m moe bench --json`, of one machine")
     parser.add_argument("--date", required=True, help="of the measurement, YYYY-MM-DD")
     parser.add_argument("--driver", required=True, help="as nvidia-smi names it")
+    parser.add_argument("--launches", type=Path, help="what `python -m moe launches` printed")
     parser.add_argument("--weights", default="hf", help="what bench ran with; default: hf")
     options = parser.parse_args(arguments)
     reports = [json.loads(file.read_text()) for file in options.files]
@@ -265,6 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     page = replace_part(page, "run", run_text(reports, options.date, options.driver, options.weights))
     page = replace_part(page, "summary", summary_text(lines))
     page = replace_part(page, "table", table_text(lines))
+    page = replace_part(page, "beside", beside_text(lines))
+    if options.launches:
+        page = replace_part(page, "launches", f"```\n{options.launches.read_text().strip()}\n```")
     draw(lines, peers, PICTURE)
     PAGE.write_text(page)
 

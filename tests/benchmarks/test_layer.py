@@ -14,16 +14,16 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from moe.cli.beside import dense_gemms, in_turns
 from moe.cli.exact import check_accuracy
 from moe.cli.layer import Inputs, Layer
 from moe.cli.load import Cost, mean_costs, measure_load, stage_costs
 from moe.cli.machine import STAGES
 from moe.cli.progress import Progress
 from moe.cli.run import MAX_CHECKED_TOKENS, stage_calls
-from moe.tuning.measure import Peaks, Timing, measure_peaks, measure_us
+from moe.tuning.measure import Peaks, Timing, measure_peaks
 
 HOST_ROUNDS = 20
-TURNS = 4  # of ours and dense; power and clock drift, so neither is timed in one piece
 BUDGET_S = {"cuda": 0.1, "cpu": 0.02}  # a turn
 
 
@@ -53,7 +53,9 @@ def test_time_of(
     benchmark.group = f"{layer.shape.name} T{num_tokens} {routing}"
     benchmark.extra_info |= {"model": layer.shape.name, "num_tokens": num_tokens, "routing": routing, "timed": name}
     benchmark.extra_info |= {"weights": request.config.getoption("--weights"), "num_input_sets": len(sets)}
-    benchmark.extra_info |= report(in_turns(timed, layer.device), cost, peaks_of(layer.device))
+    benchmark.extra_info |= report(
+        in_turns(timed, layer.device, BUDGET_S[layer.device.type]), cost, peaks_of(layer.device)
+    )
     record(benchmark.extra_info)
 
 
@@ -66,29 +68,6 @@ def expect_good(layer: Layer, inputs: Inputs, output: torch.Tensor) -> None:
 def wait_for(result: object) -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def dense_gemms(name: str, layer: Layer, num_rows: int) -> Callable[[], object] | None:
-    """As many rows times one expert's weights by torch.matmul: what grouping, gathering and activation are to cost little over.
-
-    None for what multiplies nothing.
-    """
-    factors = []
-    for stage, gemm in (("gemm1", layer.config.gemm1), ("gemm2", layer.config.gemm2)):
-        if num_rows and name in (stage, "experts", "whole"):
-            rows = torch.randn(num_rows, gemm.in_features, device=layer.device).bfloat16()
-            weights = torch.randn(gemm.weight_rows, gemm.in_features, device=layer.device).bfloat16()
-            factors.append((rows, weights))
-    return (lambda: [rows @ weights.mT for rows, weights in factors]) if factors else None
-
-
-def in_turns(calls: dict[str, Sequence[Callable[[], object]]], device: torch.device) -> dict[str, list[Timing]]:
-    """A, B, A, B, ..: each call's timing in every turn."""
-    timings: dict[str, list[Timing]] = {name: [] for name in calls}
-    for _ in range(TURNS):
-        for name, sets in calls.items():
-            timings[name].append(measure_us(sets, device=device, budget_s=BUDGET_S[device.type]))
-    return timings
 
 
 @cache

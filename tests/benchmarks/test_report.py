@@ -39,6 +39,12 @@ def test_layer_without_a_peer_has_empty_cells(peers: dict):
     assert report.table_text([line]).endswith("|  |  |  |")
 
 
+def test_what_was_timed_beside_a_layer_has_a_table_of_its_own(peers: dict):
+    result = measured("kimi-k2", 1, 100.0) | {"beside_us": {"experts": 101.0, "dense": 55.0, "eager": 62.5}}
+    lines = report.read_lines([result, measured("kimi-k2", 8, 100.0)], peers)
+    assert report.beside_text(lines).splitlines()[2:] == ["| kimi-k2 | 1 | 101 |  | 55.0 |  | 1.00 | 62.5 |"]
+
+
 def test_every_cell_of_the_peers_names_known_libraries(peers: dict):
     assert len(peers["cells"]) == 60
     assert all(set(cell["us"]) <= set(peers["libraries"]) for cell in peers["cells"])
@@ -47,7 +53,7 @@ def test_every_cell_of_the_peers_names_known_libraries(peers: dict):
 def test_command_fills_the_page_and_draws_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("matplotlib")
     page = tmp_path / "performance.md"
-    parts = ("run", "summary", "table")
+    parts = ("run", "summary", "table", "beside", "launches")
     page.write_text("".join(f"text\n<!-- {part}: begin -->\nold\n<!-- {part}: end -->\n" for part in parts))
     monkeypatch.setattr(report, "PAGE", page)
     monkeypatch.setattr(report, "PICTURE", tmp_path / "performance.svg")
@@ -58,10 +64,13 @@ def test_command_fills_the_page_and_draws_the_picture(tmp_path: Path, monkeypatc
     }
     results = tmp_path / "bench.json"
     results.write_text(json.dumps({"machine": machine, "results": [measured("qwen3-30b-a3b", 1, 13.7)]}))
-    report.main([str(results), "--date", "2026-01-02", "--driver", "580"])
+    launches = tmp_path / "launches.txt"
+    launches.write_text("1  1.5  topk_kernel\n")
+    report.main([str(results), "--date", "2026-01-02", "--driver", "580", "--launches", str(launches)])
     text = page.read_text()
     assert "old" not in text
-    assert text.count("text\n") == 3
+    assert text.count("text\n") == 5
+    assert "```\n1  1.5  topk_kernel\n```" in text
     assert "2026-01-02, one a GPU" in text
     assert "</svg>" in (tmp_path / "performance.svg").read_text()
 

@@ -33,12 +33,44 @@ def warp_min(value: np.uint32) -> np.uint32:
     return min(simulator.meet_warp(value))
 
 
-for stand_in in (float_of_bits, bits_of_float, warp_max, warp_min):
+def warp_add(value: np.uint32) -> np.uint32:
+    return np.uint32(sum(int(other) for other in simulator.meet_warp(value)) & 0xFFFFFFFF)
+
+
+def load_two(pointer: np.ndarray, index: int) -> tuple[np.generic, ...]:
+    return tuple(pointer[index : index + 2])
+
+
+def load_four(pointer: np.ndarray, index: int) -> tuple[np.generic, ...]:
+    return tuple(pointer[index : index + 4])
+
+
+def gdc_wait() -> None:
+    pass
+
+
+def gdc_launch_dependents() -> None:
+    pass
+
+
+for stand_in in (
+    float_of_bits,
+    bits_of_float,
+    warp_add,
+    warp_max,
+    warp_min,
+    load_two,
+    load_four,
+    gdc_wait,
+    gdc_launch_dependents,
+):
     assert hasattr(warp, stand_in.__name__)
     setattr(warp, stand_in.__name__, stand_in)
 
 
-def launch_simulated(kernel: NumbaKernel, num_blocks: int, *arguments: Tensor | int | None) -> None:
+def launch_simulated(
+    kernel: NumbaKernel, num_blocks: int, *arguments: Tensor | int | None, uses_pdl: bool = False
+) -> None:
     """Stands in for NumbaKernel.launch: runs the kernel over the memory of CPU tensors."""
     assert len(arguments) == len(kernel.parameters)
     simulated = cuda.jit(kernel.function)[num_blocks, kernel.threads_per_block]

@@ -1,0 +1,88 @@
+"""`with autotune():` layers that are called within are tuned first, where no table has them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from moe.config import MoEConfig
+from moe.tuning.buckets import buckets_up_to
+from moe.tuning.candidates import left_to_the_model
+from moe.tuning.search import tune
+
+_IS_ON: ContextVar[bool] = ContextVar("is_on", default=False)
+_LOCK = threading.RLock()  # two searches at once would time one another
+_DONE: set[tuple[MoEConfig, torch.device, int]] = set()  # layer, where, bucket: nothing is left to tune
+_LOGGER = logging.getLogger("moe.tuning")
+
+
+@contextmanager
+def autotune(is_on: bool = True) -> Iterator[None]:
+    """Within, a call of a tuned pipeline (the flat calls and `tuned_pipeline`) first tunes its layer, once.
+
+    That takes up to a minute a layer, and is kept in the user's table. It holds for this thread, or asyncio task, alone.
+    Nothing is ever timed outside, on a CPU, or while a CUDA graph is captured.
+
+    Args:
+        is_on: False turns an enclosing `autotune()` off.
+
+    Example:
+        >>> with moe.tuning.autotune():
+        ...     pipeline(logits, hidden_states, w1, w2)
+    """
+    token = _IS_ON.set(is_on)
+    try:
+        yield
+    finally:
+        _IS_ON.reset(token)
+
+
+def active() -> bool:
+    """Whether the caller is within `autotune()`."""
+    return _IS_ON.get()
+
+
+def tune_missing(
+    config: MoEConfig,
+    num_tokens: int,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    max_num_tokens: int = 8192,
+    device: torch.device | None = None,
+) -> None:
+    """Tune the buckets up to `max_num_tokens` that no table holds. The weights are only read.
+
+    Args:
+        device: where the layer runs; None: where `w1` lies.
+    """
+    device = device or w1.device
+    if not active() or device.type != "cuda" or num_tokens < 1:
+        return
+    layer = left_to_the_model(config)
+    buckets = buckets_up_to(max_num_tokens)
+    if not _missing(layer, device, buckets):
+        return
+    if torch.cuda.is_current_stream_capturing():
+        warnings.warn(
+            "moe.tuning.autotune: nothing is tuned while a CUDA graph is captured; call the layer once before",
+            stacklevel=3,
+        )
+        return
+    with _LOCK:
+        if missing := _missing(layer, device, buckets):
+            with autotune(False):
+                tune(layer, (w1, w2), missing, device=device, report=_LOGGER.info)
+            # One that could not be tuned either: it is not tried again in this process.
+            _DONE.update((layer, device, bucket) for bucket in missing)
+
+
+def _missing(layer: MoEConfig, device: torch.device, buckets: tuple[int, ...]) -> list[int]:
+    return [bucket for bucket in buckets if (layer, device, bucket) not in _DONE]

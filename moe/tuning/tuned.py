@@ -1,0 +1,207 @@
+"""TunedPipeline: a layer that runs each bucket of token counts as the tables say."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.checks import is_as_expected
+from moe.config import MoEConfig
+from moe.flow import ExpertOutputs, SwigluParams, TopK
+from moe.pipeline import MoEPipeline, build_pipeline
+from moe.tuning.autotune import active, tune_missing
+from moe.tuning.buckets import bucket_of
+from moe.tuning.gpu import GpuModel
+from moe.tuning.lookup import TABLES, look_up
+from moe.tuning.table import warn
+
+_REPLACEABLE = frozenset(field.name for field in dataclasses.fields(MoEPipeline)) - {"config"}
+
+
+def tuned_config(config: MoEConfig, num_tokens: int, device: torch.device | str | GpuModel) -> MoEConfig:
+    """`config` for `num_tokens` tokens, with the tables' choice in the place of what it leaves to the model.
+
+    The same config where no table has the layer and bucket, on a CPU, and where the tables' choice does not fit the layer.
+    """
+    choice = look_up(config, num_tokens, device)
+    if choice is None:
+        return config
+    try:
+        return choice.apply(config)
+    except ValueError as error:
+        warn(f"the tuned choice for {num_tokens} tokens is not used: {' '.join(str(error).split())}")
+        return config
+
+
+class _Kept:
+    """Pipelines that were built: of a bucket while the tables stay as they were, of a config for good."""
+
+    def __init__(self) -> None:
+        self.of_config: dict[MoEConfig, MoEPipeline] = {}
+        self.generation = -1
+        self.of_bucket: dict[int | None, MoEPipeline] = {}
+
+
+@dataclass(frozen=True)
+class TunedPipeline:
+    """A MoEPipeline for each bucket of token counts; the entries are MoEPipeline's, with its arguments and errors.
+
+    Token counts of different buckets may be summed in another order, as with any other choice of tiles.
+    """
+
+    config: MoEConfig  # as it was given: what it names explicitly holds in every bucket
+    device: torch.device
+    uses_pdl: bool = True
+    gpu: GpuModel | None = None  # whose tables are read; None: the device's
+    replaced: tuple[tuple[str, Any], ...] = ()  # MoEPipeline's fields that are swapped in every bucket
+    max_num_tokens: int = 8192  # up to where `autotune()` tunes
+    _kept: _Kept = field(default_factory=_Kept, init=False, repr=False, compare=False)
+
+    def __call__(
+        self,
+        logits: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        *,
+        bias: Tensor | None = None,
+        swiglu: SwigluParams | None = None,
+        output: Tensor | None = None,
+        routing_replay_out: Tensor | None = None,
+    ) -> Tensor:
+        """As `MoEPipeline.__call__`."""
+        pipeline = self._for_call(logits, w1, w2)
+        return pipeline(
+            logits,
+            hidden_states,
+            w1,
+            w2,
+            bias=bias,
+            swiglu=swiglu,
+            output=output,
+            routing_replay_out=routing_replay_out,
+        )
+
+    def expert_outputs(
+        self,
+        logits: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        *,
+        bias: Tensor | None = None,
+        swiglu: SwigluParams | None = None,
+        routing_replay_out: Tensor | None = None,
+    ) -> ExpertOutputs:
+        """As `MoEPipeline.expert_outputs`."""
+        pipeline = self._for_call(logits, w1, w2)
+        return pipeline.expert_outputs(
+            logits, hidden_states, w1, w2, bias=bias, swiglu=swiglu, routing_replay_out=routing_replay_out
+        )
+
+    def run_experts(
+        self,
+        topk: TopK,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        *,
+        swiglu: SwigluParams | None = None,
+        output: Tensor | None = None,
+    ) -> Tensor:
+        """As `MoEPipeline.run_experts`."""
+        pipeline = self._for_call(topk, w1, w2)
+        return pipeline.run_experts(topk, hidden_states, w1, w2, swiglu=swiglu, output=output)
+
+    def run_experts_unfinalized(
+        self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
+    ) -> ExpertOutputs:
+        """As `MoEPipeline.run_experts_unfinalized`."""
+        pipeline = self._for_call(topk, w1, w2)
+        return pipeline.run_experts_unfinalized(topk, hidden_states, w1, w2, swiglu=swiglu)
+
+    def workspace_bytes(self, num_tokens: int) -> int:
+        """As `MoEPipeline.workspace_bytes`; another number once the bucket of `num_tokens` is tuned."""
+        return self.at(num_tokens).workspace_bytes(num_tokens)
+
+    def at(self, num_tokens: int) -> MoEPipeline:
+        """The pipeline that runs `num_tokens` tokens, built when it is first asked for."""
+        kept = self._kept
+        if kept.generation == TABLES.generation:
+            pipeline = kept.of_bucket.get(bucket_of(num_tokens))
+            if pipeline is not None:
+                return pipeline
+        return self._build(num_tokens)
+
+    def replace(self, **stages: Any) -> TunedPipeline:
+        """The same with some stages swapped in every bucket, as `dataclasses.replace` swaps them in one.
+
+        Raises:
+            TypeError: a name that is no field of MoEPipeline, or its config, which the tables fill in.
+        """
+        for name in stages:
+            if name not in _REPLACEABLE:
+                raise TypeError(f"replace: expected one of {', '.join(sorted(_REPLACEABLE))}, got {name!r}")
+        return dataclasses.replace(self, replaced=tuple((dict(self.replaced) | stages).items()))
+
+    def _build(self, num_tokens: int) -> MoEPipeline:
+        kept, generation = self._kept, TABLES.generation
+        if kept.generation != generation:
+            # In this order, a thread between the two finds no bucket rather than an old one.
+            kept.of_bucket = {}
+            kept.generation = generation
+        of_bucket = kept.of_bucket
+        config = tuned_config(self.config, num_tokens, self.gpu or self.device)
+        pipeline = kept.of_config.get(config)
+        if pipeline is None:
+            pipeline = build_pipeline(config, self.device, uses_pdl=self.uses_pdl)
+            if self.replaced:
+                pipeline = dataclasses.replace(pipeline, **dict(self.replaced))
+            pipeline = kept.of_config.setdefault(config, pipeline)
+        of_bucket[bucket_of(num_tokens)] = pipeline
+        return pipeline
+
+    def _for_call(self, entry: Tensor | TopK, w1: Tensor, w2: Tensor) -> MoEPipeline:
+        """The pipeline of a call, which checks its tensors: here they are only asked for what the choice needs."""
+        num_tokens = _num_tokens(entry)
+        if active() and self._has_weights(w1, w2):
+            tune_missing(self.config, num_tokens, w1, w2, max_num_tokens=self.max_num_tokens)
+        return self.at(num_tokens)
+
+    def _has_weights(self, w1: Tensor, w2: Tensor) -> bool:
+        gemms = (self.config.gemm1, self.config.gemm2)
+        return all(is_as_expected(w, gemm.weight_shape, torch.bfloat16) for w, gemm in zip((w1, w2), gemms))
+
+
+def tuned_pipeline(
+    config: MoEConfig,
+    device: torch.device | str,
+    *,
+    uses_pdl: bool = True,
+    gpu: GpuModel | None = None,
+    max_num_tokens: int = 8192,
+) -> TunedPipeline:
+    """The layer for a device, run in each bucket of token counts as the tables say: the user's, then the shipped one.
+
+    What no table holds runs as `moe.build_pipeline` has it. On a CPU that is all, and no table is read.
+
+    Args:
+        uses_pdl: as `moe.build_pipeline`.
+        gpu: whose tables are read; None: the device's.
+        max_num_tokens: up to where a first call within `autotune()` tunes.
+
+    Example:
+        >>> pipeline = tuned_pipeline(config, "cuda")
+        >>> output = pipeline(logits, hidden_states, w1, w2)
+    """
+    return TunedPipeline(config, torch.device(device), uses_pdl, gpu, max_num_tokens=max_num_tokens)
+
+
+def _num_tokens(entry: Tensor | TopK) -> int:
+    """0 for what has no tokens to count: MoEPipeline says what is wrong with it."""
+    first = entry.expert_ids if isinstance(entry, TopK) else entry
+    return first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
