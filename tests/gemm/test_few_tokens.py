@@ -318,7 +318,7 @@ def test_weights_with_neighbours_along_rows_are_refused():
         ((2048, 1024, 64, 8), 4, 16),
         ((4096, 14336, 8, 2), 2, 4),
         ((5120, 8192, 16, 1), 4, 8),
-        ((1536, 256, 128, 8), 16, 64),
+        ((1536, 256, 128, 8), 12, 16),
     ],
     ids=["qwen3_30b", "qwen3_235b", "olmoe", "mixtral", "scout", "sonic_7b"],
 )
