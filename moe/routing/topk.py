@@ -60,8 +60,8 @@ def select_experts(
     num_tokens = logits.shape[0]
     shape = (num_tokens, config.top_k)
     topk = TopK(
-        expert_ids=torch.empty(shape, dtype=torch.int32, device=logits.device),
-        weights=torch.empty(shape, dtype=torch.bfloat16, device=logits.device),
+        expert_ids=logits.new_empty(shape, dtype=torch.int32),
+        weights=logits.new_empty(shape, dtype=torch.bfloat16),
     )
     if num_tokens:
         used_bias = bias if config.method.uses_bias else None
@@ -70,7 +70,6 @@ def select_experts(
             logits.dtype,
             None if used_bias is None else used_bias.dtype,
             replay_out is not None,
-            load_width=_load_width(config.num_experts, logits, used_bias),
             uses_pdl=uses_pdl and launches_dependents(logits.device),
         )
         num_blocks = -(-num_tokens // WARPS_PER_BLOCK)
@@ -85,7 +84,6 @@ def kernel_of(
     bias_dtype: torch.dtype | None,
     writes_replay: bool,
     *,
-    load_width: int = 1,
     uses_pdl: bool = False,
 ) -> NumbaKernel:
     """The kernel of a config, for logits and bias (None: without) of these dtypes. See `build_topk_kernel`."""
@@ -104,7 +102,7 @@ def kernel_of(
         num_experts=config.num_experts,
         top_k=config.top_k,
         num_warps=WARPS_PER_BLOCK,
-        load_width=load_width,
+        load_width=_load_width(config.num_experts),
         logit_of=_FLOAT_OF[logits_dtype],
         bias_of=rounded_to_bfloat16 if config.is_grouped and bias_dtype is torch.float32 else bias_of,
         keep_best_groups=keep_best_groups,
@@ -116,10 +114,10 @@ def kernel_of(
     return NumbaKernel(function, parameters, threads_per_block=WARPS_PER_BLOCK * WARP_SIZE)
 
 
-def _load_width(num_experts: int, *rows: Tensor | None) -> int:
-    """Neighbours that a load may read: 4 where they lie in one slot of aligned memory, else fewer."""
+def _load_width(num_experts: int) -> int:
+    """Neighbours that a load may read at once: tensors begin at multiples of 16 bytes, and so do rows of a multiple of 4."""
     width = min(slots_per_lane(num_experts), MAX_LOAD_WIDTH)
-    while num_experts % width or any(row is not None and row.data_ptr() % (width * row.element_size()) for row in rows):
+    while num_experts % width:
         width //= 2
     return width
 

@@ -65,6 +65,23 @@ def test_counting_leaves_room_for_two_blocks_on_a_multiprocessor(num_bins, tmp_p
     assert 2 * registers * kernel.threads_per_block <= 65536
 
 
+@pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="the simulator compiles nothing")
+@pytest.mark.parametrize("uses_pdl", [False, True], ids=["alone", "dependent"])
+def test_planning_kernels_wait_and_trigger_once_where_they_are_dependent(uses_pdl) -> None:
+    from moe.permute.block_plan import count_kernel_of, plan_kernel_of
+    from moe.permute.block_plan_kernel import Totals
+
+    kernels = [count_kernel_of(128, 32, uses_pdl=uses_pdl)]
+    kernels += [plan_kernel_of(128, 32, 8, totals, uses_pdl=uses_pdl) for totals in Totals]
+    for kernel in kernels:
+        ptx = kernel.compile_ptx(HOPPER)
+        assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch_dependents") == uses_pdl
+        if uses_pdl:
+            before_wait = ptx.split("griddepcontrol.wait")[0]
+            assert "ld.global" not in before_wait
+            assert "st.global" not in before_wait
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("num_experts", [256, 2048])
 def test_plan_of_few_slots_is_one_launch_that_fits(num_experts, arch) -> None:

@@ -199,14 +199,17 @@ def test_every_element_of_the_outputs_is_written(numba_device, monkeypatch):
     config = config_of(RoutingMethod.SIGMOID_RENORM, 33, 7)
     logits = torch.randn(6, 33, generator=torch.Generator().manual_seed(5)).to(numba_device)
     expected = select_experts_reference(logits.cpu(), config=config)
-    empty = torch.empty
+    new_empty, num_poisoned = Tensor.new_empty, 0
 
     def poisoned(*args: object, **kwargs: object) -> Tensor:
-        tensor = empty(*args, **kwargs)
+        nonlocal num_poisoned
+        num_poisoned += 1
+        tensor = new_empty(*args, **kwargs)
         return tensor.fill_(torch.nan if tensor.is_floating_point() else -(1 << 30))
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
     assert_same(run(logits, None, config, numba_device), expected)
+    assert num_poisoned == 2
 
 
 def test_configs_beyond_the_kernels_are_refused(numba_device):

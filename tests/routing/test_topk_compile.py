@@ -88,3 +88,26 @@ def test_replay_is_left_out_of_a_kernel_that_does_not_write_it():
     config = config_of(METHODS[1], 64, 4)
     stores = [kernel_for(config, writes_replay=w).compile_ptx(HOPPER).count("st.global.u16") for w in (False, True)]
     assert stores == [1, 2]
+
+
+@pytest.mark.parametrize("config", [config_of(METHODS[1], 128, 8), grouped(256, 8, 8, 4)], ids=["plain", "groups"])
+def test_the_kernel_lets_the_next_one_start_where_it_is_asked_to(config):
+    from moe.routing.topk import kernel_of
+
+    for uses_pdl in (False, True):
+        kernel = kernel_of(config, torch.float32, None, False, uses_pdl=uses_pdl)
+        ptx = kernel.compile_ptx(HOPPER)
+        assert ptx.count("griddepcontrol.launch_dependents") == uses_pdl
+        assert "griddepcontrol.wait" not in ptx  # it is no dependent launch itself
+    assert "griddepcontrol" not in kernel_of(config, torch.float32, None, False).compile_ptx((8, 0))
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "load"),
+    [(128, "ld.global.v4.u32"), (66, "ld.global.v2.u32"), (65, "ld.global.u32")],
+    ids=lambda value: str(value),
+)
+def test_a_lane_loads_as_many_neighbours_at_once_as_rows_allow(num_experts, load):
+    ptx = kernel_for(config_of(METHODS[1], num_experts, 2)).compile_ptx(HOPPER)
+    loads = set(re.findall(r"ld\.global[.\w]*", ptx.replace(".nc", "").replace(".f32", ".u32")))
+    assert load in loads
