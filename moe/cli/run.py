@@ -48,10 +48,14 @@ def measure_layer(
     loads = [measure_load(layer, inputs) for inputs in sets]
     costs = mean_costs([stage_costs(layer.shape, num_tokens, load) for load in loads])
     budget_s = CUDA_BUDGET_S if layer.device.type == "cuda" else CPU_BUDGET_S
-    timings = {}
-    for name, call in stage_calls(layer, with_experts=with_experts).items():
+    calls = stage_calls(layer, with_experts=with_experts)
+    timed = {}
+    for name in sorted(calls, key=STAGES.__contains__):  # the layer first: a GPU that was busy lowers its clock
         progress.detail(f"timing {name}")
-        timings[name] = measure_us([partial(call, inputs) for inputs in sets], device=layer.device, budget_s=budget_s)
+        timed[name] = measure_us(
+            [partial(calls[name], inputs) for inputs in sets], device=layer.device, budget_s=budget_s
+        )
+    timings = {name: timed[name] for name in calls}
     progress.detail(f"float64 reference of {min(num_tokens, MAX_CHECKED_TOKENS)} tokens")
     accuracy = check_accuracy(layer, sets[0], MAX_CHECKED_TOKENS, progress)
     return Measurement(layer, num_tokens, routing, num_sets, loads[0], costs, timings, accuracy)
