@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from moe.cli.bench import measure_all, print_bench
+from moe.cli.beside import TURNS
 from moe.cli.layer import FORMATS, ROUTINGS, make_layer
 from moe.cli.machine import UnfitMachine, describe_machine, expect_memory, info_json, info_text, pick_device
 from moe.cli.plot import expect_matplotlib
@@ -74,6 +75,7 @@ def bench_command(options: argparse.Namespace) -> int:
         seed=options.seed,
         progress=progress,
         uses_tables=not options.untuned,
+        num_turns=options.turns,
     )
     return 0 if print_bench(lines, peaks, options.device, options.json, options.plot) else 1
 
@@ -161,6 +163,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="write all values to this file as well")
     bench.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw the roofline and time by tokens (needs matplotlib)"
+    )
+    bench.add_argument(
+        "--turns",
+        type=int,
+        choices=range(9),
+        default=TURNS,
+        help=f"with what is timed beside; 0: nothing; default: {TURNS}",
     )
     bench.add_argument("--untuned", action="store_true", help="use no tuning table")
     _add_inputs(bench)

@@ -105,6 +105,15 @@ def test_bench_prints_a_line_a_token_count_and_writes_json(tmp_path, capsys: pyt
     assert all(microseconds > 0 for result in results for microseconds in result["beside_us"].values())
 
 
+def test_bench_without_turns_times_nothing_beside(tmp_path):
+    file = tmp_path / "bench.json"
+    arguments = ["bench", "--model", "tiny", "--tokens", "9", "--device", "cpu", "--json", str(file), "--turns", "0"]
+    assert commands.main(arguments) == 0
+    (result,) = json.loads(file.read_text())["results"]
+    assert result["beside_us"] == {}
+    assert result["stages"]["experts"]["median_us"] > 0
+
+
 @pytest.mark.parametrize("is_untuned", [False, True])
 def test_bench_runs_what_the_tables_say_beside_the_models_choice(
     is_untuned: bool, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

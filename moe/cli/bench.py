@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moe.cli.beside import measure_beside, tuned_layer
+from moe.cli.beside import TURNS, measure_beside, tuned_layer
 from moe.cli.layer import FORMATS, make_inputs, make_layer
 from moe.cli.machine import STAGES, UnfitMachine, describe_machine, expect_memory, info_json
 from moe.cli.plot import plot_bench
@@ -52,6 +52,7 @@ def measure_all(
     seed: int,
     progress: Progress,
     uses_tables: bool = True,
+    num_turns: int = TURNS,
 ) -> Iterator[BenchLine]:
     """One line a model and token count; a model's weights are made once and dropped before the next model's.
 
@@ -59,6 +60,7 @@ def measure_all(
 
     Args:
         uses_tables: run what the tuning tables say, and the model's own choices beside it where they differ.
+        num_turns: of what is timed beside the layer; 0 leaves that out.
     """
     for model in models:
         try:
@@ -75,7 +77,7 @@ def measure_all(
                 chosen, num_tokens, routing=routing, seed=seed, progress=progress, with_experts=True
             )
             sets = make_inputs(chosen, num_tokens, measurement.num_sets, routing=routing, seed=seed)
-            yield BenchLine(measurement, measure_beside(chosen, layer, sets))
+            yield BenchLine(measurement, measure_beside(chosen, layer, sets, num_turns=num_turns))
             del sets, chosen, measurement
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -33,13 +33,15 @@ def tuned_layer(layer: Layer, num_tokens: int) -> Layer:
     return replace(layer, config=config, pipeline=build_pipeline(config, layer.device))
 
 
-def measure_beside(layer: Layer, untuned: Layer, sets: Sequence[Inputs]) -> dict[str, float]:
-    """Microseconds a call, by name, medians over turns: what does not run here is left out.
+def measure_beside(layer: Layer, untuned: Layer, sets: Sequence[Inputs], *, num_turns: int = TURNS) -> dict[str, float]:
+    """Microseconds a call, by name, medians over turns: what does not run here is left out; all of it without turns.
 
     experts: stages 2 to 5 of `layer`; untuned: those of `untuned`, where that is another layer; dense, grouped_mm: gemm1 and
     gemm2 alone, by torch.matmul with one expert's weights and by torch's grouped_mm over rows permuted already; eager: the
     whole layer called from Python again and again, by the clock, up to 256 tokens.
     """
+    if not num_turns:
+        return {}
     loads = [measure_load(layer, inputs) for inputs in sets]
     calls: Calls = {"experts": [_experts(layer, inputs) for inputs in sets]}
     if untuned is not layer:
@@ -49,7 +51,7 @@ def measure_beside(layer: Layer, untuned: Layer, sets: Sequence[Inputs]) -> dict
     grouped = [grouped_gemms(layer, load) for load in loads]
     if runs(grouped):
         calls["grouped_mm"] = grouped
-    times = in_turns(calls, layer.device, BUDGET_S[layer.device.type])
+    times = in_turns(calls, layer.device, BUDGET_S[layer.device.type], num_turns)
     beside = {name: median(timing.median_us for timing in timings) for name, timings in times.items()}
     if sets[0].logits.shape[0] <= MAX_EAGER_TOKENS:
         beside["eager"] = eager_us(
@@ -96,10 +98,10 @@ def runs(calls: Sequence[Callable[[], object]]) -> bool:
     return True
 
 
-def in_turns(calls: Calls, device: torch.device, budget_s: float) -> dict[str, list[Timing]]:
+def in_turns(calls: Calls, device: torch.device, budget_s: float, num_turns: int = TURNS) -> dict[str, list[Timing]]:
     """A, B, A, B, ..: each call's timing in every turn."""
     timings: dict[str, list[Timing]] = {name: [] for name in calls}
-    for _ in range(TURNS):
+    for _ in range(num_turns):
         for name, sets in calls.items():
             timings[name].append(measure_us(sets, device=device, budget_s=budget_s))
     return timings
