@@ -20,8 +20,9 @@ _MASK = np.uint32(15)
 
 
 def slots_per_lane(num_candidates: int) -> int:
-    """Slots that each lane needs, rounded up to a power of two so that few kernels differ in it."""
-    return 1 << (-(-num_candidates // WARP_SIZE) - 1).bit_length()
+    """Slots that each lane needs: 1, 2 or a multiple of 4, which one load may fill."""
+    needed = -(-num_candidates // WARP_SIZE)
+    return needed if needed <= 2 else -(-needed // 4) * 4
 
 
 def build_choose_best(*, num_slots: int, count: int) -> Any:
@@ -31,12 +32,12 @@ def build_choose_best(*, num_slots: int, count: int) -> Any:
     equal keys the lower number comes first.
 
     Args:
-        num_slots: length of `keys`, a power of two. They are lost.
+        num_slots: length of `keys`. They are lost.
         count: how many to choose, up to 32; so many have a key at least.
     """
     SLOTS = num_slots
     COUNT = count
-    RUN = min(num_slots, LONGEST_RUN)
+    RUN = next(length for length in range(LONGEST_RUN, 0, -1) if num_slots % length == 0)
     LAST = RUN - 1
     RUNS = num_slots // RUN
 

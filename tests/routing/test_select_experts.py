@@ -22,7 +22,7 @@ from moe.flow import TopK
 from moe.routing.config import RoutingConfig, RoutingMethod
 from moe.routing.reference import select_experts_reference
 
-SHAPES = [(1, 1, 1), (7, 13, 5), (2, 40, 32), (3, 257, 8), (2, 6, 6)]  # T, E, K
+SHAPES = [(1, 1, 1), (7, 13, 5), (2, 40, 32), (3, 257, 8), (2, 330, 9), (1, 600, 4), (2, 6, 6)]  # T, E, K
 LARGE_SHAPES = [(1025, 128, 8), (300, 2048, 32), (513, 384, 6), (257, 896, 16)]
 LARGE_GROUPED = [grouped(256, 8, 8, 4), grouped(128, 4, 4, 2), grouped(2048, 32, 64, 5), grouped(1024, 7, 512, 9)]
 
@@ -60,6 +60,15 @@ def test_choices_and_weights_are_those_of_float64(numba_device, method, shape):
     topk = run(logits, bias, config, numba_device)
     assert topk.expert_ids.tolist() == exact.expert_ids
     assert_weights_are_exact_but_for_one_rounding(topk.weights, exact)
+
+
+@pytest.mark.parametrize("num_experts", [128, 384, 600], ids="E{}".format)  # lanes of 4, of 12 and of 20 slots
+def test_of_equal_logits_in_all_lanes_the_lowest_ids_come_first(numba_device, num_experts):
+    config = config_of(RoutingMethod.TOPK, num_experts, 32)
+    logits = torch.zeros(2, num_experts)
+    logits[1, ::3] = 1.0
+    expected = [list(range(32)), list(range(0, 96, 3))]
+    assert run(logits, None, config, numba_device).expert_ids.tolist() == expected
 
 
 @pytest.mark.parametrize("bias_dtype", BIAS_DTYPES, ids=DTYPE_IDS.get)
