@@ -15,4 +15,5 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return allocate_poisoned
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
