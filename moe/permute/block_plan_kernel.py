@@ -225,7 +225,7 @@ def build_plan_kernel(
                 totals[index] = next_rows[index] + after[first_bin + index]
             num_tiles += num_tiles_of(totals[index], tile_shift)
             if WRITES_UNITS:
-                num_units += num_units_of(totals[index], rows_of_unit(totals[index], UNIT_ROWS, MULTIPLE))
+                num_units += num_units_of(totals[index], UNIT_ROWS)
         tile = sum_before_bins(num_tiles, tiles_of_warp)
         unit = sum_before_bins(num_units, units_of_warp) if WRITES_UNITS else np.int32(0)
         for index in range(BINS_A_THREAD):
@@ -235,7 +235,8 @@ def build_plan_kernel(
                 place = (part * np.int32(ROWS_A_PART) + np.int32(row)) * np.int32(WORDS) + bin
                 marks[place] = np.uint32(next_rows[index] + numbers[index * ROWS_A_PART + row])
             next_rows[index] += in_round[index]
-            if bin % cuda.gridDim.x == cuda.blockIdx.x:
+            is_own = np.uint32(bin) % np.uint32(cuda.gridDim.x) == np.uint32(cuda.blockIdx.x)
+            if is_own:
                 write_tiles_and_padding(
                     token_of_row_ptr,
                     expert_of_tile_ptr,
@@ -248,18 +249,17 @@ def build_plan_kernel(
                     tile_shift,
                 )
             if WRITES_UNITS:
-                unit_rows = rows_of_unit(totals[index], UNIT_ROWS, MULTIPLE)
-                num_units = num_units_of(totals[index], unit_rows)
-                if bin % cuda.gridDim.x == cuda.blockIdx.x:
+                num_units = num_units_of(totals[index], UNIT_ROWS)
+                if is_own:
                     write_units(
                         unit_records_ptr,
                         max_units,
                         bin,
                         tile << tile_shift,
                         totals[index],
-                        unit_rows,
                         unit,
                         num_units,
+                        MULTIPLE,
                         GROUP,
                         part,
                         PARTS,
@@ -454,15 +454,8 @@ def write_tiles_and_padding(
 
 
 @device_function
-def rows_of_unit(num_slots: np.int32, unit_rows: int, multiple: int) -> np.int32:
-    """Rows between the starts of an expert's units: as even as their multiples allow, in as few units as unit_rows allows."""
-    most = np.int32(max((num_slots + unit_rows - 1) // unit_rows, 1)) * np.int32(multiple)
-    return np.int32(np.int32((num_slots + most - 1) // most) * np.int32(multiple))
-
-
-@device_function
-def num_units_of(num_slots: np.int32, unit_rows: np.int32) -> np.int32:
-    return np.int32((num_slots + unit_rows - 1) // unit_rows) if num_slots > 0 else np.int32(0)
+def num_units_of(num_slots: np.int32, max_rows: int) -> np.int32:
+    return np.int32(np.uint32(num_slots + max_rows - 1) // np.uint32(max_rows))
 
 
 @device_function
@@ -472,23 +465,25 @@ def write_units(
     expert: np.int32,
     first_row: np.int32,
     num_slots: np.int32,
-    unit_rows: np.int32,
     first_unit: np.int32,
     num_units: np.int32,
+    multiple: int,
     max_group: int,
     part: np.int32,
     num_parts: int,
 ) -> None:
-    """Write the units of an expert, in groups of even size; its threads share the work."""
-    num_groups = max((num_units + max_group - 1) // max_group, 1)
-    group_units = max((num_units + num_groups - 1) // num_groups, 1)
+    """Write the units of an expert, of even size and in groups of even size; its threads share the work."""
     unit = part
     while unit < num_units:
-        in_group = unit // group_units * group_units
+        most = np.uint32(num_units * np.int32(multiple))
+        unit_rows = np.int32(np.int32(np.uint32(np.uint32(num_slots) + most - _ONE) // most) * np.int32(multiple))
+        num_groups = np.uint32(np.uint32(num_units + max_group - 1) // np.uint32(max_group))
+        group_units = np.uint32(np.uint32(np.uint32(num_units) + num_groups - _ONE) // num_groups)
+        in_group = np.int32(np.uint32(np.uint32(unit) // group_units) * group_units)
         place = np.int64(first_unit + unit)
         records_ptr[place] = expert
         records_ptr[place + max_units] = first_row + unit * unit_rows
         records_ptr[place + 2 * max_units] = min(unit_rows, num_slots - unit * unit_rows)
         records_ptr[place + 3 * max_units] = first_unit + in_group
-        records_ptr[place + 4 * max_units] = min(group_units, num_units - in_group)
+        records_ptr[place + 4 * max_units] = min(np.int32(group_units), num_units - in_group)
         unit += num_parts
