@@ -475,7 +475,7 @@ def test_dependent_launches_of_a_whole_layer_race_with_nothing(num_tokens: int, 
     another one is still using.
     """
     num_replays, num_inputs, num_layers = 2_500, 16, 3
-    config = MoEConfig.create(hidden_size=512, intermediate_size=256, num_experts=16, top_k=4)
+    config = MoEConfig.create(hidden_size=512, intermediate_size=320, num_experts=16, top_k=4)  # W1: enough to prefetch
     plain, dependent = build_pipeline(config, cuda, uses_pdl=False), build_pipeline(config, cuda)
     generator = torch.Generator(device=cuda).manual_seed(0)
     logits = torch.randn(num_inputs, num_layers, num_tokens, 16, generator=generator, device=cuda)

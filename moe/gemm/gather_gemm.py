@@ -11,7 +11,8 @@ from moe.dependent_launch import launches_dependents
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.config import GemmConfig
 from moe.gemm.gather_gemm_kernel import gather_gemm_kernel
-from moe.gemm.tile import launch_tile
+from moe.gemm.prefetch import prefetches
+from moe.gemm.tile import launch_tile, num_sms
 from moe.gemm.weight_format import weight_strides
 from moe.triton_launch import KeptKernel
 
@@ -45,7 +46,10 @@ def gather_gemm(
     if not out.numel():
         return out
     uses_pdl = uses_pdl and launches_dependents(hidden_states.device)
-    kernel, num_columns = _kernel_of(config, permutation.tile_rows, hidden_states.device, uses_pdl)
+    num_prefetching = num_sms(hidden_states.device)
+    if not prefetches(config, permutation, num_prefetching, uses_pdl=uses_pdl):
+        num_prefetching = 0
+    kernel, num_columns = _kernel_of(config, permutation.tile_rows, hidden_states.device, uses_pdl, num_prefetching)
     alpha, beta, clamp_limit = (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
     kernel.launch(
         (permutation.max_tiles * num_columns, 1, 1),
@@ -64,7 +68,9 @@ def gather_gemm(
 
 
 @functools.cache
-def _kernel_of(config: GemmConfig, tile_rows: int, device: torch.device, uses_pdl: bool) -> tuple[KeptKernel, int]:
+def _kernel_of(
+    config: GemmConfig, tile_rows: int, device: torch.device, uses_pdl: bool, num_prefetching: int
+) -> tuple[KeptKernel, int]:
     """The kernel of a config, and how many programs share a tile of rows."""
     tile = launch_tile(config, tile_rows, device)
     strides = weight_strides(config)
@@ -83,6 +89,8 @@ def _kernel_of(config: GemmConfig, tile_rows: int, device: torch.device, uses_pd
         BLOCK_K=tile.block_k,
         GROUP_TILES=tile.group_tiles,
         USES_PDL=uses_pdl,
+        PREFETCH_PROGRAMS=num_prefetching,
+        THREADS=32 * tile.num_warps,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         launch_pdl=uses_pdl,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from moe.gemm.activation import relu2, swiglu
+from moe.gemm.prefetch_kernel import prefetch_weights
 from moe.gemm.tile_order import tile_of_program
 from moe.gemm.weight_tile import (
     columns_of_lanes,
@@ -43,14 +44,18 @@ def gather_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_TILES: tl.constexpr,
     USES_PDL: tl.constexpr,
+    PREFETCH_PROGRAMS: tl.constexpr,  # so many prefetch weights before they wait
+    THREADS: tl.constexpr,
 ):
     NUM_COLUMN_BLOCKS: tl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
     BLOCK_W: tl.constexpr = 2 * BLOCK_N if IS_GATED else BLOCK_N
     WEIGHT_ROWS: tl.constexpr = 2 * OUT_FEATURES if IS_GATED else OUT_FEATURES
+    program = tl.program_id(0)
+    if PREFETCH_PROGRAMS:
+        prefetch_weights(weights_ptr, program, PREFETCH_PROGRAMS, THREADS)
     if USES_PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    program = tl.program_id(0)
     num_tiles = tl.load(num_tiles_ptr)
     if program >= num_tiles * NUM_COLUMN_BLOCKS:
         return

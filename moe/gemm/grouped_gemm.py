@@ -11,7 +11,7 @@ from moe.dependent_launch import launches_dependents
 from moe.flow import Permutation
 from moe.gemm.config import GemmConfig
 from moe.gemm.grouped_gemm_kernel import grouped_gemm_kernel
-from moe.gemm.tile import launch_tile
+from moe.gemm.tile import launch_tile, most_programs_at_once
 from moe.gemm.weight_format import weight_strides
 from moe.triton_launch import KeptKernel
 
@@ -25,7 +25,8 @@ def grouped_gemm(
         rows: [P, I] bf16; padding rows may hold anything, NaN included.
         weights: bf16, config.weight_shape, as config.weight_format says.
         permutation: where rows lie; a program takes permutation.tile_rows of them.
-        uses_pdl: the launch is a dependent one of the launch before it (`moe.dependent_launch`), where the GPU has them.
+        uses_pdl: the launch is a dependent one of the launch before it (`moe.dependent_launch`), where the GPU has them
+            and the programs fill it.
 
     Returns:
         [P, H] bf16, rounded once. Padding rows are uninitialised memory.
@@ -37,7 +38,7 @@ def grouped_gemm(
     out = torch.empty(permutation.max_rows, config.out_features, dtype=torch.bfloat16, device=rows.device)
     if not out.numel():
         return out
-    uses_pdl = uses_pdl and launches_dependents(rows.device)
+    uses_pdl = uses_pdl and _gains_by_pdl(config, permutation, rows.device)
     kernel, num_columns = _kernel_of(config, permutation.tile_rows, rows.device, uses_pdl)
     kernel.launch(
         (permutation.max_tiles * num_columns, 1, 1),
@@ -49,6 +50,18 @@ def grouped_gemm(
         permutation.num_tiles,
     )
     return out
+
+
+def _gains_by_pdl(config: GemmConfig, permutation: Permutation, device: torch.device) -> bool:
+    """Whether the GPU has dependent launches, and the programs fill all of its multiprocessors.
+
+    Dependent programs pile up on the multiprocessors that gemm1 leaves first, as many as one holds. Where all of them find
+    room there, the others stay idle: mixtral-8x7b at 8 tokens, 256 programs on an H200 that holds 528, took 621 us instead
+    of 544.
+    """
+    num_columns = -(-config.out_features // launch_tile(config, permutation.tile_rows, device).block_n)
+    most = most_programs_at_once(config, permutation.tile_rows, device)
+    return permutation.max_tiles * num_columns >= most and launches_dependents(device)
 
 
 @functools.cache

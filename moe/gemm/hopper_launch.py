@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -11,12 +9,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe.flow import RowUnits, UnitSize
 from moe.gemm.config import BLOCK_MAJOR_K, GemmConfig, WeightLayout
+from moe.gemm.tile import num_sms
 
 # 128 rows are what a block multiplies at a time; 22 units that share a weight tile while it is in L2 were best of 8, 22 and
 # all on an H200.
 WIDE_UNITS = UnitSize(max_rows=128, multiple=128, max_group=22)
 MAX_REGISTERS = 168  # a thread: 65536 over three groups of 128 threads, in steps of 8; partitions then share them out
-DEFAULT_SMS = 132  # where no GPU can be asked (offline compiles)
 MAX_MESSAGE = 1 << 16  # experts and column blocks that a message between warps has bits for
 MAX_COORDINATE = 1 << 31
 # Short units pay while the weights that 132 blocks stream at a time stay in L2: with K = 7168 they cost 5% on an H200, with
@@ -64,10 +62,3 @@ def num_blocks(units: RowUnits, config: GemmConfig, block_n: int) -> int:
     """One block of threads an SM, or one for each piece of work where those are fewer."""
     work = units.max_units * -(-config.out_features // block_n)
     return min(work, num_sms(units.counts.device))
-
-
-@functools.cache
-def num_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return DEFAULT_SMS
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -11,6 +11,7 @@ from moe.gemm.hopper_launch import MAX_REGISTERS, descriptor, is_hopper, num_blo
 from moe.gemm.hopper_schedule import units_of
 from moe.gemm.hopper_swapped_gather_gemm_kernel import hopper_swapped_gather_gemm_kernel
 from moe.gemm.hopper_swapped_launch import SWAPPED_UNITS, TILE_ROWS, fits_swapped, store_rows, weight_boxes
+from moe.gemm.prefetch import prefetches
 
 BLOCK_N = 128  # columns of the result, for 256 rows of the weight
 
@@ -50,9 +51,11 @@ def hopper_swapped_gather_gemm(
         return out
     swiglu = swiglu or SwigluParams()
     units = units_of(permutation, SWAPPED_UNITS, uses_pdl=uses_pdl)
+    blocks = num_blocks(units, config, BLOCK_N)
     with torch.cuda.device_of(hidden_states):
-        hopper_swapped_gather_gemm_kernel[(num_blocks(units, config, BLOCK_N),)](
+        hopper_swapped_gather_gemm_kernel[(blocks,)](
             hidden_states,
+            weights,
             weight_boxes(weights, config),
             descriptor(out, store_rows(permutation.tile_rows), 64),
             permutation.token_of_row,
@@ -69,6 +72,7 @@ def hopper_swapped_gather_gemm(
             IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
             IS_DYNAMIC=is_dynamic,
             USES_PDL=uses_pdl,
+            PREFETCHES=prefetches(config, permutation, blocks, uses_pdl=uses_pdl),
             num_warps=4,
             maxnreg=MAX_REGISTERS,
             launch_pdl=uses_pdl,

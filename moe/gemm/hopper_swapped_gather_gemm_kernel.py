@@ -47,6 +47,7 @@ from moe.gemm.hopper_swapped_tile import (
     split_weight_rows,
     write,
 )
+from moe.gemm.prefetch_kernel import prefetch_weights_by_128
 
 BLOCK_N = gl.constexpr(128)  # columns of the result
 HALF_ROWS = gl.constexpr(64)  # rows that are copied together
@@ -55,6 +56,7 @@ HALF_ROWS = gl.constexpr(64)  # rows that are copied together
 @gluon.jit(do_not_specialize=["max_units"])
 def hopper_swapped_gather_gemm_kernel(
     hidden_states_ptr,  # [T, IN_FEATURES] bf16
+    weights_ptr,  # bf16, of which the first are prefetched
     weights_desc,  # boxes of 64 gate and 64 up rows, 64 of the contraction: see weight_boxes
     out_desc,  # [P, OUT_FEATURES] bf16; box [16 or 32, 64]
     token_of_row_ptr,  # [P] int32
@@ -71,6 +73,7 @@ def hopper_swapped_gather_gemm_kernel(
     IS_GATE_FIRST: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
     USES_PDL: gl.constexpr,
+    PREFETCHES: gl.constexpr,  # some weights before the wait of a dependent launch
 ):
     STORE_ROWS: gl.constexpr = out_desc.block_shape[0]
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK_ROWS, BLOCK_K], gl.bfloat16)
@@ -140,6 +143,7 @@ def hopper_swapped_gather_gemm_kernel(
                 produce,
                 (
                     hidden_states_ptr,
+                    weights_ptr,
                     weights_desc,
                     token_of_row_ptr,
                     units_ptr,
@@ -159,6 +163,7 @@ def hopper_swapped_gather_gemm_kernel(
                     IS_SHUFFLED,
                     IS_DYNAMIC,
                     USES_PDL,
+                    PREFETCHES,
                 ),
             ),
         ],
@@ -170,6 +175,7 @@ def hopper_swapped_gather_gemm_kernel(
 @gluon.jit
 def produce(
     hidden_states_ptr,
+    weights_ptr,
     weights_desc,
     token_of_row_ptr,
     units_ptr,
@@ -189,12 +195,15 @@ def produce(
     IS_SHUFFLED: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
     USES_PDL: gl.constexpr,
+    PREFETCHES: gl.constexpr,
 ):
     COLUMN_BLOCKS: gl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])  # 16 bytes a thread, 128 a row
     column = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
 
+    if PREFETCHES:
+        prefetch_weights_by_128(weights_ptr, gl.program_id(0))
     if USES_PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

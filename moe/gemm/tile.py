@@ -9,6 +9,7 @@ import torch
 from moe.gemm.config import BLOCK_MAJOR_K, SHUFFLE_ROWS, GemmConfig, GemmTile
 
 HOPPER_SHARED_BYTES = 232448  # what a block may ask for on sm_90 and sm_100; taken where no GPU can be asked
+HOPPER_SMS = 132
 BARRIER_BYTES = 1024  # what the pipeline's barriers take at the most
 BYTES_PER_ELEMENT = 2
 DECODE_ROWS = 32  # tiles of up to so many rows stream weights and hardly compute
@@ -52,13 +53,19 @@ def launch_tile(config: GemmConfig, tile_rows: int, device: torch.device) -> Gem
 
 def fit_stages(config: GemmConfig, tile: GemmTile, tile_rows: int, shared_bytes: int) -> GemmTile:
     """The tile with its stages lowered until their rows and weights fit in `shared_bytes`, 1 at the least."""
-    weight_rows = 2 * tile.block_n if config.is_gated else tile.block_n
-    buffer_bytes = (tile_rows + weight_rows) * tile.block_k * BYTES_PER_ELEMENT
-    num_buffers = (shared_bytes - BARRIER_BYTES) // buffer_bytes
+    num_buffers = (shared_bytes - BARRIER_BYTES) // _stage_bytes(config, tile, tile_rows)
     # Without wgmma the operands of a stage pass through registers, and Triton keeps a buffer fewer than stages.
     most_stages = num_buffers if _has_wide_mma(shared_bytes) else num_buffers + 1
     num_stages = max(1, min(tile.num_stages, most_stages))
     return GemmTile(**tile.model_dump() | {"num_stages": num_stages})
+
+
+@functools.lru_cache(maxsize=1024)
+def most_programs_at_once(config: GemmConfig, tile_rows: int, device: torch.device) -> int:
+    """How many programs the GPU's multiprocessors hold at once, by their shared memory."""
+    tile = launch_tile(config, tile_rows, device)
+    shared_bytes = tile.num_stages * _stage_bytes(config, tile, tile_rows) + BARRIER_BYTES
+    return num_sms(device) * max(1, shared_memory_limit(device) // shared_bytes)
 
 
 @functools.cache
@@ -69,10 +76,24 @@ def shared_memory_limit(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
 
 
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of `device`; an H200's where it is a CPU (emulation)."""
+    if device.type != "cuda":
+        return HOPPER_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @functools.lru_cache(maxsize=1024)
 def _launch_tile(config: GemmConfig, tile_rows: int, shared_bytes: int) -> GemmTile:
     tile = config.tile or default_tile(config, tile_rows, shared_bytes)
     return fit_stages(config, tile, tile_rows, shared_bytes)
+
+
+def _stage_bytes(config: GemmConfig, tile: GemmTile, tile_rows: int) -> int:
+    """Shared memory for the rows and weights of a step of the contraction."""
+    weight_rows = 2 * tile.block_n if config.is_gated else tile.block_n
+    return (tile_rows + weight_rows) * tile.block_k * BYTES_PER_ELEMENT
 
 
 def _has_wide_mma(shared_bytes: int) -> bool:

@@ -26,6 +26,7 @@ from moe.gemm.tile import candidate_tiles
 
 MAJOR_K, MAJOR_MN = WeightFormat(), WeightFormat(layout="MajorMn")
 NUM_EXPERTS, HIDDEN, INTERMEDIATE = 128, 2048, 768
+PREFETCH = "cp.async.bulk.prefetch.L2.global"
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -42,17 +43,21 @@ def compile_gemm(
     intermediate: int = INTERMEDIATE,
     tile: GemmTile | None = None,
     swiglu: SwigluParams | None = None,
+    num_tiles: int = NUM_EXPERTS,
+    mean_rows: int = 0,
+    uses_pdl: bool = False,
 ) -> Launch:
-    """The one launch of a gemm1 with SwiGLU or of a gemm2, NUM_EXPERTS experts of one row tile each."""
-    max_rows, num_tokens = NUM_EXPERTS * tile_rows, 16
+    """The one launch of a gemm1 with SwiGLU or of a gemm2, NUM_EXPERTS experts."""
+    max_rows, num_tokens = num_tiles * tile_rows, 16
     permutation = Permutation(
         row_of_slot=empty(num_tokens, 8, dtype=torch.int32),
         token_of_row=empty(max_rows, dtype=torch.int32),
-        expert_of_tile=empty(NUM_EXPERTS, dtype=torch.int32),
-        row_limit_of_tile=empty(NUM_EXPERTS, dtype=torch.int32),
+        expert_of_tile=empty(num_tiles, dtype=torch.int32),
+        row_limit_of_tile=empty(num_tiles, dtype=torch.int32),
         num_rows=empty(1, dtype=torch.int32),
         num_tiles=empty(1, dtype=torch.int32),
         tile_rows=tile_rows,
+        mean_rows=mean_rows,
     )
     config = GemmConfig(
         num_experts=NUM_EXPERTS,
@@ -65,9 +70,11 @@ def compile_gemm(
     weights = empty(*config.weight_shape)
     with offline_gpu(arch) as gpu:
         if is_gemm1:
-            out = gather_gemm(empty(num_tokens, hidden), weights, permutation, config=config, swiglu=swiglu)
+            hidden_states = empty(num_tokens, hidden)
+            out = gather_gemm(hidden_states, weights, permutation, config=config, swiglu=swiglu, uses_pdl=uses_pdl)
         else:
-            out = grouped_gemm(empty(max_rows, intermediate), weights, permutation, config=config)
+            rows = empty(max_rows, intermediate)
+            out = grouped_gemm(rows, weights, permutation, config=config, uses_pdl=uses_pdl)
     assert out.shape == (max_rows, config.out_features)
     (launch,) = gpu.launches
     return launch
@@ -141,3 +148,31 @@ def test_swiglu_parameters_cost_no_spills():
     swiglu = SwigluParams(alpha=parameter, beta=parameter, clamp_limit=parameter)
     launch = compile_gemm(90, 128, FLASHINFER, is_gemm1=True, swiglu=swiglu)
     assert launch.report.spill_bytes == 0
+
+
+@pytest.mark.parametrize("mean_rows", [1, 2], ids="mean_rows{}".format)
+def test_a_dependent_gemm1_asks_for_weights_before_it_waits_if_every_expert_has_rows(mean_rows):
+    launch = compile_gemm(90, 16, MAJOR_K, is_gemm1=True, mean_rows=mean_rows, uses_pdl=True)
+    before_wait, after_wait = launch.report.ptx.split("griddepcontrol.wait")
+    assert before_wait.count(PREFETCH) == (mean_rows == 2)
+    assert PREFETCH not in after_wait
+    assert "ld.global" not in before_wait
+    assert launch.report.spill_bytes == 0
+
+
+def test_gemm1_asks_for_no_weights_where_launches_are_plain_or_there_are_few():
+    plain = compile_gemm(90, 16, MAJOR_K, is_gemm1=True, mean_rows=8)
+    small = compile_gemm(90, 16, MAJOR_K, is_gemm1=True, mean_rows=8, uses_pdl=True, hidden=128, intermediate=128)
+    assert PREFETCH not in plain.report.ptx
+    assert PREFETCH not in small.report.ptx
+
+
+@pytest.mark.parametrize("num_tiles", [32, 33], ids="{}_tiles".format)
+def test_gemm2_is_a_dependent_launch_if_its_programs_fill_the_gpu(num_tiles):
+    # Four programs of (16 + 128) * 64 * 2 bytes in three stages fit on each of 132 multiprocessors.
+    launch = compile_gemm(90, 16, MAJOR_K, is_gemm1=False, num_tiles=num_tiles, uses_pdl=True)
+    assert launch.grid[0] == num_tiles * HIDDEN // 128
+    fills = num_tiles * HIDDEN // 128 >= 4 * 132
+    assert fills == (num_tiles == 33)
+    assert launch.options["launch_pdl"] == fills
+    assert launch.report.count("griddepcontrol.wait") == fills

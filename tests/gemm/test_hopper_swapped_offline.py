@@ -87,9 +87,9 @@ def test_grouped_gemm_compiles_without_spills_or_serialised_wgmma(tmp_path, weig
 
 @pytest.mark.parametrize("has_units", [False, True], ids=["units_of_their_own", "units_of_the_planner"])
 def test_dependent_gemms_compile_alike(tmp_path, has_units):
-    gate = GemmConfig(num_experts=4, in_features=2048, out_features=256, activation=ActivationType.Swiglu)
-    down = GemmConfig(num_experts=4, in_features=256, out_features=2048)
-    permutation = permutation_of_counts([5000, 0, 700, 64], 64, 6)
+    gate = GemmConfig(num_experts=8, in_features=2048, out_features=256, activation=ActivationType.Swiglu)
+    down = GemmConfig(num_experts=8, in_features=256, out_features=2048)
+    permutation = replace(permutation_of_counts([5000, 0, 700, 64], 64, 6), mean_rows=64)
     if has_units:
         permutation = replace(permutation, units=plan_units_reference(permutation, SWAPPED_UNITS))
     with offline_gpu(arch=90) as gpu:
@@ -102,6 +102,11 @@ def test_dependent_gemms_compile_alike(tmp_path, has_units):
     for launch in gemms:
         assert_is_tight(launch, tmp_path)
         assert launch.report.count("griddepcontrol.wait") == launch.report.count("griddepcontrol.launch") == 1
+    # gemm1 asks for weights before it waits.
+    prefetches = [
+        "cp.async.bulk.prefetch.L2.global" in text for text in gemms[0].report.ptx.split("griddepcontrol.wait")
+    ]
+    assert prefetches == [True, False]
 
 
 @pytest.mark.parametrize("is_gated", [True, False], ids=["gated", "not_gated"])

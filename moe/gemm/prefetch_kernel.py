@@ -1,0 +1,32 @@
+"""Bringing weights to L2 ahead of their use."""
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# Of a program. 8.6 MB over 132 programs: about what memory delivers while a plan is made. On an H200 this saved 0.5 to 1.5% of
+# the layer from 128 to 512 tokens; twice as much was better for some layers and worse for others.
+BYTES = tl.constexpr(1 << 16)
+_PREFETCH = tl.constexpr("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;")
+
+
+@triton.jit
+def prefetch_weights(weights_ptr, program, PROGRAMS: tl.constexpr, THREADS: tl.constexpr):
+    """Ask for the program-th BYTES bytes of weights, in the first PROGRAMS programs; THREADS threads share them."""
+    if program < PROGRAMS:
+        # Prefetches start at multiples of 16 bytes, which weights in the middle of a storage may not do.
+        start = weights_ptr.to(tl.int64) // 16 * 16 + program.to(tl.int64) * BYTES
+        address = start + tl.arange(0, THREADS) * (BYTES // THREADS)
+        tl.inline_asm_elementwise(
+            _PREFETCH, "=r,l,r", [address, BYTES // THREADS], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
+def prefetch_weights_by_128(weights_ptr, program):
+    """The same in Gluon, in every program, by a partition of 128 threads."""
+    thread = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    address = weights_ptr.to(gl.int64) // 16 * 16 + program.to(gl.int64) * BYTES + thread * (BYTES // 128)
+    gl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [address, BYTES // 128], dtype=gl.int32, is_pure=False, pack=1)
