@@ -11,9 +11,11 @@ from moe.dependent_launch import launches_dependents
 from moe.flow import Permutation
 from moe.gemm.config import GemmConfig
 from moe.gemm.grouped_gemm_kernel import grouped_gemm_kernel
-from moe.gemm.tile import launch_tile, most_programs_at_once
+from moe.gemm.tile import launch_tile, num_sms, programs_at_once
 from moe.gemm.weight_format import weight_strides
 from moe.triton_launch import KeptKernel
+
+MIN_ROUNDS = 4  # of programs, as many at once as the GPU holds
 
 
 def grouped_gemm(
@@ -26,7 +28,7 @@ def grouped_gemm(
         weights: bf16, config.weight_shape, as config.weight_format says.
         permutation: where rows lie; a program takes permutation.tile_rows of them.
         uses_pdl: the launch is a dependent one of the launch before it (`moe.dependent_launch`), where the GPU has them
-            and the programs fill it.
+            and it is no loss.
 
     Returns:
         [P, H] bf16, rounded once. Padding rows are uninitialised memory.
@@ -53,15 +55,15 @@ def grouped_gemm(
 
 
 def _gains_by_pdl(config: GemmConfig, permutation: Permutation, device: torch.device) -> bool:
-    """Whether the GPU has dependent launches, and the programs fill all of its multiprocessors.
+    """Whether the GPU has dependent launches, and the programs spread evenly over its multiprocessors then.
 
-    Dependent programs pile up on the multiprocessors that gemm1 leaves first, as many as one holds. Where all of them find
-    room there, the others stay idle: mixtral-8x7b at 8 tokens, 256 programs on an H200 that holds 528, took 621 us instead
-    of 544.
+    Dependent programs pile up on the multiprocessors that gemm1 leaves first, as many as one holds. Where there are few, the
+    others stay idle: mixtral-8x7b at 8 tokens, 256 programs on an H200 that holds 528, took 621 us instead of 544.
     """
+    at_once = programs_at_once(config, permutation.tile_rows, device)
     num_columns = -(-config.out_features // launch_tile(config, permutation.tile_rows, device).block_n)
-    most = most_programs_at_once(config, permutation.tile_rows, device)
-    return permutation.max_tiles * num_columns >= most and launches_dependents(device)
+    is_even = at_once == num_sms(device) or permutation.max_tiles * num_columns >= MIN_ROUNDS * at_once
+    return is_even and launches_dependents(device)
 
 
 @functools.cache

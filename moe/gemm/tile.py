@@ -18,8 +18,8 @@ DECODE_ROWS = 32  # tiles of up to so many rows stream weights and hardly comput
 def default_tile(config: GemmConfig, tile_rows: int, shared_bytes: int = HOPPER_SHARED_BYTES) -> GemmTile:
     """The tile for row tiles of `tile_rows` rows on a GPU where a block may ask for `shared_bytes`.
 
-    Few rows: weights are streamed, so blocks are deep and several are in flight. Many rows: the widest accumulators that
-    registers hold. The sizes did best among plain Triton kernels of this kind on an H200.
+    Few rows: weights are streamed by programs that are small enough for two on a multiprocessor, 256 bytes of a row at a
+    time. Many rows: the widest accumulators that registers hold. The sizes did best on an H200, over seven real layers.
     """
     weight_rows, block_k, num_warps, num_stages = _sizes(config, tile_rows, shared_bytes)
     return GemmTile(
@@ -33,9 +33,9 @@ def default_tile(config: GemmConfig, tile_rows: int, shared_bytes: int = HOPPER_
 def candidate_tiles(config: GemmConfig, tile_rows: int) -> tuple[GemmTile, ...]:
     """Tiles worth measuring for row tiles of `tile_rows` rows; the default comes first."""
     if tile_rows <= DECODE_ROWS:
-        sizes = [(64, 128, 4, 4), (64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 8, 3), (128, 128, 4, 3), (128, 128, 8, 4)]
+        sizes = [(128, 128, 4, 4), (128, 64, 8, 3), (64, 256, 4, 3), (64, 128, 4, 4)]
     elif tile_rows == 64:
-        sizes = [(128, 64, 4, 4), (128, 128, 4, 3), (256, 64, 4, 4), (256, 64, 8, 4)]
+        sizes = [(128, 64, 4, 4), (256, 64, 4, 4), (128, 128, 4, 4)]
     else:
         sizes = [(128, 64, 4, 4), (128, 64, 8, 4), (256, 64, 8, 3), (256, 64, 8, 4)]
     tiles = [default_tile(config, tile_rows)]
@@ -61,7 +61,7 @@ def fit_stages(config: GemmConfig, tile: GemmTile, tile_rows: int, shared_bytes:
 
 
 @functools.lru_cache(maxsize=1024)
-def most_programs_at_once(config: GemmConfig, tile_rows: int, device: torch.device) -> int:
+def programs_at_once(config: GemmConfig, tile_rows: int, device: torch.device) -> int:
     """How many programs the GPU's multiprocessors hold at once, by their shared memory."""
     tile = launch_tile(config, tile_rows, device)
     shared_bytes = tile.num_stages * _stage_bytes(config, tile, tile_rows) + BARRIER_BYTES
@@ -104,10 +104,18 @@ def _has_wide_mma(shared_bytes: int) -> bool:
 def _sizes(config: GemmConfig, tile_rows: int, shared_bytes: int) -> tuple[int, int, int, int]:
     """Rows of the weight, elements of the contraction, warps, stages."""
     if tile_rows <= DECODE_ROWS:
-        return (128, 128, 4, 4) if config.is_gated else (128, 64, 8, 3)
+        return (64, 128, 4, 4) if config.is_gated else _decode_sizes(config.in_features)
     if tile_rows == 64:
-        return (256 if _has_wide_mma(shared_bytes) else 128, 64, 4, 4)
+        is_long = config.in_features >= (4096 if config.is_gated else 1024)
+        return (128, 128 if is_long and _has_wide_mma(shared_bytes) else 64, 4, 4)
     return (256, 64, 8, 3)
+
+
+def _decode_sizes(in_features: int) -> tuple[int, int, int, int]:
+    """Of gemm2: wide where the contraction is over before a deep pipeline is full, deeper where it is long."""
+    if in_features <= 256:
+        return 128, 64, 8, 3
+    return (64, 128, 4, 4) if in_features < 4096 else (64, 256, 4, 3)
 
 
 def _block_n(config: GemmConfig, weight_rows: int) -> int:

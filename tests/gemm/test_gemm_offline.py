@@ -85,7 +85,8 @@ def assert_loads_and_stores_16_bytes(launch: Launch) -> None:
     assert report.count("cp.async.cg") > 0
     # bf16 that is loaded without cp.async would be loads of 16 bits; row, tile and expert indices are 32 bits.
     assert report.count("ld.global.b16") == 0
-    assert report.count("st.global") == report.count("st.global.v4")
+    # A program of 16 rows and 32 columns has 8 bytes a thread to store.
+    assert report.count("st.global") == report.count("st.global.v4") + report.count("st.global.v2.b32")
 
 
 CASES_BY_ARCH = [
@@ -167,12 +168,15 @@ def test_gemm1_asks_for_no_weights_where_launches_are_plain_or_there_are_few():
     assert PREFETCH not in small.report.ptx
 
 
-@pytest.mark.parametrize("num_tiles", [32, 33], ids="{}_tiles".format)
-def test_gemm2_is_a_dependent_launch_if_its_programs_fill_the_gpu(num_tiles):
-    # Four programs of (16 + 128) * 64 * 2 bytes in three stages fit on each of 132 multiprocessors.
-    launch = compile_gemm(90, 16, MAJOR_K, is_gemm1=False, num_tiles=num_tiles, uses_pdl=True)
-    assert launch.grid[0] == num_tiles * HIDDEN // 128
-    fills = num_tiles * HIDDEN // 128 >= 4 * 132
-    assert fills == (num_tiles == 33)
-    assert launch.options["launch_pdl"] == fills
-    assert launch.report.count("griddepcontrol.wait") == fills
+@pytest.mark.parametrize(
+    ("tile_rows", "num_tiles", "is_dependent"),
+    # Two programs of (16 + 64) * 128 * 2 bytes in four stages fit on each of 132 multiprocessors; of the last kind one does.
+    [(16, 32, False), (16, 33, True), (128, 1, True)],
+)
+def test_gemm2_is_a_dependent_launch_if_its_programs_spread_evenly(tile_rows, num_tiles, is_dependent):
+    launch = compile_gemm(90, tile_rows, MAJOR_K, is_gemm1=False, num_tiles=num_tiles, uses_pdl=True)
+    if tile_rows == 16:
+        assert launch.grid[0] == num_tiles * HIDDEN // 64
+        assert is_dependent == (launch.grid[0] >= 4 * 2 * 132)
+    assert launch.options["launch_pdl"] == is_dependent
+    assert launch.report.count("griddepcontrol.wait") == is_dependent
