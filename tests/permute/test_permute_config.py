@@ -54,15 +54,18 @@ def test_the_bound_is_reached_by_one_slot_an_expert_and_the_rest_on_one(config, 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(configs(), st.integers(0, 20000))
-def test_tiles_hold_a_third_more_than_the_mean_load_of_all_ranks(config, num_tokens) -> None:
+def test_a_tile_holds_the_mean_load_of_all_ranks_and_twice_its_root(config, num_tokens) -> None:
     tile_rows = config.rows_per_tile(num_tokens)
     if config.tile_rows is not None:
         assert tile_rows == config.tile_rows
         return
     mean_load = math.ceil(num_tokens * config.top_k / config.num_experts)
     assert tile_rows in (16, 32, 64, 128)
-    assert 3 * tile_rows >= min(4 * mean_load, 3 * MAX_TILE_ROWS)
-    assert tile_rows == MIN_TILE_ROWS or 3 * (tile_rows / 2) < 4 * mean_load
+    if mean_load <= 12:
+        assert tile_rows == MIN_TILE_ROWS
+    else:
+        assert tile_rows >= min(mean_load + 2 * mean_load**0.5, MAX_TILE_ROWS)
+        assert tile_rows / 2 < mean_load + 2 * mean_load**0.5
 
 
 @pytest.mark.parametrize("tile_rows", [8, 24, 256])
