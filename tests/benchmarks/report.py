@@ -49,7 +49,7 @@ class Line:
 
 
 def read_lines(results: Iterable[dict], peers: dict) -> list[Line]:
-    """In the order of `results`; a cell that comes twice counts as last measured."""
+    """By layer in the order of `results`, uniform routing first, then tokens; a cell that comes twice counts as last measured."""
     cells = {_cell(cell): cell for cell in peers["cells"]}
     lines = {}
     for result in results:
@@ -64,7 +64,10 @@ def read_lines(results: Iterable[dict], peers: dict) -> list[Line]:
             name = peers["libraries"][best]["name"]
             line = Line(*_cell(result), us, roof_us, name, cell["us"][best], is_same_draw, beside_us)
         lines[_cell(result)] = line
-    return list(lines.values())
+    models = list(dict.fromkeys(line.model for line in lines.values()))
+    return sorted(
+        lines.values(), key=lambda line: (models.index(line.model), line.routing != "uniform", line.num_tokens)
+    )
 
 
 def _cell(values: dict) -> Cell:
@@ -150,10 +153,11 @@ def run_text(reports: Sequence[dict], date: str, driver: str, weights: str) -> s
     versions = machine["versions"]
     shown = [f"{name} {versions[name]}" for name in ("torch", "triton", "numba-cuda", "cuda-core")]
     peaks = [result["peaks"] for report in reports for result in report["results"][:1]]
-    rates = ", ".join(
+    each = [
         f"{1e-12 * peak['matmul_flops']:.0f} TFLOP/s {peak['matmul_dtype']} matmul and {1e-9 * peak['copy_bytes_per_s']:.0f} GB/s copy"
         for peak in peaks
-    )
+    ]
+    rates = ", ".join(dict.fromkeys(each))
     worst = max(result["accuracy"]["relative_frobenius"] for report in reports for result in report["results"])
     return (
         f"{date}, one {machine['name']} ({machine['details']}), {', '.join(shown)}, CUDA {versions['cuda of torch']}, "

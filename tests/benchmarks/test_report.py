@@ -45,6 +45,18 @@ def test_what_was_timed_beside_a_layer_has_a_table_of_its_own(peers: dict):
     assert report.beside_text(lines).splitlines()[2:] == ["| kimi-k2 | 1 | 101 |  | 55.0 |  | 1.00 | 62.5 |"]
 
 
+def test_lines_go_by_layer_then_routing_then_tokens(peers: dict):
+    results = [measured("sonic-7b", 8, 1.0), measured("kimi-k2", 1, 1.0), measured("sonic-7b", 1, 1.0)]
+    zipf = measured("sonic-7b", 2, 1.0) | {"routing": "zipf"}
+    lines = report.read_lines([zipf, *results], peers)
+    assert [(line.model, line.routing, line.num_tokens) for line in lines] == [
+        ("sonic-7b", "uniform", 1),
+        ("sonic-7b", "uniform", 8),
+        ("sonic-7b", "zipf", 2),
+        ("kimi-k2", "uniform", 1),
+    ]
+
+
 def test_every_cell_of_the_peers_names_known_libraries(peers: dict):
     assert len(peers["cells"]) == 60
     assert all(set(cell["us"]) <= set(peers["libraries"]) for cell in peers["cells"])
