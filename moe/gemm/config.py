@@ -256,14 +256,17 @@ class GemmConfig(FrozenConfig):
     ) -> None:
         """Raise unless the tensors fit a gemm1 of this config: hidden_states [T, H] bf16 and weights of weight_shape."""
         device = permutation.token_of_row.device
-        dims = {"T": permutation.row_of_slot.shape[0], "H": self.in_features}
-        expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16, device=device)
+        num_tokens = permutation.row_of_slot.shape[0]
+        if not is_as_expected(hidden_states, (num_tokens, self.in_features), torch.bfloat16, device):
+            dims = {"T": num_tokens, "H": self.in_features}
+            expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16, device=device)
         self.check_weights("gemm1_weights", weights, device)
         self.check_swiglu(swiglu, device)
 
     def check_grouped(self, rows: Tensor, weights: Tensor, permutation: Permutation) -> None:
         """Raise unless the tensors fit a gemm2 of this config: rows [P, I] bf16 and weights of weight_shape."""
         device = permutation.token_of_row.device
-        dims = {"P": permutation.max_rows, "I": self.in_features}
-        expect("rows", rows, "P I", dims, dtype=torch.bfloat16, device=device)
+        if not is_as_expected(rows, (permutation.max_rows, self.in_features), torch.bfloat16, device):
+            dims = {"P": permutation.max_rows, "I": self.in_features}
+            expect("rows", rows, "P I", dims, dtype=torch.bfloat16, device=device)
         self.check_weights("gemm2_weights", weights, device)

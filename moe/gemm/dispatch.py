@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,7 @@ def dispatch_grouped_gemm(
     return grouped_gemm(rows, weights, permutation, config=config, uses_pdl=uses_pdl)
 
 
+@functools.lru_cache(maxsize=1024)
 def unit_size(
     device: torch.device, tile_rows: int, mean_rows: int, *, gemm1: GemmConfig, gemm2: GemmConfig
 ) -> UnitSize | None:

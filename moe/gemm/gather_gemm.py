@@ -42,7 +42,7 @@ def gather_gemm(
         ValueError: where a tensor does not fit the config.
     """
     config.check_gather(hidden_states, weights, permutation, swiglu)
-    out = torch.empty(permutation.max_rows, config.out_features, dtype=torch.bfloat16, device=hidden_states.device)
+    out = hidden_states.new_empty((permutation.max_rows, config.out_features))
     if not out.numel():
         return out
     uses_pdl = uses_pdl and launches_dependents(hidden_states.device)

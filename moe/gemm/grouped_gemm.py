@@ -37,7 +37,7 @@ def grouped_gemm(
         ValueError: where a tensor does not fit the config.
     """
     config.check_grouped(rows, weights, permutation)
-    out = torch.empty(permutation.max_rows, config.out_features, dtype=torch.bfloat16, device=rows.device)
+    out = rows.new_empty((permutation.max_rows, config.out_features))
     if not out.numel():
         return out
     uses_pdl = uses_pdl and _gains_by_pdl(config, permutation, rows.device)

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from moe.checks import expect, expect_separate
+from moe.checks import expect, expect_separate, is_as_expected
 from moe.flow import Permutation, TopK
 from moe.frozen import Count, FrozenConfig, PowerOfTwo
 from moe.permute.chunks import NUMBA_CHUNKING, TRITON_CHUNKING
@@ -75,18 +75,26 @@ class PermuteConfig(FrozenConfig):
 
     def check(self, topk: TopK) -> None:
         """Raise unless topk has expert_ids [T, K] int32 and weights [T, K] bf16 or fp32 on one device."""
-        dims = {"K": self.top_k}
-        expect("expert_ids", topk.expert_ids, "T K", dims, dtype=torch.int32, words=_IDS_WORDS)
-        expect(
-            "expert_weights",
-            topk.weights,
-            "T K",
-            dims,
-            dtype=WEIGHT_DTYPES,
-            device=topk.expert_ids.device,
-            words=_WEIGHTS_WORDS,
-        )
+        if not self._fits(topk):
+            ids, dims = topk.expert_ids, {"K": self.top_k}
+            expect("expert_ids", ids, "T K", dims, dtype=torch.int32, words=_IDS_WORDS)
+            device = ids.device
+            expect(
+                "expert_weights", topk.weights, "T K", dims, dtype=WEIGHT_DTYPES, device=device, words=_WEIGHTS_WORDS
+            )
         self.check_num_tokens(topk.expert_ids.shape[0])
+
+    def _fits(self, topk: TopK) -> bool:
+        """Whether both tensors are as `check` wants them: told without messages, which take time to make."""
+        ids, weights = topk.expert_ids, topk.weights
+        if not isinstance(ids, Tensor) or not isinstance(weights, Tensor) or not ids.dim():
+            return False
+        shape, dtype = (ids.shape[0], self.top_k), weights.dtype
+        return (
+            is_as_expected(ids, shape, torch.int32)
+            and dtype in WEIGHT_DTYPES
+            and is_as_expected(weights, shape, dtype, ids.device)
+        )
 
     def check_num_tokens(self, num_tokens: int) -> None:
         """Raise unless rows can be numbered in int32."""
@@ -106,15 +114,30 @@ class FinalizeConfig(FrozenConfig):
 
     def check(self, rows: Tensor, topk: TopK, permutation: Permutation, output: Tensor | None) -> None:
         """Raise unless rows is [P, H] bf16, the maps are [T, K], and output is [T, H] bf16 memory of its own or None."""
-        device = permutation.row_of_slot.device
-        dims = {"P": permutation.max_rows}
-        expect("row_of_slot", permutation.row_of_slot, "T K", dims, dtype=torch.int32)
-        expect("expert_weights", topk.weights, "T K", dims, dtype=WEIGHT_DTYPES, device=device)
-        expect("rows", rows, "P H", dims, dtype=torch.bfloat16, device=device)
+        row_of_slot, weights, max_rows = permutation.row_of_slot, topk.weights, permutation.max_rows
+        device = row_of_slot.device
+        if not self._fit(rows, weights, row_of_slot, max_rows):
+            dims = {"P": max_rows}
+            expect("row_of_slot", row_of_slot, "T K", dims, dtype=torch.int32)
+            expect("expert_weights", weights, "T K", dims, dtype=WEIGHT_DTYPES, device=device)
+            expect("rows", rows, "P H", dims, dtype=torch.bfloat16, device=device)
         if output is not None:
+            dims = {"T": row_of_slot.shape[0], "H": rows.shape[1]}
             expect("output", output, "T H", dims, dtype=torch.bfloat16, device=device)
-            read = {"rows": rows, "expert_weights": topk.weights, "row_of_slot": permutation.row_of_slot}
+            read = {"rows": rows, "expert_weights": weights, "row_of_slot": row_of_slot}
             expect_separate("output", output, read)
+
+    def _fit(self, rows: Tensor, weights: Tensor, row_of_slot: Tensor, max_rows: int) -> bool:
+        """Whether all of these are as `check` wants them: told without messages, which take time to make."""
+        if not isinstance(rows, Tensor) or not isinstance(weights, Tensor) or rows.dim() != 2 or row_of_slot.dim() != 2:
+            return False
+        shape, device, dtype = tuple(row_of_slot.shape), row_of_slot.device, weights.dtype
+        return (
+            is_as_expected(row_of_slot, shape, torch.int32)
+            and dtype in WEIGHT_DTYPES
+            and is_as_expected(weights, shape, dtype, device)
+            and is_as_expected(rows, (max_rows, rows.shape[1]), torch.bfloat16, device)
+        )
 
 
 _IDS_WORDS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 import triton
 from torch import Tensor
 
@@ -51,13 +50,13 @@ def finalize_tokens(
     num_tokens, top_k = permutation.row_of_slot.shape
     hidden_size = rows.shape[1]
     if output is None:
-        output = torch.empty(num_tokens, hidden_size, dtype=torch.bfloat16, device=rows.device)
+        output = rows.new_empty((num_tokens, hidden_size))
     if not output.numel():
         return output
-    block_h = config.block_h or _default_block_h(num_tokens, hidden_size)
+    block_h = config.block_h or _default_block_h(num_tokens <= FEW_TOKENS, hidden_size)
     uses_pdl = uses_pdl and launches_dependents(rows.device)
     kernel = _kernel_of(top_k, hidden_size, block_h, uses_pdl)
-    num_programs = num_tokens * triton.cdiv(hidden_size, block_h)
+    num_programs = num_tokens * -(-hidden_size // block_h)
     kernel.launch((num_programs, 1, 1), rows, topk.weights, permutation.row_of_slot, output)
     return output
 
@@ -75,6 +74,7 @@ def _kernel_of(top_k: int, hidden_size: int, block_h: int, uses_pdl: bool) -> Ke
     )
 
 
-def _default_block_h(num_tokens: int, hidden_size: int) -> int:
-    block_h = COLUMNS_A_WARP if num_tokens <= FEW_TOKENS else DEFAULT_BLOCK_H
+@functools.cache
+def _default_block_h(is_few: bool, hidden_size: int) -> int:
+    block_h = COLUMNS_A_WARP if is_few else DEFAULT_BLOCK_H
     return min(block_h, max(triton.next_power_of_2(hidden_size), COLUMNS_A_WARP))
