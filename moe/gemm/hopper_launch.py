@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -54,8 +56,13 @@ def weight_matrix(weights: Tensor, config: GemmConfig) -> Tensor:
 def descriptor(matrix: Tensor, box_rows: int, box_columns: int) -> TensorDescriptor:
     """A TMA descriptor that copies boxes of a bf16 matrix to and from shared memory, swizzled."""
     box = [box_rows, box_columns]
-    layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), box, layout)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), box, box_layout(box_rows, box_columns))
+
+
+@functools.cache
+def box_layout(*box: int) -> gl.NVMMASharedLayout:
+    """How a box of bf16 lies in shared memory; kept, since it takes ten times as long to make as a descriptor."""
+    return gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16)
 
 
 def num_blocks(units: RowUnits, config: GemmConfig, block_n: int) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe.flow import UnitSize
 from moe.gemm.config import BLOCK_MAJOR_K, SHUFFLE_ROWS, GemmConfig, WeightLayout
-from moe.gemm.hopper_launch import WIDE_UNITS, fits
+from moe.gemm.hopper_launch import WIDE_UNITS, box_layout, fits
 
 TILE_ROWS = (16, 32, 64, 128)
 ROW_MULTIPLE = 32  # rows that the kernels' branches count in
@@ -42,9 +43,16 @@ def weight_boxes(weights: Tensor, config: GemmConfig) -> TensorDescriptor:
     which undoes the shuffle of `weight_format` (row r of a block of 32 lies at 8 (r % 4) + r / 4, halves interleaved before)
     by strides alone.
     """
+    shape, strides, box = _boxes(config, weights.numel())
+    return TensorDescriptor(weights, list(shape), list(strides), list(box), box_layout(*box))
+
+
+@functools.lru_cache(maxsize=1024)
+def _boxes(config: GemmConfig, num_elements: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shape, strides and box of the descriptor."""
     is_block_major = config.weight_format.layout is WeightLayout.BlockMajorK
     width = BLOCK_MAJOR_K if is_block_major else config.in_features
-    num_rows = weights.numel() // width
+    num_rows = num_elements // width
     match config.is_gated, config.weight_format.is_shuffled:
         case False, False:
             shape, strides, box = [num_rows], [1], [BOX_ROWS]
@@ -60,6 +68,4 @@ def weight_boxes(weights: Tensor, config: GemmConfig) -> TensorDescriptor:
         case _:
             shape = [2, num_rows // SHUFFLE_ROWS, 8, 2]
             strides, box = [8, SHUFFLE_ROWS, 1, 16], [2, BOX_ROWS // SHUFFLE_ROWS, 8, 2]
-    box = [*box, BLOCK_MAJOR_K]
-    layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
-    return TensorDescriptor(weights, [*shape, width], [*(stride * width for stride in strides), 1], box, layout)
+    return (*shape, width), (*(stride * width for stride in strides), 1), (*box, BLOCK_MAJOR_K)

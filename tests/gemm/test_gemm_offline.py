@@ -151,9 +151,10 @@ def test_swiglu_parameters_cost_no_spills():
     assert launch.report.spill_bytes == 0
 
 
-@pytest.mark.parametrize("mean_rows", [1, 2], ids="mean_rows{}".format)
-def test_a_dependent_gemm1_asks_for_weights_before_it_waits_if_every_expert_has_rows(mean_rows):
-    launch = compile_gemm(90, 16, MAJOR_K, is_gemm1=True, mean_rows=mean_rows, uses_pdl=True)
+@pytest.mark.parametrize(("arch", "mean_rows"), [(90, 1), (90, 2), (100, 2), (120, 2)])
+def test_a_dependent_gemm1_asks_for_weights_before_it_waits_if_every_expert_has_rows(monkeypatch, arch, mean_rows):
+    monkeypatch.setattr(moe.gemm.tile, "shared_memory_limit", lambda device: SHARED_LIMIT_OF_ARCH[arch])
+    launch = compile_gemm(arch, 16, MAJOR_K, is_gemm1=True, mean_rows=mean_rows, uses_pdl=True)
     before_wait, after_wait = launch.report.ptx.split("griddepcontrol.wait")
     assert before_wait.count(PREFETCH) == (mean_rows == 2)
     assert PREFETCH not in after_wait
