@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 
 # Powers of two, where the rows of a tile change with the load, and from 8 on the half-way counts too: the few-token kernels
-# stop at 8 to 24 tokens for most layers, and the grouped kernels change over at 48 and 192 rows of an expert, which are
-# half-way counts where E / K is a power of two. Past 8192 tokens the kernels are bound by arithmetic and nothing changes.
+# stop at 8 to 24 tokens for most layers, and the grouped kernels change over past 48 rows of an expert, a half-way count where
+# E / K is a power of two, and past 160. Past 8192 tokens the kernels are bound by arithmetic and nothing changes.
 BUCKETS = (
     *(1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
     *(16384, 32768, 65536, 131072),

@@ -15,7 +15,7 @@ from moe.gemm.tile import DECODE_ROWS, candidate_tiles
 from moe.permute.config import MAX_TILE_ROWS, MIN_TILE_ROWS
 from moe.tuning.choice import TuningChoice
 
-# Mean rows of an expert within which a kernel has a chance. On an H200 the model changes over at 48 and 192 rows.
+# Mean rows of an expert within which a kernel has a chance. On an H200 the model changes over at 48 and 160 rows.
 SWAPPED_ROWS = range(16, 513)
 MIN_WIDE_ROWS = 64
 BORDER = 4  # from a quarter to four times its border, the few-token kernels and the grouped chain are held against each other
