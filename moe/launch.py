@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe.kept_ptx import kept_ptx
+
 _INSTALL = 'pip install "moe-stages[cuda13]"'
 _compile_lock = threading.Lock()
 _this_thread = threading.local()
@@ -28,6 +30,7 @@ class NumbaKernel:
     function: Callable[..., None]
     parameters: tuple[str, ...]  # numba type names, "*" before a pointer: ("*float32", "*uint16", "int32")
     threads_per_block: int
+    built_for: str | None = None  # tells the function from others that this package builds; None: keep no PTX on disk
     _loaded_of_device: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
     _loaded_of_capability: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -73,6 +76,13 @@ class NumbaKernel:
             raise ImportError(f"libNVVM or NVRTC, which compile the numba kernels, is missing; {_INSTALL}") from error
         return ptx.decode() if isinstance(ptx, bytes) else ptx
 
+    def _ptx(self, capability: tuple[int, int]) -> str:
+        """What `compile_ptx` returns, from disk if it lies there."""
+        make = functools.partial(self.compile_ptx, capability)
+        if self.built_for is None:
+            return make()
+        return kept_ptx(f"{self.built_for} {self.parameters} {self.threads_per_block} {capability}", make)
+
     def _launch_on(self, device_index: int, num_blocks: int, values: list[Any], uses_pdl: bool) -> None:
         if not hasattr(_this_thread, "has_context"):
             _give_thread_a_context(device_index)
@@ -85,7 +95,7 @@ class NumbaKernel:
         with _compile_lock:
             kernel = self._loaded_of_capability.get(capability)
             if kernel is None:
-                kernel = _loaded(self.compile_ptx(capability))
+                kernel = _loaded(self._ptx(capability))
                 self._loaded_of_capability[capability] = kernel
             self._loaded_of_device[device_index] = kernel
         return kernel

@@ -9,8 +9,11 @@ on the CPU. Each emulation is fixed when its library is imported, so each is a p
     pytest -m gpu                                  all kernels on the GPU
 """
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,12 @@ if IS_INTERPRETED:
     import emulation.bf16_interpreter
 if IS_SIMULATED:
     import emulation.warp_simulator  # noqa: F401
+
+# No test reads or writes the caches of whoever runs it. Worker processes inherit the first one's folder.
+if "MOE_TESTS_CACHE_DIR" not in os.environ:
+    os.environ["MOE_TESTS_CACHE_DIR"] = tempfile.mkdtemp(prefix="moe-tests-")
+    atexit.register(shutil.rmtree, os.environ["MOE_TESTS_CACHE_DIR"], ignore_errors=True)
+os.environ["MOE_CACHE_DIR"] = os.environ["MOE_TESTS_CACHE_DIR"]
 
 MARKERS_OF_FIXTURE = {
     "triton_device": ("interpreter", "gpu"),

@@ -20,6 +20,8 @@ LEVELS = (
         "frozen",
         "checks",
         "shapes",
+        "cache_folder",
+        "kept_ptx",
         "stages",
         "launch",
         "dependent_launch",

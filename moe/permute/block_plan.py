@@ -171,7 +171,8 @@ def _size_of(permutation: Permutation) -> UnitSize | None:
 @functools.cache
 def count_kernel_of(num_bins: int, num_warps: int, *, uses_pdl: bool = False) -> NumbaKernel:
     function = build_count_kernel(num_bins=num_bins, num_warps=num_warps, uses_pdl=uses_pdl)
-    return NumbaKernel(function, (*("*int32",) * 2, *("int32",) * 4), threads_per_block=num_warps * WARP_SIZE)
+    parameters = (*("*int32",) * 2, *("int32",) * 4)
+    return NumbaKernel(function, parameters, num_warps * WARP_SIZE, f"count_kernel {num_bins} {uses_pdl}")
 
 
 @functools.cache
@@ -188,7 +189,8 @@ def plan_kernel_of(
         num_bins=num_bins, num_warps=num_warps, top_k=top_k, totals=totals, uses_pdl=uses_pdl, unit_size=unit_size
     )
     parameters = (*("*int32",) * 8, *("int32",) * 5, "*int32", "*int32", "int32")
-    return NumbaKernel(function, parameters, threads_per_block=num_warps * WARP_SIZE)
+    built_for = f"plan_kernel {num_bins} {top_k} {totals} {unit_size} {uses_pdl}"
+    return NumbaKernel(function, parameters, num_warps * WARP_SIZE, built_for)
 
 
 def _num_bins(config: PermuteConfig) -> int:

@@ -111,7 +111,8 @@ def kernel_of(
     )
     inputs = (_POINTER_TO[logits_dtype], _POINTER_TO[bias_dtype or torch.float32])
     parameters = (*inputs, "*int32", "*uint16", "*int16", "int32")
-    return NumbaKernel(function, parameters, threads_per_block=WARPS_PER_BLOCK * WARP_SIZE)
+    built_for = f"topk_kernel {config!r} {logits_dtype} {bias_dtype} {writes_replay} {uses_pdl}"
+    return NumbaKernel(function, parameters, WARPS_PER_BLOCK * WARP_SIZE, built_for)
 
 
 def _load_width(num_experts: int) -> int:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import stat
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Final, Literal
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moe.cache_folder import cache_folder, replace_file
 from moe.config import MoEConfig
 from moe.frozen import Count, FrozenConfig
 from moe.gemm.config import GateUpOrder
@@ -127,15 +127,8 @@ class _Head(BaseModel):
 
 
 def user_table_path(gpu: GpuModel) -> Path:
-    """In $MOE_CACHE_DIR, else $XDG_CACHE_HOME/moe-stages, else ~/.cache/moe-stages."""
-    if folder := os.environ.get("MOE_CACHE_DIR"):
-        return Path(folder) / gpu.file_name()
-    home = os.path.expanduser("~")
-    # A user without a home leaves the tilde as it is.
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(
-        home if os.path.isabs(home) else tempfile.gettempdir(), ".cache"
-    )
-    return Path(caches) / "moe-stages" / gpu.file_name()
+    """The table that tuning on this machine adds to, in the cache folder."""
+    return cache_folder() / gpu.file_name()
 
 
 def shipped_table_path(gpu: GpuModel) -> Path:
@@ -175,7 +168,7 @@ def merge_into(path: Path, gpu: GpuModel, entries: Iterable[TableEntry], *, repo
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT_S):
             table = TuningTable.create(gpu, (*_kept_entries(path, gpu, report), *entries))
-            _write(path, table.text())
+            replace_file(path, table.text())
             return table
     except (OSError, NotImplementedError) as error:  # the latter from file systems without locks
         report(f"{path} cannot be written, so what was tuned is lost when this process ends: {_line_of(error)}")
@@ -230,18 +223,6 @@ def _kept_entries(path: Path, gpu: GpuModel, report: Report) -> tuple[TableEntry
         os.rename(path, aside)
         report(f"{path} was moved to {aside.name}: {_line_of(error)}")
         return ()
-
-
-def _write(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # a cache folder may be shared
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _order(entry: TableEntry) -> tuple[object, ...]:

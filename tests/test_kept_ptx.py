@@ -1,0 +1,156 @@
+"""PTX on disk: read where it is right, made again where it is not, and never another kernel's."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe import kept_ptx as module
+from moe import launch
+from moe.kept_ptx import kept_ptx
+
+IS_SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+PTX = "//\n.visible .entry kernel()\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("MOE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "_toolchain", lambda: "numba 1")
+    return tmp_path / "cache" / "ptx"
+
+
+class Maker:
+    def __init__(self, ptx: str = PTX):
+        self.ptx = ptx
+        self.num_calls = 0
+
+    def __call__(self) -> str:
+        self.num_calls += 1
+        return self.ptx
+
+
+def test_it_is_made_once_and_read_from_then_on(folder: Path):
+    make = Maker()
+    assert [kept_ptx("plan 128", make) for _ in range(3)] == [PTX] * 3
+    assert make.num_calls == 1
+    assert len(list(folder.iterdir())) == 1, "no temporary file is left"
+
+
+@pytest.mark.parametrize("what", ["built_for", "sources", "toolchain"])
+def test_it_is_made_again_where_anything_else_went_into_it(what: str, monkeypatch: pytest.MonkeyPatch, folder: Path):
+    kept_ptx("plan 128", Maker("old"))
+    if what == "sources":
+        monkeypatch.setattr(module, "_sources", lambda: "changed")
+    if what == "toolchain":
+        monkeypatch.setattr(module, "_toolchain", lambda: "numba 2")
+    assert kept_ptx("plan 256" if what == "built_for" else "plan 128", Maker("new")) == "new"
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("fault", ["empty", "cut", "changed", "binary", "folder"])
+def test_a_broken_file_is_made_again(fault: str, folder: Path):
+    kept_ptx("plan 128", Maker())
+    (file,) = folder.iterdir()
+    text = file.read_bytes()
+    broken = {"empty": b"", "cut": text[:-3], "changed": text.replace(b"kernel", b"kerneI"), "binary": b"\xff\x00" * 9}
+    if fault == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes(broken[fault])
+    make = Maker()
+    assert kept_ptx("plan 128", make) == PTX
+    assert make.num_calls == 1
+    if fault != "folder":
+        assert file.read_bytes() == text
+
+
+def test_nothing_is_kept_where_there_is_no_folder_to_write_to(folder: Path):
+    folder.parent.write_text("a file")
+    make = Maker()
+    assert [kept_ptx("plan 128", make) for _ in range(2)] == [PTX] * 2
+    assert make.num_calls == 2
+    assert folder.parent.read_text() == "a file"
+
+
+def test_nothing_is_kept_where_the_compilers_cannot_be_told(monkeypatch: pytest.MonkeyPatch, folder: Path):
+    monkeypatch.setattr(module, "_toolchain", lambda: None)
+    assert kept_ptx("plan 128", Maker()) == PTX
+    assert not folder.exists()
+
+
+def test_what_fails_to_compile_leaves_no_file(folder: Path):
+    with pytest.raises(ValueError, match="no such type"):
+        kept_ptx("plan 128", lambda: (_ for _ in ()).throw(ValueError("no such type")))
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_the_hash_of_the_sources_follows_every_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    package = tmp_path / "moe"
+    (package / "permute").mkdir(parents=True)
+    (package / "kept_ptx.py").write_text("")
+    (package / "permute" / "plan_kernel.py").write_text("one")
+    monkeypatch.setattr(module, "__file__", str(package / "kept_ptx.py"))
+    hashes = [module._sources.__wrapped__()]
+    (package / "permute" / "plan_kernel.py").write_text("two")
+    hashes.append(module._sources.__wrapped__())
+    (package / "permute" / "plan_kernel.py").rename(package / "permute" / "other.py")
+    hashes.append(module._sources.__wrapped__())
+    assert len(set(hashes)) == 3
+
+
+@pytest.mark.skipif(IS_SIMULATED, reason="the simulator compiles nothing")
+def test_a_kernel_of_the_package_is_loaded_from_disk(monkeypatch: pytest.MonkeyPatch, folder: Path):
+    from moe.permute.block_plan import count_kernel_of
+
+    loaded: list[str] = []
+    monkeypatch.setattr(launch, "_loaded", loaded.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    for _ in range(2):  # two processes: nothing in memory
+        count_kernel_of.__wrapped__(32, 8)._load(0)
+        monkeypatch.setattr(launch, "_compiler", lambda: pytest.fail("compiled again"))
+    assert loaded[0] == loaded[1]
+    assert ".target sm_90" in loaded[0]
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.skipif(IS_SIMULATED, reason="the simulator compiles nothing")
+def test_no_two_kernels_of_the_package_share_a_file():
+    from moe.gemm.hopper_launch import WIDE_UNITS
+    from moe.gemm.hopper_swapped_launch import SWAPPED_UNITS
+    from moe.permute.block_plan import count_kernel_of, plan_kernel_of
+    from moe.permute.block_plan_kernel import Totals
+    from moe.routing.config import RoutingConfig
+    from moe.routing.topk import kernel_of
+
+    plain = RoutingConfig(num_experts=64, top_k=4, method="Renormalize")
+    scaled = RoutingConfig(num_experts=64, top_k=4, method="DeepSeekV3", routed_scaling_factor=2.5)
+    other_scale = RoutingConfig(num_experts=64, top_k=4, method="DeepSeekV3", routed_scaling_factor=2.50001)
+    grouped = RoutingConfig(num_experts=64, top_k=4, method="DeepSeekV3", n_group=8, topk_group=4)
+    kernels = [
+        *(kernel_of(config, torch.float32, None, False) for config in (plain, scaled, other_scale, grouped)),
+        kernel_of(plain, torch.bfloat16, None, False),
+        kernel_of(plain, torch.float32, None, True),
+        kernel_of(plain, torch.float32, None, False, uses_pdl=True),
+        *(kernel_of(scaled, torch.float32, dtype, False) for dtype in (torch.float32, torch.bfloat16)),
+        *(
+            count_kernel_of(bins, warps, uses_pdl=pdl)
+            for bins in (32, 64)
+            for warps in (8, 32)
+            for pdl in (False, True)
+        ),
+        *(
+            plan_kernel_of(bins, warps, top_k, totals, units, uses_pdl=pdl)
+            for bins in (32, 64)
+            for warps in (8, 32)
+            for top_k in (1, 8)
+            for totals in Totals
+            for units in (None, SWAPPED_UNITS, WIDE_UNITS)
+            for pdl in (False, True)
+        ),
+    ]
+    names = {(kernel.built_for, kernel.parameters, kernel.threads_per_block) for kernel in kernels}
+    assert len(names) == len(kernels)
+    assert None not in {kernel.built_for for kernel in kernels}
