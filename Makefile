@@ -14,12 +14,18 @@ CUDA := $(if $(shell command -v nvidia-smi),cuda13)
 comma := ,
 empty :=
 
-.PHONY: demo test test-plain test-interpreter test-simulator test-gpu bench bench-dense lint format clean
+.PHONY: demo test test-plain test-emulated test-interpreter test-simulator test-gpu bench bench-dense lint format clean
 
 demo: $(VENV)/.installed-run
 	$(BIN)/python -m moe run --model $(MODEL)
 
-test: test-plain test-interpreter test-simulator test-gpu
+test: $(VENV)/.installed-test
+	$(MAKE) -j2 --output-sync=line test-plain test-emulated
+	$(MAKE) test-gpu
+
+test-emulated: $(VENV)/.installed-test
+	$(MAKE) test-interpreter
+	$(MAKE) test-simulator
 
 test-plain: $(VENV)/.installed-test
 	$(PYTEST) -q -m "not gpu"
