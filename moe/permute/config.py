@@ -116,7 +116,7 @@ class FinalizeConfig(FrozenConfig):
         """Raise unless rows is [P, H] bf16, the maps are [T, K], and output is [T, H] bf16 memory of its own or None."""
         row_of_slot, weights, max_rows = permutation.row_of_slot, topk.weights, permutation.max_rows
         device = row_of_slot.device
-        if not self._fit(rows, weights, row_of_slot, max_rows):
+        if not _fit(rows, weights, row_of_slot, max_rows):
             dims = {"P": max_rows}
             expect("row_of_slot", row_of_slot, "T K", dims, dtype=torch.int32)
             expect("expert_weights", weights, "T K", dims, dtype=WEIGHT_DTYPES, device=device)
@@ -127,18 +127,6 @@ class FinalizeConfig(FrozenConfig):
             read = {"rows": rows, "expert_weights": weights, "row_of_slot": row_of_slot}
             expect_separate("output", output, read)
 
-    def _fit(self, rows: Tensor, weights: Tensor, row_of_slot: Tensor, max_rows: int) -> bool:
-        """Whether all of these are as `check` wants them: told without messages, which take time to make."""
-        if not isinstance(rows, Tensor) or not isinstance(weights, Tensor) or rows.dim() != 2 or row_of_slot.dim() != 2:
-            return False
-        shape, device, dtype = tuple(row_of_slot.shape), row_of_slot.device, weights.dtype
-        return (
-            is_as_expected(row_of_slot, shape, torch.int32)
-            and dtype in WEIGHT_DTYPES
-            and is_as_expected(weights, shape, dtype, device)
-            and is_as_expected(rows, (max_rows, rows.shape[1]), torch.bfloat16, device)
-        )
-
 
 _IDS_WORDS = {
     "rank": "expert_indices must be 2D.",
@@ -146,3 +134,16 @@ _IDS_WORDS = {
     "dtype": "expert_indices must be int32.",
 }
 _WEIGHTS_WORDS = {"dtype": "expert_weights must be bfloat16 or float32."}
+
+
+def _fit(rows: Tensor, weights: Tensor, row_of_slot: Tensor, max_rows: int) -> bool:
+    """Whether all of these are as `FinalizeConfig.check` wants them: told without messages, which take time to make."""
+    if not isinstance(rows, Tensor) or not isinstance(weights, Tensor) or rows.dim() != 2 or row_of_slot.dim() != 2:
+        return False
+    shape, device, dtype = tuple(row_of_slot.shape), row_of_slot.device, weights.dtype
+    return (
+        is_as_expected(row_of_slot, shape, torch.int32)
+        and dtype in WEIGHT_DTYPES
+        and is_as_expected(weights, shape, dtype, device)
+        and is_as_expected(rows, (max_rows, rows.shape[1]), torch.bfloat16, device)
+    )

@@ -183,7 +183,7 @@ def _neighbours(tile_rows: int) -> list[int]:
 
 
 def _other_tiles(gemm: GemmConfig, tile_rows: int) -> list[GemmTile]:
-    """The first and the last tile after the default one: the smallest and the largest."""
+    """The first and the last of `candidate_tiles` after the default one."""
     others = candidate_tiles(gemm, tile_rows)[1:]
     return list(dict.fromkeys((*others[:1], *others[-1:])))
 
