@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, final
 
 import torch
 import triton
@@ -13,7 +15,24 @@ from triton import knobs
 ALIGNMENT_BYTES = 16  # Triton compiles for pointers that are multiples of it, or for any
 Grid = tuple[int, int, int]
 _TRITON_RELEASE = triton.__version__.rpartition(".")[0]  # "3.6"
+MAX_KEPT_MAPS = 4096  # of a compiled kernel; one takes half a kilobyte
 _runtime = knobs.runtime
+
+
+@final
+class Boxes(NamedTuple):
+    """A tensor that a Gluon kernel copies box by box through the TMA unit: what becomes a TensorDescriptor."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    layout: Any  # of a box in shared memory; follows from dtype and box
+
+    def descriptor(self) -> Any:
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        return TensorDescriptor(self.tensor, list(self.shape), list(self.strides), list(self.box), self.layout)
 
 
 class KeptKernel:
@@ -25,7 +44,8 @@ class KeptKernel:
     GPU, with a pointer that is not 16-byte aligned, and while a hook on launches is installed (`triton.knobs.runtime`,
     profilers). What `triton.knobs` say to the compiler is read at the first launch.
 
-    Not for kernels that take TensorDescriptors.
+    With two or three TensorDescriptors `kernel[grid](...)` takes 40 us. Here the tensor maps that the launcher makes of them are
+    kept too: a map says where memory lies and how it is cut, so it holds for every tensor of that address and shape.
 
     Args:
         kernel: what `triton.jit` or `gluon.jit` returned.
@@ -37,58 +57,72 @@ class KeptKernel:
         self.fixed = fixed
         self._kept: dict[tuple[Any, ...], _Handle] = {}
 
-    def launch(self, grid: Grid, *tensors: Tensor | None, numbers: tuple[int, ...] = ()) -> None:
+    def launch(self, grid: Grid, *tensors: Tensor | Boxes | None, numbers: tuple[int, ...] = ()) -> None:
         """Start the kernel on the current stream of the tensors' device.
 
         Args:
             grid: programs along the three axes.
-            tensors: the kernel's first parameters, in order; the first one is a tensor, others may be None. That all lie on
+            tensors: the kernel's first parameters, in order; the first one is not None, others may be. That all lie on
                 one device is for the caller to check.
             numbers: the parameters after those, where they change from launch to launch too.
         """
-        device_index = tensors[0].get_device()  # type: ignore[union-attr]  # -1 is the CPU
-        if device_index < 0:
-            self.kernel[grid](*tensors, *numbers, **self.fixed)
+        first = tensors[0]
+        device_index = (first.tensor if type(first) is Boxes else first).get_device()  # type: ignore[union-attr]
+        if device_index < 0:  # the CPU
+            self._launch_normally(grid, tensors, numbers)
         elif device_index == torch._C._cuda_getDevice():
             self._launch_on(device_index, grid, tensors, numbers)
         else:
             with torch.cuda.device(device_index):
                 self._launch_on(device_index, grid, tensors, numbers)
 
+    def _launch_normally(self, grid: Grid, tensors: tuple[Tensor | Boxes | None, ...], numbers: tuple[int, ...]) -> Any:
+        arguments = [tensor.descriptor() if type(tensor) is Boxes else tensor for tensor in tensors]
+        return self.kernel[grid](*arguments, *numbers, **self.fixed)
+
     def _launch_on(
-        self, device_index: int, grid: Grid, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]
+        self, device_index: int, grid: Grid, tensors: tuple[Tensor | Boxes | None, ...], numbers: tuple[int, ...]
     ) -> None:
         key: list[Any] = [device_index]
-        pointers: list[int | None] = []
+        values: list[int | Boxes | None] = []
         bits = 0
         for tensor in tensors:
             if tensor is None:
                 key.append(None)
-                pointers.append(None)
+                values.append(None)
+            elif type(tensor) is Boxes:
+                bits |= tensor.tensor.data_ptr()
+                key.append((tensor.tensor.dtype, tensor.box))
+                values.append(tensor)
             else:
                 pointer = tensor.data_ptr()
                 bits |= pointer
                 key.append(tensor.dtype)
-                pointers.append(pointer)
+                values.append(pointer)
         for number in numbers:
             key.append(_kind_of_number(number))
         handle = self._kept.get(tuple(key))
         if bits % ALIGNMENT_BYTES or _is_hooked(self.kernel):
-            self.kernel[grid](*tensors, *numbers, **self.fixed)
+            self._launch_normally(grid, tensors, numbers)
         elif handle is None:
-            self._keep(tuple(key), self.kernel[grid](*tensors, *numbers, **self.fixed), len(tensors) + len(numbers))
+            self._keep(tuple(key), self._launch_normally(grid, tensors, numbers), tensors, len(numbers))
         else:
             stream = torch._C._cuda_getCurrentRawStream(device_index)
-            handle.start(*grid, stream, *handle.leading, *pointers, *numbers, *handle.constants)
+            passed = values if handle.passed is None else handle.passed(values)
+            handle.start(*grid, stream, *handle.leading, *passed, *numbers, *handle.constants)
 
-    def _keep(self, key: tuple[Any, ...], compiled: Any, num_arguments: int) -> None:
+    def _keep(
+        self, key: tuple[Any, ...], compiled: Any, tensors: tuple[Tensor | Boxes | None, ...], num_numbers: int
+    ) -> None:
         """Keep what the launcher takes, where this release of Triton has it: run, function and packed_metadata."""
-        names = getattr(self.kernel, "arg_names", ())[num_arguments:]
+        names = getattr(self.kernel, "arg_names", ())[len(tensors) + num_numbers :]
         run, function, packed_metadata = (
             getattr(compiled, name, None) for name in ("run", "function", "packed_metadata")
         )
         if None not in (run, function, packed_metadata) and all(name in self.fixed for name in names):
-            self._kept[key] = _handle_of(run, function, packed_metadata, tuple(self.fixed[name] for name in names))
+            constants = tuple(self.fixed[name] for name in names)
+            num_boxes = sum(type(tensor) is Boxes for tensor in tensors)
+            self._kept[key] = _handle_of(run, function, packed_metadata, constants, num_boxes)
 
 
 class _Handle(NamedTuple):
@@ -97,16 +131,66 @@ class _Handle(NamedTuple):
     start: Callable[..., Any]
     leading: tuple[Any, ...]
     constants: tuple[Any, ...]
+    passed: Callable[[list[Any]], list[Any]] | None = None  # what `start` takes for Boxes; None: there are none
 
 
-def _handle_of(run: Any, function: Any, packed_metadata: Any, constants: tuple[Any, ...]) -> _Handle:
+@dataclass(frozen=True, eq=False)
+class _TensorMaps:
+    """What Triton's launcher makes of each Boxes of a compiled kernel, kept by address and shape: it reads nothing else."""
+
+    make: Callable[[Any, Any], Sequence[Any]]  # of a TensorDescriptor and what the compiler says of it
+    metadata: Sequence[Any]  # one a Boxes
+    kept: dict[tuple[Any, ...], Sequence[Any]] = field(default_factory=dict)
+
+    def passed(self, values: list[Any]) -> list[Any]:
+        passed: list[Any] = []
+        index = 0
+        for value in values:
+            if type(value) is Boxes:
+                key = index, value.tensor.data_ptr(), value.shape, value.strides
+                made = self.kept.get(key)
+                passed += self._make(key, value) if made is None else made
+                index += 1
+            else:
+                passed.append(value)
+        return passed
+
+    def _make(self, key: tuple[Any, ...], boxes: Boxes) -> Sequence[Any]:
+        if len(self.kept) >= MAX_KEPT_MAPS:
+            self.kept.clear()
+        made = self.kept[key] = self.make(boxes.descriptor(), self.metadata[key[0]])
+        return made
+
+
+def _handle_of(run: Any, function: Any, packed_metadata: Any, constants: tuple[Any, ...], num_boxes: int) -> _Handle:
     """By `run`, which takes any release's kernels; where that does no more than look for scratch memory, by what it calls."""
     hooks = (None, None, None)  # none to call, and no metadata for them
+    passed = _with_descriptors if num_boxes else None
     is_known = _TRITON_RELEASE == "3.6" and type(run).__name__ == "CudaLauncher"
-    if is_known and not run.global_scratch_size and not run.profile_scratch_size:
-        leading = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, packed_metadata, *hooks)
-        return _Handle(run.launch, leading, constants)
-    return _Handle(run, (function, packed_metadata, *hooks), constants)
+    if not is_known or run.global_scratch_size or run.profile_scratch_size:
+        return _Handle(run, (function, packed_metadata, *hooks), constants, passed)
+    start = run.launch
+    if num_boxes and (found := _inside(start, num_boxes)) is not None:
+        start, maps = found
+        passed = maps.passed
+    leading = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, packed_metadata, *hooks)
+    return _Handle(start, leading, constants, passed)
+
+
+def _inside(launch: Any, num_boxes: int) -> tuple[Callable[..., Any], _TensorMaps] | None:
+    """Triton 3.6 wraps the launcher of a kernel with descriptors in a function that makes maps of them: the two it calls."""
+    if not inspect.isfunction(launch):
+        return None
+    outer = inspect.getclosurevars(launch)
+    launcher, metadata = outer.nonlocals.get("launcher"), outer.nonlocals.get("tensordesc_meta")
+    make = outer.globals.get("make_tensordesc_arg")
+    if launcher is None or make is None or not metadata or None in metadata or len(metadata) != num_boxes:
+        return None
+    return launcher, _TensorMaps(make, metadata)
+
+
+def _with_descriptors(values: list[Any]) -> list[Any]:
+    return [value.descriptor() if type(value) is Boxes else value for value in values]
 
 
 def _is_hooked(kernel: Any) -> bool:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import inspect
 import os
 import threading
 import types
-from typing import Any
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,7 +26,7 @@ from triton import knobs
 
 import moe
 from moe import triton_launch
-from moe.triton_launch import KeptKernel
+from moe.triton_launch import Boxes, KeptKernel
 
 BLOCK = 64
 
@@ -244,6 +248,140 @@ def test_the_launcher_is_passed_by_only_where_it_is_known_and_makes_no_memory(
         assert (launcher.direct, launcher.called) == ([], [(*start, "metadata", *arguments)])
 
 
+def boxes_of(matrix: Tensor, *box: int) -> Boxes:
+    from moe.gemm.hopper_launch import box_layout
+
+    return Boxes(matrix, tuple(matrix.shape), matrix.stride(), box, box_layout(*box))
+
+
+def as_passed(arguments: Sequence[Any]) -> list[Any]:
+    """Arguments of a launcher, tensors by their address."""
+    return [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+
+
+class GeneratedLauncher(CudaLauncher):
+    """As Triton makes it of a kernel with descriptors: around the wrapper, its own, that makes maps of them."""
+
+    global_scratch_size = 0
+    launches: ClassVar[list[list[Any]]] = []  # by all of them: Triton keeps a compiled kernel, and with it the launcher
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        from triton.backends.nvidia.driver import wrap_handle_tensordesc
+
+        self.launch = wrap_handle_tensordesc(self.generated, source.signature, metadata.tensordesc_meta)
+
+    def generated(self, *arguments: Any) -> None:
+        self.launches.append(as_passed(arguments))
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *arguments: Any) -> None:
+        self.launch(x, y, z, stream, function, self.launch_cooperative_grid, self.launch_pdl, None, None, *arguments)
+
+
+GeneratedLauncher.__name__ = "CudaLauncher"
+
+
+@pytest.fixture
+def launched(device_index, monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
+    """What reaches the generated launcher, and which maps were made, on a driver that compiles for Hopper."""
+    from emulation.offline_driver import _OfflineDriver, _Utils, offline_gpu
+
+    seen = types.SimpleNamespace(launches=GeneratedLauncher.launches, maps=[])
+
+    def fill_tma_descriptor(self: Any, *arguments: Any) -> str:
+        seen.maps.append(arguments)
+        return f"map of {arguments}"
+
+    monkeypatch.setattr(_OfflineDriver, "launcher_cls", lambda self, *arguments: GeneratedLauncher(*arguments))
+    monkeypatch.setattr(_OfflineDriver, "get_current_stream", lambda self, device: 1000)
+    monkeypatch.setattr(_Utils, "fill_tma_descriptor", fill_tma_descriptor, raising=False)
+    with offline_gpu(90):
+        yield seen
+    seen.launches.clear()
+
+
+@pytest.fixture
+def copying() -> KeptKernel:
+    from boxes_kernel import copy_boxes_kernel
+
+    return KeptKernel(copy_boxes_kernel, BOX_ROWS=16, num_warps=4)
+
+
+def launcher_arguments(launch: list[Any]) -> list[Any]:
+    """All but what Triton passes for hooks: they are given the launch's metadata, of which kept launches have none."""
+    return launch[:10] + launch[13:]
+
+
+def test_boxes_reach_the_launcher_as_the_descriptors_of_the_normal_way_do(launched, copying):
+    source, target = torch.zeros(64, 128).bfloat16(), torch.zeros(64, 128).bfloat16()
+    for _ in range(3):
+        copying.launch((4, 1, 1), boxes_of(source, 16, 64), boxes_of(target, 16, 64), source, numbers=(5,))
+    normal, *kept_launches = map(launcher_arguments, launched.launches)
+    assert any(str(value).startswith("map of") for value in normal)
+    assert kept_launches == [normal, normal]
+    assert len(launched.maps) == 4  # two the normal way, two that are kept
+
+
+def test_a_map_is_made_for_each_address_and_shape(launched, copying):
+    memory = torch.zeros(64, 256).bfloat16()
+    target = memory.new_zeros(64, 128)
+    matrices = [memory[:32].view(64, 128), memory[32:].view(64, 128), memory[:32].view(32, 256)]
+    for _ in range(2):
+        for matrix in matrices:
+            copying.launch((4, 1, 1), boxes_of(matrix, 16, 64), boxes_of(target, 16, 64), memory, numbers=(5,))
+    sources = [arguments for arguments in launched.maps[2:] if arguments[0] != target.data_ptr()]
+    assert [(address, tuple(shape)) for address, *_, shape, _, _ in sources] == [
+        (matrix.data_ptr(), tuple(matrix.shape)) for matrix in (matrices[1], matrices[2], matrices[0])
+    ]
+    for launch, matrix in zip(launched.launches[3:], matrices, strict=True):
+        assert [launch[14:16], launch[16:18]] == [list(matrix.shape), list(matrix.stride())]
+        assert str(matrix.data_ptr()) in launch[13]
+
+
+def test_maps_hold_no_memory(launched, copying):
+    source, target = torch.zeros(64, 128).bfloat16(), torch.zeros(64, 128).bfloat16()
+    for _ in range(2):
+        copying.launch((4, 1, 1), boxes_of(source, 16, 64), boxes_of(target, 16, 64), source, numbers=(5,))
+    launched.launches.clear()
+    watched = weakref.ref(source)
+    del source
+    gc.collect()
+    assert watched() is None
+
+
+def test_so_many_maps_are_kept_and_no_more(launched, copying, monkeypatch):
+    monkeypatch.setattr(triton_launch, "MAX_KEPT_MAPS", 4)
+    memory = torch.zeros(8, 64, 128).bfloat16()
+    for _ in range(2):
+        for matrix in memory:
+            copying.launch((4, 1, 1), boxes_of(matrix, 16, 64), boxes_of(memory[0], 16, 64), memory, numbers=(5,))
+            assert str(matrix.data_ptr()) in launched.launches[-1][13]
+    (handle,) = copying._kept.values()
+    assert 0 < len(handle.passed.__self__.kept) <= 4
+
+
+@pytest.mark.parametrize("difference", ["release", "launcher", "metadata"])
+def test_where_the_launcher_is_not_as_known_descriptors_are_made_for_each_launch(
+    launched, copying, monkeypatch, difference
+):
+    if difference == "release":
+        monkeypatch.setattr(triton_launch, "_TRITON_RELEASE", "3.7")
+    else:
+        name = {"launcher": "launcher", "metadata": "tensordesc_meta"}[difference]
+        real = inspect.getclosurevars
+
+        def without(function: Any) -> Any:
+            found = real(function)
+            return found._replace(nonlocals={key: value for key, value in found.nonlocals.items() if key != name})
+
+        monkeypatch.setattr(inspect, "getclosurevars", without)
+    source, target = torch.zeros(64, 128).bfloat16(), torch.zeros(64, 128).bfloat16()
+    for _ in range(3):
+        copying.launch((4, 1, 1), boxes_of(source, 16, 64), boxes_of(target, 16, 64), source, numbers=(5,))
+    normal, *kept_launches = map(launcher_arguments, launched.launches)
+    assert kept_launches == [normal, normal]
+    assert len(launched.maps) == 6
+
+
 def scaled(values: Tensor, launches: KeptKernel, scale: Tensor | None = None) -> Tensor:
     values = values.clone()
     launches.launch((-(-values.numel() // BLOCK), 1, 1), values, scale)
@@ -264,6 +402,19 @@ def test_a_kept_launch_writes_what_the_normal_one_does(cuda, halving):
             for _ in range(3):
                 assert torch.equal(scaled(values.to(dtype), halving, scale), expected.to(dtype))
     assert len(halving._kept) == 4
+
+
+def test_boxes_are_copied_by_kept_maps_wherever_a_matrix_lies(cuda, copying):
+    if torch.cuda.get_device_capability(cuda)[0] < 9:
+        pytest.skip("no TMA unit here")
+    memory, written = torch.randn(3, 64, 64, device=cuda).bfloat16(), torch.zeros(4, dtype=torch.int32, device=cuda)
+    for number in range(3):
+        for source in memory:
+            target = torch.full_like(source, float("nan"))
+            boxes = (boxes_of(matrix, 16, 64) for matrix in (source, target))
+            copying.launch((4, 1, 1), *boxes, written, numbers=(number,))
+            assert torch.equal(target, source)
+            assert written.tolist() == [number] * 4
 
 
 def test_a_misaligned_tensor_is_scaled_too(cuda, halving):

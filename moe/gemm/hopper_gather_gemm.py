@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -11,14 +13,15 @@ from moe.gemm.hopper_gather_gemm_kernel import hopper_gather_gemm_kernel
 from moe.gemm.hopper_launch import (
     MAX_REGISTERS,
     WIDE_UNITS,
-    descriptor,
     fits,
     is_hopper,
     num_blocks,
+    row_boxes,
     skips_tails,
-    weight_matrix,
+    weight_row_boxes,
 )
 from moe.gemm.hopper_schedule import units_of
+from moe.triton_launch import KeptKernel
 
 BLOCK_N = 128  # columns of the result, for 256 rows of the weight
 
@@ -53,34 +56,40 @@ def hopper_gather_gemm(
             f"hopper_gather_gemm: expected SwiGLU, a contiguous contraction of more than 64 and tile_rows of 64 or 128; "
             f"got {config!r} and tile_rows={permutation.tile_rows}; use gather_gemm"
         )
-    out = torch.empty(permutation.max_rows, config.out_features, dtype=torch.bfloat16, device=hidden_states.device)
+    out = hidden_states.new_empty((permutation.max_rows, config.out_features))
     if not out.numel():
         return out
-    swiglu = swiglu or SwigluParams()
     units = units_of(permutation, WIDE_UNITS, uses_pdl=uses_pdl)
-    matrix = weight_matrix(weights, config)
-    with torch.cuda.device_of(hidden_states):
-        hopper_gather_gemm_kernel[(num_blocks(units, config, BLOCK_N),)](
-            hidden_states,
-            descriptor(matrix, 128, 64),
-            descriptor(out, 64, BLOCK_N),
-            permutation.token_of_row,
-            units.records,
-            units.counts,
-            units.max_units,
-            swiglu.alpha,
-            swiglu.beta,
-            swiglu.clamp_limit,
-            IN_FEATURES=config.in_features,
-            OUT_FEATURES=config.out_features,
-            IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
-            IS_SHUFFLED=config.weight_format.is_shuffled,
-            IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
-            SKIPS_TAILS=skips_tails(config, permutation.tile_rows),
-            IS_DYNAMIC=is_dynamic,
-            USES_PDL=uses_pdl,
-            num_warps=4,
-            maxnreg=MAX_REGISTERS,
-            launch_pdl=uses_pdl,
-        )
+    alpha, beta, clamp_limit = (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
+    _kernel_of(config, skips_tails(config, permutation.tile_rows), is_dynamic, uses_pdl).launch(
+        (num_blocks(units, config, BLOCK_N), 1, 1),
+        hidden_states,
+        weight_row_boxes(weights, config, 128),
+        row_boxes(out, 64, BLOCK_N),
+        permutation.token_of_row,
+        units.records,
+        units.counts,
+        alpha,
+        beta,
+        clamp_limit,
+        numbers=(units.max_units,),
+    )
     return out
+
+
+@functools.cache
+def _kernel_of(config: GemmConfig, skips_tails: bool, is_dynamic: bool, uses_pdl: bool) -> KeptKernel:
+    return KeptKernel(
+        hopper_gather_gemm_kernel,
+        IN_FEATURES=config.in_features,
+        OUT_FEATURES=config.out_features,
+        IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
+        IS_SHUFFLED=config.weight_format.is_shuffled,
+        IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
+        SKIPS_TAILS=skips_tails,
+        IS_DYNAMIC=is_dynamic,
+        USES_PDL=uses_pdl,
+        num_warps=4,
+        maxnreg=MAX_REGISTERS,
+        launch_pdl=uses_pdl,
+    )

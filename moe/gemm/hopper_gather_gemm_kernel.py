@@ -53,10 +53,10 @@ def hopper_gather_gemm_kernel(
     token_of_row_ptr,  # [P] int32
     units_ptr,  # [5, max_units] int32
     counts_ptr,  # [2] int32: units, and 0: work taken
-    max_units,
     alpha_ptr,  # [E_local] fp32 or None, as the two that follow
     beta_ptr,
     clamp_limit_ptr,
+    max_units,
     IN_FEATURES: gl.constexpr,
     OUT_FEATURES: gl.constexpr,
     IS_BLOCK_MAJOR: gl.constexpr,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -11,14 +13,15 @@ from moe.gemm.hopper_grouped_gemm_kernel import hopper_grouped_gemm_kernel
 from moe.gemm.hopper_launch import (
     MAX_REGISTERS,
     WIDE_UNITS,
-    descriptor,
     fits,
     is_hopper,
     num_blocks,
+    row_boxes,
     skips_tails,
-    weight_matrix,
+    weight_row_boxes,
 )
 from moe.gemm.hopper_schedule import units_of
+from moe.triton_launch import KeptKernel
 
 BLOCK_N = 256  # columns of the result
 
@@ -52,28 +55,34 @@ def hopper_grouped_gemm(
             "hopper_grouped_gemm: expected no activation, a contiguous contraction of more than 64 and tile_rows of 64 or "
             f"128; got {config!r} and tile_rows={permutation.tile_rows}; use grouped_gemm"
         )
-    out = torch.empty(permutation.max_rows, config.out_features, dtype=torch.bfloat16, device=rows.device)
+    out = rows.new_empty((permutation.max_rows, config.out_features))
     if not out.numel():
         return out
     units = units_of(permutation, WIDE_UNITS, uses_pdl=uses_pdl)
-    matrix = weight_matrix(weights, config)
-    with torch.cuda.device_of(rows):
-        hopper_grouped_gemm_kernel[(num_blocks(units, config, BLOCK_N),)](
-            descriptor(rows, 64, 64),
-            descriptor(matrix, BLOCK_N, 64),
-            descriptor(out, 64, 128),
-            units.records,
-            units.counts,
-            units.max_units,
-            IN_FEATURES=config.in_features,
-            OUT_FEATURES=config.out_features,
-            IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
-            IS_SHUFFLED=config.weight_format.is_shuffled,
-            SKIPS_TAILS=skips_tails(config, permutation.tile_rows),
-            IS_DYNAMIC=is_dynamic,
-            USES_PDL=uses_pdl,
-            num_warps=4,
-            maxnreg=MAX_REGISTERS,
-            launch_pdl=uses_pdl,
-        )
+    _kernel_of(config, skips_tails(config, permutation.tile_rows), is_dynamic, uses_pdl).launch(
+        (num_blocks(units, config, BLOCK_N), 1, 1),
+        row_boxes(rows, 64, 64),
+        weight_row_boxes(weights, config, BLOCK_N),
+        row_boxes(out, 64, 128),
+        units.records,
+        units.counts,
+        numbers=(units.max_units,),
+    )
     return out
+
+
+@functools.cache
+def _kernel_of(config: GemmConfig, skips_tails: bool, is_dynamic: bool, uses_pdl: bool) -> KeptKernel:
+    return KeptKernel(
+        hopper_grouped_gemm_kernel,
+        IN_FEATURES=config.in_features,
+        OUT_FEATURES=config.out_features,
+        IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
+        IS_SHUFFLED=config.weight_format.is_shuffled,
+        SKIPS_TAILS=skips_tails,
+        IS_DYNAMIC=is_dynamic,
+        USES_PDL=uses_pdl,
+        num_warps=4,
+        maxnreg=MAX_REGISTERS,
+        launch_pdl=uses_pdl,
+    )

@@ -1,4 +1,4 @@
-"""What the host sides of both Hopper GEMMs share: which problems they take, TMA descriptors, the grid."""
+"""What the host sides of both Hopper GEMMs share: which problems they take, boxes that TMA copies, the grid."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import functools
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe.flow import RowUnits, UnitSize
 from moe.gemm.config import BLOCK_MAJOR_K, GemmConfig, WeightLayout
 from moe.gemm.tile import num_sms
+from moe.triton_launch import Boxes
 
 # 128 rows are what a block multiplies at a time; 22 units that share a weight tile while it is in L2 were best of 8, 22 and
 # all on an H200.
@@ -24,6 +24,7 @@ MAX_COORDINATE = 1 << 31
 MAX_SHORT_UNIT_K = 4096
 
 
+@functools.cache
 def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
@@ -46,22 +47,24 @@ def skips_tails(config: GemmConfig, tile_rows: int) -> bool:
     return tile_rows == 64 or config.in_features <= MAX_SHORT_UNIT_K
 
 
-def weight_matrix(weights: Tensor, config: GemmConfig) -> Tensor:
-    """All experts' weights as one matrix: [E * N, K], or [E * K / 64 * N, 64] where BlockMajorK."""
-    if config.weight_format.layout is WeightLayout.BlockMajorK:
-        return weights.view(-1, BLOCK_MAJOR_K)
-    return weights.view(-1, config.in_features)
+def row_boxes(matrix: Tensor, box_rows: int, box_columns: int) -> Boxes:
+    """Boxes of a bf16 matrix, swizzled in shared memory."""
+    num_rows, num_columns = matrix.shape
+    box = (box_rows, box_columns)
+    return Boxes(matrix, (num_rows, num_columns), (num_columns, 1), box, box_layout(*box))
 
 
-def descriptor(matrix: Tensor, box_rows: int, box_columns: int) -> TensorDescriptor:
-    """A TMA descriptor that copies boxes of a bf16 matrix to and from shared memory, swizzled."""
-    box = [box_rows, box_columns]
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), box, box_layout(box_rows, box_columns))
+def weight_row_boxes(weights: Tensor, config: GemmConfig, box_rows: int) -> Boxes:
+    """Boxes of 64 columns of all experts' weights as one matrix: [E * N, K], or [E * K / 64 * N, 64] where BlockMajorK."""
+    is_block_major = config.weight_format.layout is WeightLayout.BlockMajorK
+    num_columns = BLOCK_MAJOR_K if is_block_major else config.in_features
+    box = (box_rows, BLOCK_MAJOR_K)
+    return Boxes(weights, (weights.numel() // num_columns, num_columns), (num_columns, 1), box, box_layout(*box))
 
 
 @functools.cache
 def box_layout(*box: int) -> gl.NVMMASharedLayout:
-    """How a box of bf16 lies in shared memory; kept, since it takes ten times as long to make as a descriptor."""
+    """How a box of bf16 lies in shared memory."""
     return gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16)
 
 

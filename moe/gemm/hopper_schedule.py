@@ -18,12 +18,15 @@ Example, tile_rows=64, UnitSize(128, 128, 22), expert_of_tile [0, 0, 0, 2], row_
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 
 from moe.flow import Permutation, RowUnits, UnitSize
 from moe.gemm.hopper_schedule_kernel import plan_units_kernel
 from moe.launch import current_stream
+from moe.triton_launch import KeptKernel
 
 UNIT_FIELDS = 5  # rows of RowUnits.records
 MAX_CHUNK = 1024  # tiles that the planning kernel takes at a time
@@ -47,32 +50,34 @@ def plan_units(permutation: Permutation, size: UnitSize, *, uses_pdl: bool = Fal
         uses_pdl: the launch is a dependent one of the launch before it.
     """
     max_tiles = permutation.max_tiles
-    device = permutation.expert_of_tile.device
-    units = RowUnits(
-        torch.empty(UNIT_FIELDS, max_tiles, dtype=torch.int32, device=device),
-        torch.empty(2, dtype=torch.int32, device=device),
-        size,
-        current_stream(device),
-    )
+    new = permutation.expert_of_tile.new_empty
+    units = RowUnits(new((UNIT_FIELDS, max_tiles)), new((2,)), size, current_stream(permutation.expert_of_tile.device))
     chunk = min(MAX_CHUNK, triton.next_power_of_2(max(max_tiles, 1)))
-    with torch.cuda.device_of(permutation.expert_of_tile):
-        plan_units_kernel[(1,)](
-            permutation.expert_of_tile,
-            permutation.row_limit_of_tile,
-            permutation.num_tiles,
-            units.records,
-            units.counts,
-            max_tiles,
-            TILE_ROWS=permutation.tile_rows,
-            UNIT_ROWS=size.max_rows,
-            ROW_MULTIPLE=size.multiple,
-            MAX_GROUP_UNITS=size.max_group,
-            CHUNK=chunk,
-            USES_PDL=uses_pdl,
-            num_warps=8 if chunk >= 512 else 4,
-            launch_pdl=uses_pdl,
-        )
+    _kernel_of(size, permutation.tile_rows, chunk, uses_pdl).launch(
+        (1, 1, 1),
+        permutation.expert_of_tile,
+        permutation.row_limit_of_tile,
+        permutation.num_tiles,
+        units.records,
+        units.counts,
+        numbers=(max_tiles,),
+    )
     return units
+
+
+@functools.cache
+def _kernel_of(size: UnitSize, tile_rows: int, chunk: int, uses_pdl: bool) -> KeptKernel:
+    return KeptKernel(
+        plan_units_kernel,
+        TILE_ROWS=tile_rows,
+        UNIT_ROWS=size.max_rows,
+        ROW_MULTIPLE=size.multiple,
+        MAX_GROUP_UNITS=size.max_group,
+        CHUNK=chunk,
+        USES_PDL=uses_pdl,
+        num_warps=8 if chunk >= 512 else 4,
+        launch_pdl=uses_pdl,
+    )
 
 
 def plan_units_reference(permutation: Permutation, size: UnitSize) -> RowUnits:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.config import GemmConfig, WeightLayout
-from moe.gemm.hopper_launch import MAX_REGISTERS, descriptor, is_hopper, num_blocks
+from moe.gemm.hopper_launch import MAX_REGISTERS, is_hopper, num_blocks, row_boxes
 from moe.gemm.hopper_schedule import units_of
 from moe.gemm.hopper_swapped_gather_gemm_kernel import hopper_swapped_gather_gemm_kernel
 from moe.gemm.hopper_swapped_launch import SWAPPED_UNITS, TILE_ROWS, fits_swapped, store_rows, weight_boxes
 from moe.gemm.prefetch import prefetches
+from moe.triton_launch import KeptKernel
 
 BLOCK_N = 128  # columns of the result, for 256 rows of the weight
 
@@ -46,35 +49,43 @@ def hopper_swapped_gather_gemm(
             "hopper_swapped_gather_gemm: expected SwiGLU, a contiguous contraction of more than 64 and tile_rows of "
             f"{TILE_ROWS}; got {config!r} and tile_rows={permutation.tile_rows}; use gather_gemm"
         )
-    out = torch.empty(permutation.max_rows, config.out_features, dtype=torch.bfloat16, device=hidden_states.device)
+    out = hidden_states.new_empty((permutation.max_rows, config.out_features))
     if not out.numel():
         return out
-    swiglu = swiglu or SwigluParams()
     units = units_of(permutation, SWAPPED_UNITS, uses_pdl=uses_pdl)
     blocks = num_blocks(units, config, BLOCK_N)
-    with torch.cuda.device_of(hidden_states):
-        hopper_swapped_gather_gemm_kernel[(blocks,)](
-            hidden_states,
-            weights,
-            weight_boxes(weights, config),
-            descriptor(out, store_rows(permutation.tile_rows), 64),
-            permutation.token_of_row,
-            units.records,
-            units.counts,
-            units.max_units,
-            swiglu.alpha,
-            swiglu.beta,
-            swiglu.clamp_limit,
-            IN_FEATURES=config.in_features,
-            OUT_FEATURES=config.out_features,
-            IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
-            IS_SHUFFLED=config.weight_format.is_shuffled,
-            IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
-            IS_DYNAMIC=is_dynamic,
-            USES_PDL=uses_pdl,
-            PREFETCHES=prefetches(config, permutation, blocks, uses_pdl=uses_pdl),
-            num_warps=4,
-            maxnreg=MAX_REGISTERS,
-            launch_pdl=uses_pdl,
-        )
+    does_prefetch = prefetches(config, permutation, blocks, uses_pdl=uses_pdl)
+    alpha, beta, clamp_limit = (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
+    _kernel_of(config, is_dynamic, uses_pdl, does_prefetch).launch(
+        (blocks, 1, 1),
+        hidden_states,
+        weights,
+        weight_boxes(weights, config),
+        row_boxes(out, store_rows(permutation.tile_rows), 64),
+        permutation.token_of_row,
+        units.records,
+        units.counts,
+        alpha,
+        beta,
+        clamp_limit,
+        numbers=(units.max_units,),
+    )
     return out
+
+
+@functools.cache
+def _kernel_of(config: GemmConfig, is_dynamic: bool, uses_pdl: bool, does_prefetch: bool) -> KeptKernel:
+    return KeptKernel(
+        hopper_swapped_gather_gemm_kernel,
+        IN_FEATURES=config.in_features,
+        OUT_FEATURES=config.out_features,
+        IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
+        IS_SHUFFLED=config.weight_format.is_shuffled,
+        IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
+        IS_DYNAMIC=is_dynamic,
+        USES_PDL=uses_pdl,
+        PREFETCHES=does_prefetch,
+        num_warps=4,
+        maxnreg=MAX_REGISTERS,
+        launch_pdl=uses_pdl,
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from moe.flow import Permutation
 from moe.gemm.config import GemmConfig, WeightLayout
-from moe.gemm.hopper_launch import MAX_REGISTERS, descriptor, is_hopper, num_blocks
+from moe.gemm.hopper_launch import MAX_REGISTERS, is_hopper, num_blocks, row_boxes
 from moe.gemm.hopper_schedule import units_of
 from moe.gemm.hopper_swapped_grouped_gemm_kernel import hopper_swapped_grouped_gemm_kernel
 from moe.gemm.hopper_swapped_launch import (
@@ -18,6 +20,7 @@ from moe.gemm.hopper_swapped_launch import (
     store_rows,
     weight_boxes,
 )
+from moe.triton_launch import KeptKernel
 
 BLOCK_N = 256  # columns of the result
 
@@ -51,27 +54,35 @@ def hopper_swapped_grouped_gemm(
             "hopper_swapped_grouped_gemm: expected no activation, a contiguous contraction of more than 64 and tile_rows of "
             f"{TILE_ROWS}; got {config!r} and tile_rows={permutation.tile_rows}; use grouped_gemm"
         )
-    out = torch.empty(permutation.max_rows, config.out_features, dtype=torch.bfloat16, device=rows.device)
+    out = rows.new_empty((permutation.max_rows, config.out_features))
     if not out.numel():
         return out
     units = units_of(permutation, SWAPPED_UNITS, uses_pdl=uses_pdl)
-    with torch.cuda.device_of(rows):
-        hopper_swapped_grouped_gemm_kernel[(num_blocks(units, config, BLOCK_N),)](
-            descriptor(rows, ROW_MULTIPLE, 64),
-            weight_boxes(weights, config),
-            descriptor(out, store_rows(permutation.tile_rows), 64),
-            units.records,
-            units.counts,
-            units.max_units,
-            IN_FEATURES=config.in_features,
-            OUT_FEATURES=config.out_features,
-            IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
-            IS_SHUFFLED=config.weight_format.is_shuffled,
-            IS_DYNAMIC=is_dynamic,
-            USES_PDL=uses_pdl,
-            PREFETCHES=uses_pdl and units is permutation.units,
-            num_warps=4,
-            maxnreg=MAX_REGISTERS,
-            launch_pdl=uses_pdl,
-        )
+    does_prefetch = uses_pdl and units is permutation.units
+    _kernel_of(config, is_dynamic, uses_pdl, does_prefetch).launch(
+        (num_blocks(units, config, BLOCK_N), 1, 1),
+        row_boxes(rows, ROW_MULTIPLE, 64),
+        weight_boxes(weights, config),
+        row_boxes(out, store_rows(permutation.tile_rows), 64),
+        units.records,
+        units.counts,
+        numbers=(units.max_units,),
+    )
     return out
+
+
+@functools.cache
+def _kernel_of(config: GemmConfig, is_dynamic: bool, uses_pdl: bool, does_prefetch: bool) -> KeptKernel:
+    return KeptKernel(
+        hopper_swapped_grouped_gemm_kernel,
+        IN_FEATURES=config.in_features,
+        OUT_FEATURES=config.out_features,
+        IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
+        IS_SHUFFLED=config.weight_format.is_shuffled,
+        IS_DYNAMIC=is_dynamic,
+        USES_PDL=uses_pdl,
+        PREFETCHES=does_prefetch,
+        num_warps=4,
+        maxnreg=MAX_REGISTERS,
+        launch_pdl=uses_pdl,
+    )

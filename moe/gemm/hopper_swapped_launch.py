@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe.flow import UnitSize
 from moe.gemm.config import BLOCK_MAJOR_K, SHUFFLE_ROWS, GemmConfig, WeightLayout
 from moe.gemm.hopper_launch import WIDE_UNITS, box_layout, fits
+from moe.triton_launch import Boxes
 
 TILE_ROWS = (16, 32, 64, 128)
 ROW_MULTIPLE = 32  # rows that the kernels' branches count in
@@ -29,10 +29,10 @@ def store_rows(tile_rows: int) -> int:
     return min(tile_rows, ROW_MULTIPLE)
 
 
-def weight_boxes(weights: Tensor, config: GemmConfig) -> TensorDescriptor:
-    """A TMA descriptor whose boxes are 128 weight rows of 64 elements in logical order, whatever the format.
+def weight_boxes(weights: Tensor, config: GemmConfig) -> Boxes:
+    """Boxes of 128 weight rows of 64 elements in logical order, whatever the format.
 
-    A gated box has 64 rows of the weight's first half, then the same 64 of its second. The axes of the descriptor, with
+    A gated box has 64 rows of the weight's first half, then the same 64 of its second. The axes that they are cut from, with
     `outer` = expert (MajorK) or expert * K / 64 + k / 64 (BlockMajorK), and their box:
 
         not gated                 outer * N + row,                                       k      128        64
@@ -44,12 +44,12 @@ def weight_boxes(weights: Tensor, config: GemmConfig) -> TensorDescriptor:
     by strides alone.
     """
     shape, strides, box = _boxes(config, weights.numel())
-    return TensorDescriptor(weights, list(shape), list(strides), list(box), box_layout(*box))
+    return Boxes(weights, shape, strides, box, box_layout(*box))
 
 
 @functools.lru_cache(maxsize=1024)
 def _boxes(config: GemmConfig, num_elements: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Shape, strides and box of the descriptor."""
+    """Shape, strides and box."""
     is_block_major = config.weight_format.layout is WeightLayout.BlockMajorK
     width = BLOCK_MAJOR_K if is_block_major else config.in_features
     num_rows = num_elements // width

@@ -134,8 +134,8 @@ def test_boxes_hold_weight_rows_in_logical_order(weight_format, is_gated):
         start = [0, row // 32, 0, 0] if weight_format.is_shuffled else [0, row]
     start.append(k)
     first = sum(coordinate * stride for coordinate, stride in zip(start, boxes.strides))
-    assert all(c + size <= limit for c, size, limit in zip(start, boxes.block_shape, boxes.shape))
-    box = packed.flatten().as_strided(boxes.block_shape, boxes.strides, first).reshape(128, 64)
+    assert all(c + size <= limit for c, size, limit in zip(start, boxes.box, boxes.shape))
+    box = packed.flatten().as_strided(boxes.box, boxes.strides, first).reshape(128, 64)
     columns = slice(first_column, first_column + (64 if is_gated else 128))
     expected = [logical[expert, columns, first_k : first_k + 64]]
     if is_gated:
