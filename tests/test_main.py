@@ -25,7 +25,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in (TINY, TINY_GROUPED):
         monkeypatch.setitem(NAMED_SHAPES, shape.name, shape)
     monkeypatch.setattr(commands, "measure_peaks", lambda device: Peaks(1e11, "float32", 1e10))
-    monkeypatch.setattr("moe.cli.run.CPU_BUDGET_S", 0.01)
+    for budget in ("BUDGET_S", "TURN_BUDGET_S"):
+        monkeypatch.setattr(f"moe.cli.run.{budget}", {"cpu": 0.01})
 
 
 @pytest.mark.parametrize("weights", ["hf", "flashinfer"])
@@ -101,7 +102,7 @@ def test_bench_prints_a_line_a_token_count_and_writes_json(tmp_path, capsys: pyt
     results = json.loads(file.read_text())["results"]
     assert [result["num_tokens"] for result in results] == [1, 9, 1, 9]
     assert all("experts" in result["stages"] for result in results)
-    assert all({"experts", "dense", "eager"} <= set(result["beside_us"]) for result in results)
+    assert all({"experts", "dense", "eager", "eager_experts"} <= set(result["beside_us"]) for result in results)
     assert all(microseconds > 0 for result in results for microseconds in result["beside_us"].values())
 
 

@@ -19,9 +19,11 @@ from moe.cli.text import decimal
 from moe.shapes import NAMED_SHAPES
 from moe.tuning.measure import Peaks
 
-NAME_WIDTH, COLUMN_WIDTH = 17, 11
+NAME_WIDTH = 17
 TIMED = (*STAGES, "experts", "whole")
-BESIDE = ("untuned", "dense", "grouped_mm", "eager")
+BESIDE = ("untuned", "dense", "grouped_mm", "eager_experts", "eager")
+# Each has a space before it, for a name or a number may be as wide as its column.
+COLUMNS = {name: max(11, len(name) + 1) for name in ("tokens", *TIMED, *BESIDE, "roof", "of roof", "error")}
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,7 @@ def print_bench(
     print(
         f"{peaks.matmul_flops / 1e12:,.1f} TFLOP/s {peaks.matmul_dtype} matmul, {peaks.copy_bytes_per_s / 1e9:,.0f} GB/s copy"
     )
-    header = ("tokens", *TIMED, *BESIDE, "roof", "of roof", "error")
-    print("model".ljust(NAME_WIDTH) + "".join(name.rjust(COLUMN_WIDTH) for name in header), flush=True)
+    print("model".ljust(NAME_WIDTH) + "".join(name.rjust(width) for name, width in COLUMNS.items()), flush=True)
     results: list[dict[str, object]] = []
     machine = describe_machine(device)
     is_good = True
@@ -130,7 +131,5 @@ def _text(line: BenchLine, peaks: Peaks) -> str:
         f"{100 * roof_us / measurement.timings['whole'].median_us:.0f}%",
         f"{measurement.accuracy.relative_frobenius:.1e}" + ("" if measurement.accuracy.is_good else " !"),
     ]
-    # A space, for a name or a number may be as wide as its column.
-    return measurement.layer.shape.name.ljust(NAME_WIDTH) + "".join(
-        f" {cell.rjust(COLUMN_WIDTH - 1)}" for cell in cells
-    )
+    name = measurement.layer.shape.name.ljust(NAME_WIDTH)
+    return name + "".join(f" {cell.rjust(width - 1)}" for cell, width in zip(cells, COLUMNS.values(), strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 from moe.cli.layer import Inputs, Layer
 from moe.cli.load import Load, measure_load
 from moe.pipeline import build_pipeline
-from moe.tuning.measure import Timing, measure_us
+from moe.tuning.measure import measure_in_turns
 from moe.tuning.tuned import tuned_config
 
 TURNS = 4  # power and clock drift, so nothing is timed in one piece
@@ -37,8 +37,8 @@ def measure_beside(layer: Layer, untuned: Layer, sets: Sequence[Inputs], *, num_
     """Microseconds a call, by name, medians over turns: what does not run here is left out; all of it without turns.
 
     experts: stages 2 to 5 of `layer`; untuned: those of `untuned`, where that is another layer; dense, grouped_mm: gemm1 and
-    gemm2 alone, by torch.matmul with one expert's weights and by torch's grouped_mm over rows permuted already; eager: the
-    whole layer called from Python again and again, by the clock, up to 256 tokens.
+    gemm2 alone, by torch.matmul with one expert's weights and by torch's grouped_mm over rows permuted already; eager and
+    eager_experts: the whole layer and its experts' part called from Python again and again, by the clock, up to 256 tokens.
     """
     if not num_turns:
         return {}
@@ -51,13 +51,14 @@ def measure_beside(layer: Layer, untuned: Layer, sets: Sequence[Inputs], *, num_
     grouped = [grouped_gemms(layer, load) for load in loads]
     if runs(grouped):
         calls["grouped_mm"] = grouped
-    times = in_turns(calls, layer.device, BUDGET_S[layer.device.type], num_turns)
+    times = measure_in_turns(calls, device=layer.device, budget_s=BUDGET_S[layer.device.type], num_turns=num_turns)
     beside = {name: median(timing.median_us for timing in timings) for name, timings in times.items()}
     if sets[0].logits.shape[0] <= MAX_EAGER_TOKENS:
         beside["eager"] = eager_us(
             [partial(layer.pipeline, i.logits, i.hidden_states, layer.w1, layer.w2, bias=layer.bias) for i in sets],
             layer.device,
         )
+        beside["eager_experts"] = eager_us(calls["experts"], layer.device)
     return beside
 
 
@@ -96,15 +97,6 @@ def runs(calls: Sequence[Callable[[], object]]) -> bool:
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return True
-
-
-def in_turns(calls: Calls, device: torch.device, budget_s: float, num_turns: int = TURNS) -> dict[str, list[Timing]]:
-    """A, B, A, B, ..: each call's timing in every turn."""
-    timings: dict[str, list[Timing]] = {name: [] for name in calls}
-    for _ in range(num_turns):
-        for name, sets in calls.items():
-            timings[name].append(measure_us(sets, device=device, budget_s=budget_s))
-    return timings
 
 
 def eager_us(calls: Sequence[Callable[[], object]], device: torch.device) -> float:

@@ -1,13 +1,13 @@
-"""Device time of a call, and the two rates that bound it."""
+"""Device time of a call or of several by turns, and the two rates that bound it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from statistics import quantiles
+from statistics import median, quantiles
 
 import torch
 
@@ -66,6 +66,36 @@ def measure_us(
         with torch.cuda.device(device):
             return _measure_graph_us(calls, budget_s)
     return _measure_clock_us(calls, budget_s, clock)
+
+
+def measure_in_turns(
+    calls: Mapping[str, Callable[[], object] | Sequence[Callable[[], object]]],
+    *,
+    device: torch.device | str,
+    budget_s: float,
+    num_turns: int,
+) -> dict[str, list[Timing]]:
+    """A, B, A, B, ..: the timing of each in every turn, by name. Power and clock drift, and so all have their share of it.
+
+    Args:
+        calls: by name, what `measure_us` takes.
+        budget_s: seconds a turn of each.
+    """
+    timings: dict[str, list[Timing]] = {name: [] for name in calls}
+    for _ in range(num_turns):
+        for name, its_calls in calls.items():
+            timings[name].append(measure_us(its_calls, device=device, budget_s=budget_s))
+    return timings
+
+
+def median_turn(turns: Sequence[Timing]) -> Timing:
+    """Medians over the turns of what was timed in turns, and how many samples they had together."""
+    return Timing(
+        median(turn.median_us for turn in turns),
+        median(turn.first_quartile_us for turn in turns),
+        median(turn.third_quartile_us for turn in turns),
+        sum(turn.num_samples for turn in turns),
+    )
 
 
 def _measure_clock_us(calls: list[Callable[[], object]], budget_s: float, clock: Callable[[], float]) -> Timing:

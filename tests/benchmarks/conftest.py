@@ -35,7 +35,9 @@ PEER_SHAPES = (
 ALL_TOKENS = tuple(1 << power for power in range(15))  # 1 to 16384
 SOME_TOKENS = (1, 128, 2048, 8192)
 TINY_TOKENS = (1, 40)
-RECORDS = pytest.StashKey[list[dict[str, object]]]()
+Record = Callable[[dict[str, object]], None]  # keeps a result for a table at the end
+LAYER_RECORDS = pytest.StashKey[list[dict[str, object]]]()
+ROUTING_RECORDS = pytest.StashKey[list[dict[str, object]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,7 +49,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RECORDS] = []
+    config.stash[LAYER_RECORDS] = []
+    config.stash[ROUTING_RECORDS] = []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -97,22 +100,29 @@ def sets(request: pytest.FixtureRequest, layer: Layer) -> Iterator[list[Inputs]]
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest) -> Callable[[dict[str, object]], None]:
-    """Keeps a result for the table at the end."""
-    return request.config.stash[RECORDS].append
+def record(request: pytest.FixtureRequest) -> Record:
+    return request.config.stash[LAYER_RECORDS].append
+
+
+@pytest.fixture
+def record_routing(request: pytest.FixtureRequest) -> Record:
+    return request.config.stash[ROUTING_RECORDS].append
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if not config.stash[RECORDS]:
-        return
     numbers = ("device_us", "tflops", "gb_per_s", "share_of_roof", "dense_us", "share_of_dense")
-    names = ("model", "num_tokens", "routing", *numbers, "timed")
-    lines = [
-        [_text(record.get(name), is_share=name.startswith("share")) for name in names]
-        for record in config.stash[RECORDS]
-    ]
-    terminalreporter.section("on the device")
-    terminalreporter.write_line(table(names, lines))
+    layer_names = ("model", "num_tokens", "routing", *numbers, "timed")
+    routing_names = ("num_tokens", "num_experts", "top_k", "route_us", "experts_us", "whole_us", "added_us", "rule")
+    for title, key, names in (
+        ("on the device", LAYER_RECORDS, layer_names),
+        ("routing, on the device", ROUTING_RECORDS, routing_names),
+    ):
+        if records := config.stash[key]:
+            lines = [
+                [_text(record.get(name), is_share=name.startswith("share")) for name in names] for record in records
+            ]
+            terminalreporter.section(title)
+            terminalreporter.write_line(table(names, lines))
 
 
 def _text(value: object, *, is_share: bool) -> str:

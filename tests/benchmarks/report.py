@@ -93,14 +93,24 @@ def table_text(lines: Sequence[Line]) -> str:
 
 def beside_text(lines: Sequence[Line]) -> str:
     """Markdown, a line a layer and load: what was timed in turns with the experts' part, and the calls from Python."""
-    header = ("layer", "T", "experts", "untuned", "dense", "grouped_mm", "whole, graph", "whole, eager")
+    header = (
+        "layer",
+        "T",
+        "experts",
+        "untuned",
+        "dense",
+        "grouped_mm",
+        "whole, graph",
+        "whole, eager",
+        "experts, eager",
+    )
     rows = [header, ("---", *["---:"] * (len(header) - 1))]
     for line in lines:
         if not line.beside_us:
             continue
         times = [line.beside_us.get(name) for name in ("experts", "untuned", "dense", "grouped_mm")]
         eager = line.beside_us.get("eager")
-        times += [None if eager is None else line.us["whole"], eager]
+        times += [None if eager is None else line.us["whole"], eager, line.beside_us.get("eager_experts")]
         name = line.model if line.routing == "uniform" else f"{line.model}, {line.routing}"
         rows.append((name, str(line.num_tokens), *("" if time is None else _number(time) for time in times)))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

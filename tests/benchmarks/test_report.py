@@ -40,9 +40,11 @@ def test_layer_without_a_peer_has_empty_cells(peers: dict):
 
 
 def test_what_was_timed_beside_a_layer_has_a_table_of_its_own(peers: dict):
-    result = measured("kimi-k2", 1, 100.0) | {"beside_us": {"experts": 101.0, "dense": 55.0, "eager": 62.5}}
+    result = measured("kimi-k2", 1, 100.0) | {
+        "beside_us": {"experts": 101.0, "dense": 55.0, "eager": 62.5, "eager_experts": 50.5}
+    }
     lines = report.read_lines([result, measured("kimi-k2", 8, 100.0)], peers)
-    assert report.beside_text(lines).splitlines()[2:] == ["| kimi-k2 | 1 | 101 |  | 55.0 |  | 1.00 | 62.5 |"]
+    assert report.beside_text(lines).splitlines()[2:] == ["| kimi-k2 | 1 | 101 |  | 55.0 |  | 1.00 | 62.5 | 50.5 |"]
 
 
 def test_lines_go_by_layer_then_routing_then_tokens(peers: dict):

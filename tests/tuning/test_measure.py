@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.tuning.measure import Peaks, Timing, measure_peaks, measure_us
+from moe.tuning.measure import Peaks, Timing, measure_in_turns, measure_peaks, measure_us, median_turn
 
 
 class FakeClock:
@@ -44,6 +44,19 @@ def test_one_sample_is_taken_however_long_a_call_takes():
     clock = FakeClock()
     timing = measure_us(clock.call_taking(7.0), device="cpu", budget_s=0.1, clock=clock)
     assert timing == Timing(7e6, 7e6, 7e6, 1)
+
+
+def test_what_is_timed_in_turns_takes_them_one_after_another():
+    order = []
+    calls = {name: [lambda name=name: order.append(name)] for name in "ab"}
+    timings = measure_in_turns(calls, device="cpu", budget_s=0.0, num_turns=3)
+    assert {name: len(turns) for name, turns in timings.items()} == {"a": 3, "b": 3}
+    assert order == ["a", "a", "b", "b"] * 3  # each is called once before it is timed
+
+
+def test_the_median_turn_has_medians_and_all_samples():
+    turns = [Timing(10.0, 8.0, 12.0, 5), Timing(30.0, 7.0, 99.0, 6), Timing(20.0, 9.0, 13.0, 7)]
+    assert median_turn(turns) == Timing(20.0, 8.0, 13.0, 18)
 
 
 def test_calls_take_turns_and_share_the_time():
