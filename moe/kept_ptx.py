@@ -21,16 +21,28 @@ _COMPILERS = ("numba", "numba-cuda", "llvmlite")
 
 def kept_ptx(built_for: str, make: Callable[[], str]) -> str:
     """What `make` returns for `built_for`, from disk where a process before this one made it."""
-    toolchain = _toolchain()
-    if toolchain is None:
+    path = _path_of(built_for)
+    if path is None:
         return make()
-    name = _hash("\n".join((built_for, _sources(), toolchain)))
-    path = cache_folder() / "ptx" / f"{name}.ptx"
     ptx = _read(path)
     if ptx is None:
         ptx = make()
         _write(path, ptx)
     return ptx
+
+
+def is_kept(built_for: str) -> bool:
+    """Whether `kept_ptx` need not make it; also where nothing can be kept, and making it ahead would be in vain."""
+    path = _path_of(built_for)
+    return path is None or _read(path) is not None
+
+
+def _path_of(built_for: str) -> Path | None:
+    toolchain = _toolchain()
+    if toolchain is None:
+        return None
+    name = _hash("\n".join((built_for, _sources(), toolchain)))
+    return cache_folder() / "ptx" / f"{name}.ptx"
 
 
 def _read(path: Path) -> str | None:

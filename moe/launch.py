@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe.kept_ptx import kept_ptx
+from moe.kept_ptx import is_kept, kept_ptx
 
 _INSTALL = 'pip install "moe-stages[cuda13]"'
 _compile_lock = threading.Lock()
@@ -76,12 +76,17 @@ class NumbaKernel:
             raise ImportError(f"libNVVM or NVRTC, which compile the numba kernels, is missing; {_INSTALL}") from error
         return ptx.decode() if isinstance(ptx, bytes) else ptx
 
-    def _ptx(self, capability: tuple[int, int]) -> str:
-        """What `compile_ptx` returns, from disk if it lies there."""
+    def kept_ptx(self, capability: tuple[int, int]) -> str:
+        """What `compile_ptx` returns, from disk if it lies there, and left there if not (`moe.kept_ptx`)."""
         make = functools.partial(self.compile_ptx, capability)
-        if self.built_for is None:
-            return make()
-        return kept_ptx(f"{self.built_for} {self.parameters} {self.threads_per_block} {capability}", make)
+        return make() if self.built_for is None else kept_ptx(self._kept_name(capability), make)
+
+    def is_kept(self, capability: tuple[int, int]) -> bool:
+        """Whether `kept_ptx` compiles nothing."""
+        return self.built_for is not None and is_kept(self._kept_name(capability))
+
+    def _kept_name(self, capability: tuple[int, int]) -> str:
+        return f"{self.built_for} {self.parameters} {self.threads_per_block} {capability}"
 
     def _launch_on(self, device_index: int, num_blocks: int, values: list[Any], uses_pdl: bool) -> None:
         if not hasattr(_this_thread, "has_context"):
@@ -95,7 +100,7 @@ class NumbaKernel:
         with _compile_lock:
             kernel = self._loaded_of_capability.get(capability)
             if kernel is None:
-                kernel = _loaded(self._ptx(capability))
+                kernel = _loaded(self.kept_ptx(capability))
                 self._loaded_of_capability[capability] = kernel
             self._loaded_of_device[device_index] = kernel
         return kernel

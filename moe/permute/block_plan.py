@@ -103,20 +103,17 @@ def _rows(config: PermuteConfig, num_tokens: int) -> tuple[int, int, int]:
 
 
 def _plan_in_one_launch(topk: TopK, permutation: Permutation, config: PermuteConfig, uses_pdl: bool) -> None:
-    num_slots, num_bins = topk.expert_ids.numel(), _num_bins(config)
-    num_warps = FEW_WARPS if num_slots <= FEW_WARPS * WARP_SIZE else WARPS
-    is_whole = num_slots <= mark_rows(num_bins, num_warps) * WARP_SIZE
-    totals = Totals.CHUNK if is_whole else Totals.SLOTS
-    kernel = plan_kernel_of(num_bins, num_warps, config.top_k, totals, _size_of(permutation), uses_pdl=uses_pdl)
-    _launch_plan(kernel, topk, None, permutation, config, num_warps * WARP_SIZE, uses_pdl)
+    (kernel,) = kernels_for(config, topk.expert_ids.numel(), _size_of(permutation), uses_pdl)
+    _launch_plan(kernel, topk, None, permutation, config, kernel.threads_per_block, uses_pdl)
 
 
 def _plan_in_two_launches(topk: TopK, permutation: Permutation, config: PermuteConfig, uses_pdl: bool) -> None:
     num_slots, num_experts = topk.expert_ids.numel(), config.num_local_experts
+    count_kernel, plan_kernel = kernels_for(config, num_slots, _size_of(permutation), uses_pdl)
     chunk_slots = CHUNKING.chunk_slots(num_slots, num_experts)
     num_chunks = -(-num_slots // chunk_slots)
-    counts = torch.empty(num_chunks, num_experts, dtype=torch.int32, device=topk.expert_ids.device)
-    count_kernel_of(_num_bins(config), WARPS, uses_pdl=uses_pdl).launch(
+    counts = topk.expert_ids.new_empty((num_chunks, num_experts))
+    count_kernel.launch(
         num_chunks,
         topk.expert_ids,
         counts,
@@ -126,10 +123,7 @@ def _plan_in_two_launches(topk: TopK, permutation: Permutation, config: PermuteC
         num_experts,
         uses_pdl=uses_pdl,
     )
-    kernel = plan_kernel_of(
-        _num_bins(config), WARPS, config.top_k, Totals.COUNTS, _size_of(permutation), uses_pdl=uses_pdl
-    )
-    _launch_plan(kernel, topk, counts, permutation, config, chunk_slots, uses_pdl)
+    _launch_plan(plan_kernel, topk, counts, permutation, config, chunk_slots, uses_pdl)
 
 
 def _launch_plan(
@@ -166,6 +160,23 @@ def _launch_plan(
 
 def _size_of(permutation: Permutation) -> UnitSize | None:
     return permutation.units.size if permutation.units else None
+
+
+@functools.lru_cache(maxsize=1024)
+def kernels_for(
+    config: PermuteConfig, num_slots: int, size: UnitSize | None, uses_pdl: bool
+) -> tuple[NumbaKernel, ...]:
+    """What plans for so many slots, at least one: the kernel that places them all; above 16384 one that counts comes first."""
+    num_bins = _num_bins(config)
+    if num_slots > CHUNKING.max_slots_in_one_launch:
+        return (
+            count_kernel_of(num_bins, WARPS, uses_pdl=uses_pdl),
+            plan_kernel_of(num_bins, WARPS, config.top_k, Totals.COUNTS, size, uses_pdl=uses_pdl),
+        )
+    num_warps = FEW_WARPS if num_slots <= FEW_WARPS * WARP_SIZE else WARPS
+    is_whole = num_slots <= mark_rows(num_bins, num_warps) * WARP_SIZE
+    totals = Totals.CHUNK if is_whole else Totals.SLOTS
+    return (plan_kernel_of(num_bins, num_warps, config.top_k, totals, size, uses_pdl=uses_pdl),)
 
 
 @functools.cache

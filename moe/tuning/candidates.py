@@ -35,13 +35,18 @@ class Candidates:
     num_tokens: int
     kernels_of: KernelsOf
 
+    @property
+    def runs_grouped(self) -> bool:
+        """Whether any choice runs the grouped kernels, after a planner."""
+        return BORDER * self.num_tokens > self._few_token_border()
+
     def compositions(self) -> list[TuningChoice]:
         """The model's choice, then other chains: few-token kernels or not, rows of a tile, kernels of both GEMMs."""
         choices = [TuningChoice()]
         most = self._few_token_border()
         if most and self.num_tokens <= BORDER * most and self.num_tokens > most:
             choices.append(TuningChoice(uses_few_tokens=True))
-        if BORDER * self.num_tokens > most:
+        if self.runs_grouped:
             if self.num_tokens <= most:
                 choices.append(TuningChoice(uses_few_tokens=False))
             choices += self._grouped_chains()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe.config import MoEConfig
+from moe.permute.compile_ahead import CompilingAhead
 from moe.pipeline import MoEPipeline, build_pipeline
 from moe.tuning.buckets import bucket_of, buckets_up_to
 from moe.tuning.candidates import Candidates, kernels_on, left_to_the_model
@@ -78,12 +79,15 @@ def tune(
     if not wanted:
         return []
     timer = timer or partial(_time, device=where)
-    with torch.no_grad():
+    all_candidates = [Candidates(config, bucket, kernels_on(where)) for bucket in wanted]
+    with torch.no_grad(), _planners_ahead(config, all_candidates, where) as planners:
         w1, w2 = make_weights(config, where, seed=seed) if weights is None else weights
         _expect_weights(config, w1, w2, where)
         gpu, entries = GpuModel.of(where), []
-        for bucket in wanted:
-            entry = _tune_bucket(config, bucket, w1, w2, seed=seed, timer=timer, report=report)
+        for candidates in all_candidates:
+            if candidates.runs_grouped:
+                planners.wait()
+            entry = _tune_bucket(candidates, w1, w2, seed=seed, timer=timer, report=report)
             if entry is not None:
                 remember(gpu, [entry])
                 entries.append(entry)
@@ -165,10 +169,20 @@ class _Search:
         return median(ours), median(models)
 
 
+def _planners_ahead(config: MoEConfig, all_candidates: list[Candidates], device: torch.device) -> CompilingAhead:
+    """The planner's kernels, compiled while the search begins."""
+    if device.type != "cuda":
+        return CompilingAhead([])
+    from moe.tuning.ahead import planning_jobs
+
+    return CompilingAhead(planning_jobs(config, all_candidates, device))
+
+
 def _tune_bucket(
-    config: MoEConfig, bucket: int, w1: Tensor, w2: Tensor, *, seed: int, timer: Timer, report: Report
+    candidates: Candidates, w1: Tensor, w2: Tensor, *, seed: int, timer: Timer, report: Report
 ) -> TableEntry | None:
-    """The bucket's entry, or None where the model's own choice does not run."""
+    """The entry of a bucket, or None where the model's own choice does not run."""
+    config, bucket = candidates.config, candidates.num_tokens
     report(f"{bucket:,} tokens")
     model = TuningChoice()
     try:
@@ -181,7 +195,6 @@ def _tune_bucket(
     if model_us is None:
         report("  left out: the model's own choice does not run here")
         return None
-    candidates = Candidates(config, bucket, kernels_on(w1.device))
     best, best_us = search.fastest(model, model_us, candidates.compositions()[1:])
     for axis in candidates.variants(best):
         best, best_us = search.fastest(best, best_us, axis(best))

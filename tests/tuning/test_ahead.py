@@ -1,0 +1,56 @@
+"""What is compiled ahead of a search covers what the search's choices ask the planner for."""
+
+from itertools import chain
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("numba.cuda")
+
+from moe.cli.layer import FORMATS, config_of_shape
+from moe.gemm import (
+    dispatch,
+    hopper_gather_gemm,
+    hopper_grouped_gemm,
+    hopper_swapped_gather_gemm,
+    hopper_swapped_grouped_gemm,
+)
+from moe.shapes import NAMED_SHAPES
+from moe.tuning.ahead import planning_jobs
+from moe.tuning.buckets import buckets_up_to
+from moe.tuning.candidates import Candidates, kernels_on
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    for module in (hopper_gather_gemm, hopper_grouped_gemm, hopper_swapped_gather_gemm, hopper_swapped_grouped_gemm):
+        monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    dispatch.unit_size.cache_clear()
+    yield CUDA
+    dispatch.unit_size.cache_clear()
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "mixtral-8x7b", "nemotron-3-nano-30b-a3b"])
+def test_units_of_every_choice_are_among_the_jobs(model: str, hopper: torch.device):
+    config = config_of_shape(NAMED_SHAPES[model], FORMATS["hf"])
+    for num_tokens in buckets_up_to(2048)[4:]:
+        candidates = Candidates(config, num_tokens, kernels_on(hopper))
+        sizes = {job.unit_size for job in planning_jobs(config, [candidates], hopper)}
+        compositions = candidates.compositions()
+        variants = (axis(best) for best in compositions for axis in candidates.variants(best))
+        for choice in {*compositions, *chain.from_iterable(variants)}:
+            applied = choice.apply(config)
+            loads = applied.permute.rows_per_tile(num_tokens), applied.permute.mean_rows(num_tokens)
+            size = dispatch.unit_size(hopper, *loads, gemm1=applied.gemm1, gemm2=applied.gemm2)
+            assert (size and (size.max_rows, size.multiple, size.max_group)) in sizes
+
+
+def test_buckets_of_few_tokens_plan_nothing(hopper: torch.device):
+    config = config_of_shape(NAMED_SHAPES["qwen3-30b-a3b"], FORMATS["hf"])
+    candidates = Candidates(config, 1, kernels_on(hopper))
+    assert not candidates.runs_grouped
+    assert planning_jobs(config, [candidates], hopper) == []
