@@ -14,10 +14,13 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -35,6 +38,8 @@ if "MOE_TESTS_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["MOE_TESTS_CACHE_DIR"], ignore_errors=True)
 os.environ["MOE_CACHE_DIR"] = os.environ["MOE_TESTS_CACHE_DIR"]
 
+POISON = 1_000_000_007
+
 MARKERS_OF_FIXTURE = {
     "triton_device": ("interpreter", "gpu"),
     "numba_device": ("simulator", "gpu"),
@@ -48,6 +53,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if fixture in getattr(item, "fixturenames", ()):
                 for marker in markers:
                     item.add_marker(marker)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh allocations hold NaN, or an index far out of bounds: what is read before it is written shows."""
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else POISON)
+
+        return allocate_poisoned
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
 
 
 @pytest.fixture

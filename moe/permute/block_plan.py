@@ -162,7 +162,6 @@ def _size_of(permutation: Permutation) -> UnitSize | None:
     return permutation.units.size if permutation.units else None
 
 
-@functools.lru_cache(maxsize=1024)
 def kernels_for(
     config: PermuteConfig, num_slots: int, size: UnitSize | None, uses_pdl: bool
 ) -> tuple[NumbaKernel, ...]:

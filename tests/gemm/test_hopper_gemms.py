@@ -23,6 +23,8 @@ from moe.gemm.hopper_swapped_launch import SWAPPED_UNITS
 from moe.gemm.reference import activate_reference, gather_gemm_reference, grouped_gemm_reference, rows_of_experts
 from moe.gemm.weight_format import pack_weights
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 FORMATS = {
     "huggingface": WeightFormat(),
     "flashinfer": FLASHINFER,
@@ -76,15 +78,6 @@ def hopper(cuda) -> torch.device:
     if torch.cuda.get_device_capability(cuda) != (9, 0):
         pytest.skip("not a Hopper")
     return cuda
-
-
-@pytest.fixture(autouse=True)
-def memory_is_poisoned(monkeypatch):
-    def poisoned(*args, empty=torch.empty, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x7F7F7F7F)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def normal(*shape: int, device: torch.device, seed: int, scale: float = 1.0) -> Tensor:

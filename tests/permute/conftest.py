@@ -1,22 +1,17 @@
-"""Stages 2 and 5 by either implementation, on memory that was never clean."""
+"""Stages 2 and 5 by either implementation."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
 import torch
 from permute.stage import Stage
-from torch import Tensor
 
 from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
 
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     import emulation.numba_launch  # noqa: F401
-
-POISON = 1_000_000_007
-
 
 KERNELS = [
     pytest.param("triton", marks=[pytest.mark.interpreter, pytest.mark.gpu]),
@@ -57,15 +52,3 @@ def finalize(request: pytest.FixtureRequest) -> Stage:
     from moe.permute.finalize import finalize_tokens
 
     return Stage(finalize_tokens, request.getfixturevalue("triton_device"))
-
-
-@pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make torch.empty return garbage: NaN, or an index far out of bounds."""
-    empty = torch.empty
-
-    def poisoned_empty(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else POISON)
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
