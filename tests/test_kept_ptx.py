@@ -87,18 +87,73 @@ def test_what_fails_to_compile_leaves_no_file(folder: Path):
     assert not folder.exists() or not list(folder.iterdir())
 
 
-def test_the_hash_of_the_sources_follows_every_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A package of two files, as this process began with it."""
     package = tmp_path / "moe"
     (package / "permute").mkdir(parents=True)
     (package / "kept_ptx.py").write_text("")
     (package / "permute" / "plan_kernel.py").write_text("one")
     monkeypatch.setattr(module, "__file__", str(package / "kept_ptx.py"))
-    hashes = [module._sources.__wrapped__()]
+    monkeypatch.setattr(module, "_FILES_AT_IMPORT", module._files())
+    monkeypatch.setattr(module, "_sources", module._sources.__wrapped__)
+    return package
+
+
+def test_the_hash_of_the_sources_follows_every_file(package: Path):
+    hashes = [module._sources()]
     (package / "permute" / "plan_kernel.py").write_text("two")
-    hashes.append(module._sources.__wrapped__())
+    hashes.append(module._sources())
     (package / "permute" / "plan_kernel.py").rename(package / "permute" / "other.py")
-    hashes.append(module._sources.__wrapped__())
+    hashes.append(module._sources())
     assert len(set(hashes)) == 3
+
+
+@pytest.mark.parametrize("change", ["edit", "new", "gone"])
+def test_nothing_is_kept_once_the_files_changed_under_the_process(change: str, package: Path, folder: Path):
+    """What is in memory is of the old files, and would be found by processes of the new ones."""
+    kept_ptx("plan 128", Maker("old"))
+    file = package / "permute" / "plan_kernel.py"
+    if change == "gone":
+        file.unlink()
+    else:
+        (file if change == "edit" else file.with_name("more.py")).write_text("two, longer")
+    make = Maker("still old")
+    assert [kept_ptx("plan 128", make), kept_ptx("plan 256", make)] == ["still old"] * 2
+    assert not module.is_kept("plan 128")
+    assert not module.can_keep()
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_nothing_is_kept_where_the_files_change_during_the_compilation(package: Path, folder: Path):
+    def make() -> str:
+        (package / "permute" / "plan_kernel.py").write_text("two, longer")
+        return PTX
+
+    assert kept_ptx("plan 128", make) == PTX
+    assert not folder.exists()
+
+
+def test_files_that_are_no_python_are_of_no_consequence(package: Path):
+    (package / ".#launch.py").symlink_to("nobody@nowhere.1")
+    (package / "._launch.py").write_bytes(b"\x00\x05\xff")
+    assert kept_ptx("plan 128", Maker()) == PTX
+    assert module.is_kept("plan 128")
+
+
+def test_a_file_that_cannot_be_found_keeps_nothing(package: Path, folder: Path):
+    (package / "launch.py").symlink_to("nowhere")
+    assert kept_ptx("plan 128", Maker()) == PTX
+    assert not folder.exists()
+
+
+def test_the_oldest_files_make_room(monkeypatch: pytest.MonkeyPatch, folder: Path):
+    monkeypatch.setattr(module, "MAX_FILES", 3)
+    for number in range(5):
+        kept_ptx(f"plan {number}", Maker())
+        for age, file in enumerate(sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime)):
+            os.utime(file, (1000 + age, 1000 + age))
+    assert [module.is_kept(f"plan {number}") for number in range(5)] == [False, False, True, True, True]
 
 
 @pytest.mark.skipif(IS_SIMULATED, reason="the simulator compiles nothing")

@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 
+from moe.cache_folder import cache_folder
 from moe.flow import UnitSize
 from moe.frozen import FrozenConfig
+from moe.kept_ptx import can_keep
 from moe.launch import NumbaKernel
 from moe.permute.config import PermuteConfig
 
 MAX_PROCESSES = 8
-TIMEOUT_S = 120.0
+TIMEOUT_S = 60.0
 
 
 class PlanningJob(FrozenConfig):
@@ -41,14 +44,17 @@ class PlanningJob(FrozenConfig):
 
 
 class CompilingAhead:
-    """Processes that compile what jobs need; `wait` for them, or leave the `with` block, which ends them."""
+    """Processes that compile what jobs need; `wait` for them, or leave the `with` block, which ends them.
 
-    def __init__(self, jobs: Iterable[PlanningJob]) -> None:
-        missing: dict[tuple[str | None, ...], PlanningJob] = {}
+    Where they cannot be started, or fail, kernels are compiled where they are needed, as without them.
+    """
+
+    def __init__(self, jobs: Iterable[PlanningJob] = ()) -> None:
+        missing: dict[tuple[NumbaKernel, ...], PlanningJob] = {}
         for job in jobs:
             if kernels := job.missing():
-                missing.setdefault(tuple(kernel.built_for for kernel in kernels), job)
-        lists = _share_out([job.model_dump_json() for job in missing.values()])
+                missing.setdefault(tuple(kernels), job)
+        lists = _share_out([job.model_dump_json() for job in missing.values()]) if missing and can_keep() else []
         self._processes = [process for texts in lists if (process := _start(texts)) is not None]
 
     def __enter__(self) -> CompilingAhead:
@@ -61,10 +67,11 @@ class CompilingAhead:
         self._processes = []
 
     def wait(self) -> None:
-        """Until all are done. What a process could not compile is compiled where it is needed, as without it."""
+        """Until all are done, or TIMEOUT_S from now on."""
+        deadline = time.monotonic() + TIMEOUT_S
         for process in self._processes:
             try:
-                process.wait(TIMEOUT_S)
+                process.wait(max(deadline - time.monotonic(), 0.0))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -82,8 +89,13 @@ def _num_cpus() -> int:
 
 
 def _start(texts: list[str]) -> subprocess.Popen[bytes] | None:
-    # A user may have put this package on sys.path by hand.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    if not _is_python(sys.executable):
+        return None
+    # This process may have been told of its paths by hand, and have a folder of its own.
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(str(path) for path in sys.path if path),
+        "MOE_CACHE_DIR": str(cache_folder()),
+    }
     try:
         return subprocess.Popen(
             [sys.executable, "-m", "moe.permute.compile_ahead", *texts],
@@ -92,8 +104,13 @@ def _start(texts: list[str]) -> subprocess.Popen[bytes] | None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-    except OSError:  # no executable, as where Python is embedded
+    except OSError:
         return None
+
+
+def _is_python(executable: str | None) -> bool:
+    """Not so where Python is embedded in another program, or frozen into one."""
+    return bool(executable) and not getattr(sys, "frozen", False) and "python" in os.path.basename(executable or "")
 
 
 def main(texts: list[str]) -> None:

@@ -95,13 +95,34 @@ def test_nothing_is_compiled_that_is_on_disk(commands, monkeypatch: pytest.Monke
     assert not commands
 
 
-@pytest.mark.parametrize("executable", ["", "/nonexistent/python", sys.executable])
-def test_processes_that_fail_are_of_no_consequence(executable: str, monkeypatch: pytest.MonkeyPatch, folder: Path):
+def test_kernels_that_differ_in_their_warps_are_two(commands):
+    config = PermuteConfig(num_experts=128, num_local_experts=128, top_k=8)
+    with CompilingAhead([job(32, config=config), job(128, config=config)]):
+        assert len(commands) == 2
+
+
+def test_no_process_is_started_where_nothing_can_be_kept(commands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOE_CACHE_DIR", str(tmp_path / "file"))
+    with CompilingAhead([job(16), job(16, UNITS)]):
+        assert not commands
+
+
+def test_a_path_may_be_any_object(monkeypatch: pytest.MonkeyPatch, folder: Path):
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/nowhere")])
+    with CompilingAhead([job(16), job(16, UNITS)]) as compiling:
+        assert len(compiling._processes) == 2
+
+
+@pytest.mark.parametrize("executable", [None, "", "/nonexistent/python", "/usr/sbin/uwsgi", sys.executable])
+def test_processes_that_fail_are_of_no_consequence(
+    executable: str | None, monkeypatch: pytest.MonkeyPatch, folder: Path
+):
     monkeypatch.setattr(sys, "executable", executable)
     monkeypatch.setattr(PlanningJob, "model_dump_json", lambda self: "no job")
     with CompilingAhead([job(16), job(16, UNITS)]) as compiling:
         compiling.wait()
-    assert not folder.exists()
+    assert not list(folder.iterdir())
 
 
 def test_processes_end_with_the_block(monkeypatch: pytest.MonkeyPatch):
