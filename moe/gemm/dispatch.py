@@ -27,6 +27,7 @@ from moe.gemm.hopper_swapped_launch import SWAPPED_UNITS
 # ones, at 192 rows, where most experts take two units, 3 to 5% slower, at 256 rows 3%.
 MIN_SWAPPED_ROWS = 49
 MAX_SWAPPED_ROWS = 160
+MIN_WIDE_TILE_ROWS = 64  # which the wide kernels take
 
 
 def dispatch_gather_gemm(
@@ -40,7 +41,7 @@ def dispatch_gather_gemm(
 ) -> Tensor:
     """gemm1 by the fastest kernel that takes it; arguments, result and errors as `gather_gemm`."""
     tensors, tile_rows, device = (hidden_states, weights, permutation), permutation.tile_rows, hidden_states.device
-    kernel = config.kernel or _kernel_of_load(permutation.mean_rows)
+    kernel = config.kernel or _kernel_of_load(permutation.mean_rows, tile_rows)
     if kernel == "swapped" and takes_swapped_gather(config, tile_rows, device):
         return hopper_swapped_gather_gemm(*tensors, config=config, swiglu=swiglu, uses_pdl=uses_pdl)
     if kernel == "wide" and takes_wide_gather(config, tile_rows, device):
@@ -53,7 +54,7 @@ def dispatch_grouped_gemm(
 ) -> Tensor:
     """gemm2 by the fastest kernel that takes it; arguments, result and errors as `grouped_gemm`."""
     tile_rows, device = permutation.tile_rows, rows.device
-    kernel = config.kernel or _kernel_of_load(permutation.mean_rows)
+    kernel = config.kernel or _kernel_of_load(permutation.mean_rows, tile_rows)
     if kernel == "swapped" and takes_swapped_grouped(config, tile_rows, device):
         return hopper_swapped_grouped_gemm(rows, weights, permutation, config=config, uses_pdl=uses_pdl)
     if kernel == "wide" and takes_wide_grouped(config, tile_rows, device):
@@ -66,7 +67,7 @@ def unit_size(
     device: torch.device, tile_rows: int, mean_rows: int, *, gemm1: GemmConfig, gemm2: GemmConfig
 ) -> UnitSize | None:
     """The units that both GEMMs of a layer take under such a load, or None: where a planner may make them in its launch."""
-    kernels = {gemm.kernel or _kernel_of_load(mean_rows) for gemm in (gemm1, gemm2)}
+    kernels = {gemm.kernel or _kernel_of_load(mean_rows, tile_rows) for gemm in (gemm1, gemm2)}
     if kernels == {"swapped"} and takes_swapped_gather(gemm1, tile_rows, device):
         return SWAPPED_UNITS if takes_swapped_grouped(gemm2, tile_rows, device) else None
     if kernels == {"wide"} and takes_wide_gather(gemm1, tile_rows, device):
@@ -74,7 +75,7 @@ def unit_size(
     return None
 
 
-def _kernel_of_load(mean_rows: int) -> GemmKernel:
+def _kernel_of_load(mean_rows: int, tile_rows: int) -> GemmKernel:
     if mean_rows < MIN_SWAPPED_ROWS:
         return "portable"
-    return "swapped" if mean_rows <= MAX_SWAPPED_ROWS else "wide"
+    return "swapped" if mean_rows <= MAX_SWAPPED_ROWS or tile_rows < MIN_WIDE_TILE_ROWS else "wide"
