@@ -13,11 +13,21 @@ import torch
 from moe.cli.bench import measure_all, print_bench
 from moe.cli.beside import TURNS
 from moe.cli.layer import FORMATS, ROUTINGS, make_layer
-from moe.cli.machine import UnfitMachine, describe_machine, expect_memory, info_json, info_text, pick_device
-from moe.cli.plot import expect_matplotlib
+from moe.cli.machine import (
+    UnfitMachine,
+    describe_machine,
+    expect_memory,
+    expect_writable,
+    info_json,
+    info_text,
+    installed_version,
+    pick_device,
+)
+from moe.cli.plot import expect_plot
 from moe.cli.progress import Progress
 from moe.cli.run import measure_layer, report_json, report_text
 from moe.shapes import NAMED_SHAPES
+from moe.tuning.buckets import BUCKETS
 from moe.tuning.measure import Peaks, measure_peaks
 
 CPU_TOKENS, CUDA_TOKENS = 64, 2048
@@ -27,7 +37,8 @@ MAX_TUNED_TOKENS = 8192
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 where a result is wrong, 2 for arguments that make no sense."""
+    """Exit status: 0; 1 where a result is wrong, or a bucket could not be tuned; 2 for arguments that make no sense; 130 where
+    the user stopped it."""
     parser = _parser()
     options = parser.parse_args(arguments)
     with torch.inference_mode():
@@ -36,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return options.command(options)
         except UnfitMachine as error:
             parser.error(str(error))
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -63,7 +77,9 @@ def run_command(options: argparse.Namespace) -> int:
 
 def bench_command(options: argparse.Namespace) -> int:
     if options.plot is not None:
-        expect_matplotlib()
+        expect_plot(options.plot)
+    if options.json is not None:
+        expect_writable("--json", options.json)
     progress = Progress(shows_details=False)
     peaks = _measure_peaks(options, progress)
     lines = measure_all(
@@ -106,25 +122,28 @@ def tune_command(options: argparse.Namespace) -> int:
     if not tunes_on(options.device):
         raise UnfitMachine("tune: expected a GPU that torch can use, got none; see `python -m moe info`")
     # Here and not above: the other commands need no tables.
-    from moe.cli.tune import export_table, layers_of, show_table, tune_layers
+    from moe.cli.tune import expect_cache, export_table, layers_of, show_table, tune_layers
 
     layers = layers_of(options.model, options.config, options.format)
     if not (layers or options.show or options.export):
         raise UnfitMachine("tune: expected --model or --config, or --show or --export, got none; name a layer")
-    tune_layers(
-        () if options.show else layers,
-        options.tokens,
-        options.device,
-        max_num_tokens=options.max_tokens,
-        seed=options.seed,
-        force=options.force,
-        progress=Progress(),
-    )
+    is_complete = True
     if options.show:
         show_table(layers, options.device)
+    elif layers:
+        expect_cache(options.device)
+        is_complete = tune_layers(
+            layers,
+            options.tokens,
+            options.device,
+            max_num_tokens=options.max_tokens,
+            seed=options.seed,
+            force=options.force,
+            progress=Progress(),
+        )
     if options.export:
         export_table(options.export, options.device)
-    return 0
+    return 0 if is_complete else 1
 
 
 def tunes_on(device: torch.device) -> bool:
@@ -139,6 +158,7 @@ def _measure_peaks(options: argparse.Namespace, progress: Progress) -> Peaks:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m moe", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"moe-stages {installed_version('moe-stages')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="one layer of a model: time of each stage, load, error")
@@ -200,16 +220,18 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, metavar="FILE", help="JSON of a MoEConfig, or a Hugging Face config.json"
     )
     parser.add_argument(
-        "--format", choices=FORMATS, default="hf", help="format of the weights in memory; default: hf (MajorK)"
+        "--format", choices=FORMATS, help="format of the weights in memory; default: hf (MajorK), or what --config says"
     )
-    parser.add_argument("--tokens", type=_count, nargs="+", metavar="N", help="default: all buckets up to --max-tokens")
+    parser.add_argument(
+        "--tokens", type=_tunable_count, nargs="+", metavar="N", help="default: all buckets up to --max-tokens"
+    )
     parser.add_argument(
         "--max-tokens", type=_count, default=MAX_TUNED_TOKENS, metavar="N", help=f"default: {MAX_TUNED_TOKENS}"
     )
     parser.add_argument("--force", action="store_true", help="tune also what the tables hold")
     parser.add_argument("--show", action="store_true", help="tune nothing: print what the user's table holds")
     parser.add_argument("--export", type=Path, metavar="FILE", help="add the entries of the user's table to this one")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
     _add_device(parser)
 
 
@@ -221,7 +243,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=FORMATS, default="hf", help="format of the weights in memory; default: hf (MajorK)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -229,10 +251,31 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = _int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
     return value
+
+
+def _tunable_count(text: str) -> int:
+    value = _count(text)
+    if value > BUCKETS[-1]:
+        raise argparse.ArgumentTypeError(f"expected {BUCKETS[-1]} or fewer, the last bucket, got {value}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = _int(text)
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"expected 0 to 2^63 - 1, got {value}")
+    return value
+
+
+def _int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
 
 
 if __name__ == "__main__":

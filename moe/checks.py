@@ -126,6 +126,14 @@ def is_as_expected(
     )
 
 
+def expect_count(name: str, value: int) -> None:
+    """Raise unless `value` is an int of 1 or more: TypeError for another type, else ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}; pass a number of 1 or more")
+    if value < 1:
+        raise ValueError(f"{name}: expected 1 or more, got {value}; leave it out for the default")
+
+
 def expect_aligned(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless the tensor's memory starts at a multiple of 16 bytes."""
     if tensor.numel() and tensor.data_ptr() % ALIGNMENT_BYTES:

@@ -146,6 +146,21 @@ def test_bench_without_matplotlib_names_the_extra_before_anything_is_timed(
     assert streams.out == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("bench.foo", "expected a name that ends in ."), ("missing/bench.svg", "expected a file in a folder")],
+)
+def test_bench_refuses_a_picture_that_it_could_not_write(
+    name: str, message: str, tmp_path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit):
+        commands.main(["bench", "--model", "tiny", "--tokens", "1", "--device", "cpu", "--plot", str(tmp_path / name)])
+    streams = capsys.readouterr()
+    assert message in streams.err
+    assert streams.out == ""
+
+
 def test_bench_draws_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "bench.svg"
@@ -154,6 +169,33 @@ def test_bench_draws_a_picture(tmp_path):
     picture = file.read_text()
     assert picture.count('id="legend_') == 2
     assert picture.count('id="axes_') == 2
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        commands.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("moe-stages ")
+
+
+def test_stopping_a_command_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def stop(device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "describe_machine", stop)
+    assert commands.main(["info", "--device", "cpu"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_wrong_choices_alone_are_said_to_be_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(exact.Accuracy, "chooses_alike", False)
+    assert commands.main(["run", "--model", "tiny", "--tokens", "8", "--device", "cpu"]) == 1
+    report = capsys.readouterr().out
+    assert "(good)" in report
+    assert report.count("WRONG") == 1
+    assert "agree with the routing reference: 100.00% (WRONG, expected more than 99.9%)" in report
 
 
 def test_info_names_versions_and_stages(capsys: pytest.CaptureFixture[str]):
@@ -168,9 +210,14 @@ def test_info_names_versions_and_stages(capsys: pytest.CaptureFixture[str]):
     [
         (["run", "--model", "nothing"], "qwen3-30b-a3b"),
         (["run", "--tokens", "0"], "expected 1 or more, got 0"),
+        (["run", "--tokens", "abc"], "expected a whole number, got 'abc'"),
+        (["run", "--seed", "9" * 20], "expected 0 to 2^63 - 1"),
+        (["tune", "--tokens", "200000"], "expected 131072 or fewer"),
+        (["bench", "--json", "/nonexistent/bench.json"], "--json /nonexistent/bench.json: expected a file"),
+        (["bench", "--json", "/"], "expected a file in a folder that can be written"),
         ([], "COMMAND"),
     ],
-    ids=["unknown-model", "no-tokens", "no-command"],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
 def test_senseless_arguments_are_refused_with_the_cure(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
@@ -268,6 +315,7 @@ def test_tune_shows_each_bucket_before_and_after(tmp_path, capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert lines[-2] in shown
     assert "\ntiny\n" in shown
+    assert "shipped: none for cpu" in shown
     assert f"{exported}: 2 entries" in shown
     assert len(json.loads(exported.read_text())["entries"]) == 2
 
@@ -287,6 +335,107 @@ def test_tune_reads_our_config_and_a_hugging_face_one(tmp_path, capsys: pytest.C
     assert "config.json: nothing was left to tune" in capsys.readouterr().out
 
 
+def tune_tiny(*more: str) -> int:
+    return commands.main(["tune", "--model", "tiny", "--tokens", "40", "--device", "cpu", *more])
+
+
+@pytest.mark.usefixtures("_pretends_to_have_a_gpu")
+@pytest.mark.parametrize("target", ["notes.md", "folder", "missing/table.json"])
+def test_export_leaves_what_is_no_table_alone(target: str, tmp_path, capsys: pytest.CaptureFixture[str]):
+    assert tune_tiny() == 0
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "notes.md").write_text("notes")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        commands.main(["tune", "--device", "cpu", "--export", str(tmp_path / target)])
+    assert stopped.value.code == 2
+    assert f"--export {tmp_path / target}: expected a new file, or a table for cpu" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "notes.md").read_text() == "notes"
+
+
+@pytest.mark.usefixtures("_pretends_to_have_a_gpu")
+def test_export_of_nothing_is_refused(tmp_path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        commands.main(["tune", "--device", "cpu", "--export", str(tmp_path / "table.json")])
+    assert "tune a layer first" in capsys.readouterr().err
+    assert not (tmp_path / "table.json").exists()
+
+
+@pytest.mark.usefixtures("_pretends_to_have_a_gpu")
+def test_a_bucket_that_could_not_be_tuned_is_named_and_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from moe.tuning import search
+
+    def fail(*arguments: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(search, "make_problem", fail)
+    assert tune_tiny() == 1
+    report = capsys.readouterr().out
+    assert "left out, see above: 48 tokens" in report
+    assert "nothing was left" not in report
+
+
+@pytest.mark.usefixtures("_pretends_to_have_a_gpu")
+def test_a_layer_that_does_not_fit_fails_the_command_and_the_next_is_tuned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from moe.cli import tune
+
+    def expect_free_bytes(name: str, num_bytes: int, device: torch.device) -> None:
+        if name == "tiny":
+            raise tune.UnfitMachine("tiny: expected more memory")
+
+    monkeypatch.setattr(tune, "expect_free_bytes", expect_free_bytes)
+    assert tune_tiny("--model", "tiny", "tiny-grouped") == 1
+    streams = capsys.readouterr()
+    assert "left out: tiny: expected more memory" in streams.err
+    assert "\ntiny-grouped\n" in streams.out
+
+
+@pytest.mark.usefixtures("_pretends_to_have_a_gpu")
+def test_a_retune_needs_no_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert tune_tiny() == 0
+    monkeypatch.setattr("moe.cli.machine._available_bytes", lambda: 1)
+    assert tune_tiny() == 0
+    assert "tiny: nothing was left to tune; --force tunes it again" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_pretends_to_have_a_gpu")
+def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOE_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(SystemExit) as stopped:
+        tune_tiny()
+    assert stopped.value.code == 2
+    assert "set MOE_CACHE_DIR to one" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_pretends_to_have_a_gpu")
+def test_the_format_of_a_file_is_its_own(tmp_path, capsys: pytest.CaptureFixture[str]):
+    from moe import MoEConfig
+    from moe.tuning import GpuModel, is_tuned
+
+    theirs = tmp_path / "config.json"
+    fields = {"model_type": "aria_text", "hidden_size": 64, "intermediate_size": 64, "hidden_act": "silu"}
+    fields |= {"moe_num_experts": 8, "moe_topk": 2}
+    theirs.write_text(json.dumps(fields))
+    assert commands.main(["tune", "--config", str(theirs), "--tokens", "40", "--device", "cpu"]) == 0
+    config = MoEConfig.from_hf_config(fields)
+    assert config.gemm1.weight_format.layout.name == "MajorMn"
+    assert is_tuned(config, 48, GpuModel.of("cpu"))
+
+    ours = tmp_path / "ours.json"
+    ours.write_text(config.model_dump_json())
+    with pytest.raises(SystemExit):
+        commands.main(["tune", "--config", str(ours), "--format", "flashinfer", "--device", "cpu"])
+    assert "names its own; leave --format out" in capsys.readouterr().err
+
+
 def test_tune_refuses_a_machine_without_a_gpu_in_a_line(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
         commands.main(["tune", "--model", "tiny", "--device", "cpu"])
@@ -295,7 +444,7 @@ def test_tune_refuses_a_machine_without_a_gpu_in_a_line(capsys: pytest.CaptureFi
 
 
 @pytest.mark.usefixtures("_pretends_to_have_a_gpu")
-@pytest.mark.parametrize("content", ["not json", "[1]", '{"model_type": "unknown"}', '{"routing": 3}'])
+@pytest.mark.parametrize("content", ["not json", "[1]", '{"model_type": "unknown"}', '{"routing": 3}', "[" * 100_000])
 def test_tune_refuses_a_file_that_describes_no_layer(content: str, tmp_path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "config.json"
     file.write_text(content)

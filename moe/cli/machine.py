@@ -62,6 +62,13 @@ def expect_free_bytes(layer_name: str, num_bytes: int, device: torch.device) -> 
         )
 
 
+def expect_writable(option: str, file: Path) -> None:
+    """Raise UnfitMachine where a result could not be written in the end."""
+    folder = file.parent
+    if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise UnfitMachine(f"{option} {file}: expected a file in a folder that can be written; name another")
+
+
 def _available_bytes() -> int | None:
     return next((int(line.split()[1]) << 10 for line in _lines(MEMINFO) if line.startswith("MemAvailable:")), None)
 
@@ -83,7 +90,7 @@ def describe_machine(device: torch.device) -> Machine:
     else:
         name = _cpu_name()
         details = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
-    versions = {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
+    versions = {"python": platform.python_version()} | {package: installed_version(package) for package in PACKAGES}
     versions["cuda of torch"] = torch.version.cuda or "none"
     stages = {stage: function_of_stage(build_pipeline(config, device), stage) for stage in STAGES}
     return Machine(str(device), name, details, versions, stages)
@@ -107,7 +114,7 @@ def _cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -7,15 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe.cli.machine import UnfitMachine
+from moe.cli.machine import UnfitMachine, expect_writable
 
 
-def expect_matplotlib() -> None:
-    """Raise UnfitMachine where matplotlib is missing."""
+def expect_plot(file: Path) -> None:
+    """Raise UnfitMachine where matplotlib is missing, or the file could not be written in the end."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UnfitMachine(
             "--plot: expected matplotlib, which is not installed; `pip install 'moe-stages[plot]'`, or leave --plot out"
         )
+    from matplotlib.figure import Figure
+
+    formats = Figure().canvas.get_supported_filetypes()
+    if file.suffix.removeprefix(".").lower() not in formats:
+        raise UnfitMachine(f"--plot {file}: expected a name that ends in .{', .'.join(sorted(formats))}; rename it")
+    expect_writable("--plot", file)
 
 
 def plot_bench(results: Sequence[dict[str, Any]], title: str, file: Path) -> None:

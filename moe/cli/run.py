@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from moe.cli.exact import ERROR_LIMIT, Accuracy, check_accuracy
+from moe.cli.exact import ERROR_LIMIT, MIN_SAME_CHOICES, Accuracy, check_accuracy
 from moe.cli.layer import Inputs, Layer, make_inputs
 from moe.cli.load import Cost, Load, mean_costs, measure_load, stage_costs
 from moe.cli.machine import STAGES, function_of_stage, is_kernel
@@ -160,13 +160,14 @@ def _load_text(load: Load) -> str:
 
 
 def _accuracy_text(accuracy: Accuracy) -> str:
-    verdict = "good" if accuracy.is_good else f"WRONG, over the limit of {ERROR_LIMIT:.0e}"
+    verdict = "good" if accuracy.is_close else f"WRONG, over the limit of {ERROR_LIMIT:.0e}"
+    choices = "" if accuracy.chooses_alike else f" (WRONG, expected more than {100 * MIN_SAME_CHOICES:.1f}%)"
     return (
         f"error against float64 over {accuracy.num_checked} tokens: relative Frobenius "
         f"{accuracy.relative_frobenius:.2e} ({verdict})\n"
         f"worst element: off by {accuracy.worst_error:.2e} where {accuracy.worst_exact:+.3f} is exact "
         f"(token {accuracy.worst_token}, column {accuracy.worst_column})\n"
-        f"choices of experts that agree with the routing reference: {100 * accuracy.same_choices:.2f}%"
+        f"choices of experts that agree with the routing reference: {100 * accuracy.same_choices:.2f}%{choices}"
     )
 
 

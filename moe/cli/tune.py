@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
+from moe.cache_folder import can_write
 from moe.cli.layer import FORMATS, config_of_shape
 from moe.cli.machine import UnfitMachine, expect_free_bytes
 from moe.cli.progress import Progress
@@ -17,8 +19,17 @@ from moe.cli.text import decimal, table
 from moe.config import MoEConfig
 from moe.shapes import NAMED_SHAPES
 from moe.tuning.gpu import GpuModel
-from moe.tuning.search import describe, tune
-from moe.tuning.table import LayerKey, TableEntry, load_table, merge_into, user_table_path
+from moe.tuning.lookup import is_tuned
+from moe.tuning.search import buckets_of, describe, tune
+from moe.tuning.table import (
+    LayerKey,
+    TableEntry,
+    UnusableTable,
+    export_into,
+    load_table,
+    shipped_table_path,
+    user_table_path,
+)
 
 
 @dataclass(frozen=True)
@@ -29,30 +40,58 @@ class NamedLayer:
     config: MoEConfig
 
 
-def layers_of(models: Sequence[str], file: Path | None, weight_format: str) -> list[NamedLayer]:
+def layers_of(models: Sequence[str], file: Path | None, weight_format: str | None) -> list[NamedLayer]:
     """The layers of named models, and that of a JSON file: a MoEConfig, or a Hugging Face config.json.
 
+    Args:
+        weight_format: a name of FORMATS; None: MajorK for named models, and what the file says or its model has.
+
     Raises:
-        UnfitMachine: a file that cannot be read, or that describes no layer.
+        UnfitMachine: a file that cannot be read, or that describes no layer, or names its format beside another.
     """
     layers = [
-        NamedLayer(name, config_of_shape(NAMED_SHAPES[name], FORMATS[weight_format])) for name in dict.fromkeys(models)
+        NamedLayer(name, config_of_shape(NAMED_SHAPES[name], FORMATS[weight_format or "hf"]))
+        for name in dict.fromkeys(models)
     ]
     if file is not None:
         layers.append(NamedLayer(file.name, _read_config(file, weight_format)))
     return layers
 
 
-def _read_config(file: Path, weight_format: str) -> MoEConfig:
+def _read_config(file: Path, weight_format: str | None) -> MoEConfig:
     try:
         fields = json.loads(file.read_text())
         if isinstance(fields, dict) and "routing" in fields:
-            return MoEConfig.model_validate(fields)
-        return MoEConfig.from_hf_config(fields, weight_format=FORMATS[weight_format])
-    except (OSError, ValueError, TypeError) as error:
+            config = MoEConfig.model_validate(fields)
+            if weight_format is not None:
+                raise UnfitMachine(
+                    f"--format {weight_format}: {file} names its own; leave --format out, or edit the file"
+                )
+            return config
+        return MoEConfig.from_hf_config(fields, weight_format=None if weight_format is None else FORMATS[weight_format])
+    except UnfitMachine:
+        raise
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UnfitMachine(
-            f"--config {file}: expected a MoEConfig or a Hugging Face config.json, got one that does not read as either: {error}"
+            f"--config {file}: expected a MoEConfig or a Hugging Face config.json, got one that does not read as either: "
+            f"{_line_of(error)}"
         ) from error
+
+
+def _line_of(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return " ".join(str(error).split())
+
+
+def expect_cache(device: torch.device) -> None:
+    """Raise UnfitMachine where what is found could not be kept."""
+    folder = user_table_path(GpuModel.of(device)).parent
+    if not can_write(folder):
+        raise UnfitMachine(
+            f"tune: expected a folder to write to, got {folder}; set MOE_CACHE_DIR to one, or nothing would be kept"
+        )
 
 
 def tune_layers(
@@ -64,34 +103,60 @@ def tune_layers(
     seed: int,
     force: bool,
     progress: Progress,
-) -> None:
-    """Tune one after another, and print a table a layer: each bucket before and after. Weights are made once a layer."""
+) -> bool:
+    """Tune one after another, and print a table a layer: each bucket before and after. Weights are made once a layer.
+
+    Returns:
+        Whether all buckets of all layers are in a table now.
+    """
+    is_complete = True
+    gpu = GpuModel.of(device)
     for layer in layers:
-        gemms = (layer.config.gemm1, layer.config.gemm2)
-        expect_free_bytes(layer.name, sum(2 * math.prod(gemm.weight_shape) for gemm in gemms), device)
-        progress.step(layer.name)
-        entries = tune(
-            layer.config,
-            token_counts=token_counts,
-            device=device,
-            max_num_tokens=max_num_tokens,
-            seed=seed,
-            report=progress.step,
-            force=force,
-        )
-        progress.step(f"{layer.name}: done")
-        print(
-            f"\n{layer.name}\n{entries_text(entries)}" if entries else f"\n{layer.name}: nothing was left to tune",
-            flush=True,
-        )
+        buckets = buckets_of(token_counts, max_num_tokens)
+        entries: list[TableEntry] = []
+        if force or not all(is_tuned(layer.config, bucket, gpu) for bucket in buckets):
+            gemms = (layer.config.gemm1, layer.config.gemm2)
+            try:
+                expect_free_bytes(layer.name, sum(2 * math.prod(gemm.weight_shape) for gemm in gemms), device)
+            except UnfitMachine as error:
+                progress.step(f"left out: {error}")
+                is_complete = False
+                continue
+            progress.step(layer.name)
+            entries = tune(
+                layer.config,
+                token_counts=token_counts,
+                device=device,
+                max_num_tokens=max_num_tokens,
+                seed=seed,
+                report=progress.step,
+                force=force,
+            )
+            progress.step(f"{layer.name}: done")
+        left_out = [str(bucket) for bucket in buckets if not is_tuned(layer.config, bucket, gpu)]
+        is_complete &= not left_out
+        lines = [
+            f"\n{layer.name}" + ("" if entries or left_out else ": nothing was left to tune; --force tunes it again")
+        ]
+        lines += [entries_text(entries)] if entries else []
+        lines += [f"left out, see above: {', '.join(left_out)} tokens"] if left_out else []
+        print("\n".join(lines), flush=True)
+    return is_complete
 
 
 def show_table(layers: Sequence[NamedLayer], device: torch.device) -> None:
-    """Print what the user's table holds for this GPU, a layer at a time; those of `layers` by name."""
+    """Print what the user's table holds for this GPU, a layer at a time, those of `layers` by name; and of the shipped one
+    how much, and whether it is used."""
     gpu = GpuModel.of(device)
+    reasons: list[str] = []
+    shipped = load_table(shipped_table_path(gpu), gpu, report=reasons.append)
+    if shipped is not None:
+        print(f"shipped: {shipped_table_path(gpu)}: {len(shipped.entries)} entries, for what the user's table lacks")
+    else:
+        print(f"shipped: {reasons[0] if reasons else f'none for {gpu.name}'}")
     path = user_table_path(gpu)
     entries = _entries_in(path, gpu)
-    print(f"{path}: {len(entries)} entries")
+    print(f"user's: {path}: {len(entries)} entries")
     names = {LayerKey.of(layer.config): layer.name for layer in layers}
     for key in dict.fromkeys(entry.key for entry in entries):
         text = ", ".join(f"{name} {value}" for name, value in key.model_dump(mode="json").items())
@@ -99,11 +164,24 @@ def show_table(layers: Sequence[NamedLayer], device: torch.device) -> None:
 
 
 def export_table(file: Path, device: torch.device) -> None:
-    """Add the entries of the user's table to `file`, in the format of the tables that are shipped."""
+    """Add the entries of the user's table to `file`, in the format of the tables that are shipped.
+
+    Raises:
+        UnfitMachine: there is nothing to export, or `file` is something else or cannot be written; it is left as it is.
+    """
     gpu = GpuModel.of(device)
-    entries = _entries_in(user_table_path(gpu), gpu)
-    merge_into(file, gpu, entries)
-    print(f"{file}: {len(entries)} entries for {gpu.name}")
+    path = user_table_path(gpu)
+    entries = _entries_in(path, gpu)
+    if not entries:
+        raise UnfitMachine(f"--export: expected entries in {path}, got none; tune a layer first")
+    try:
+        table = export_into(file, gpu, entries)
+    except (UnusableTable, OSError) as error:
+        raise UnfitMachine(
+            f"--export {file}: expected a new file, or a table for {gpu.name} and the versions here, got {_line_of(error)}; "
+            "name another file"
+        ) from error
+    print(f"{file}: {len(table.entries)} entries for {gpu.name}, {len(entries)} of them from {path}")
 
 
 def entries_text(entries: Sequence[TableEntry]) -> str:

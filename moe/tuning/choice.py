@@ -62,6 +62,12 @@ class TuningChoice(FrozenConfig):
         return all(explicit is None or explicit == chosen for explicit, chosen in pairs)
 
 
+def names_the_chain(config: MoEConfig) -> bool:
+    """Whether a config leaves neither kernels nor tile_rows open, as a batch-invariant one: tables have no say in it."""
+    kernels = config.few_tokens.max_tokens, config.gemm1.kernel, config.gemm2.kernel
+    return None not in (config.permute.tile_rows, *kernels)
+
+
 def _fill(config: Config, **fields: Any) -> Config:
     """The config with `fields` where it has None, built anew so that validators run."""
     missing = {name: value for name, value in fields.items() if value is not None and getattr(config, name) is None}

@@ -37,10 +37,9 @@ class GpuModel(FrozenConfig):
             return cls(name=device.type, capability=(0, 0), num_sms=0, l2_bytes=0, memory_bytes=0)
         return _model_of_index(torch.cuda.current_device() if device.index is None else device.index)
 
-    def file_name(self) -> str:
-        """The name of its tables: nvidia_h200.json."""
-        slug = re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")[:MAX_SLUG]
-        return f"{slug or 'gpu'}.json"
+    def slug(self) -> str:
+        """Its name as a file's: nvidia_h200."""
+        return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")[:MAX_SLUG] or "gpu"
 
     def shares_timings_with(self, other: GpuModel) -> bool:
         """Whether both are one product: the memory that a driver reports differs by what it keeps for itself."""

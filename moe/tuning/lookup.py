@@ -51,6 +51,14 @@ class Tables:
             self._choices_of_gpu[gpu] = {**self.of(gpu), **_by_layer(entries)}
             self.generation += 1
 
+    def refresh(self, gpu: GpuModel) -> None:
+        """See what other processes have added to the files."""
+        with self._lock:
+            known = self.of(gpu)
+            if (choices := {**known, **_load(gpu)}) != known:
+                self._choices_of_gpu[gpu] = choices
+                self.generation += 1
+
     def clear(self) -> None:
         with self._lock:
             self._choices_of_gpu.clear()

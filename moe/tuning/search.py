@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
+from moe.cache_folder import cache_folder, can_write
+from moe.checks import expect_count
 from moe.config import MoEConfig
 from moe.permute.compile_ahead import CompilingAhead
 from moe.pipeline import MoEPipeline, build_pipeline
-from moe.tuning.buckets import bucket_of, buckets_up_to
+from moe.tuning.buckets import BUCKETS, bucket_of, buckets_up_to
 from moe.tuning.candidates import Candidates, kernels_on, left_to_the_model
 from moe.tuning.choice import TuningChoice
 from moe.tuning.gpu import GpuModel
-from moe.tuning.lookup import is_tuned, remember
+from moe.tuning.lookup import TABLES, is_tuned, remember
 from moe.tuning.measure import measure_us
 from moe.tuning.problem import ERROR_LIMIT, Problem, make_problem, make_weights
 from moe.tuning.table import LayerKey, TableEntry
@@ -30,6 +36,7 @@ Report = Callable[[str], None]
 MIN_GAIN = 0.02  # of the model's time; a second run of the same kernels may differ by half of that
 TURNS = 5  # of the winner and the model's choice in the last comparison: power and clock drift, so neither is timed in one piece
 BUDGET_S = 0.02  # a timing
+_SEARCHING = threading.RLock()
 COMPILE_THREADS = 8  # most of a compilation is in ptxas and LLVM, which hold no lock of Python's
 
 
@@ -64,27 +71,116 @@ def tune(
         The entries of the buckets that were tuned now; none for those that were before.
 
     Raises:
+        TypeError: a config that is none, a number that is no int.
         ValueError: weights that do not fit the config, a device without CUDA, a token count beyond the last bucket.
     """
-    where = torch.device(device)
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
-    if where.type != "cuda" and timer is None:
-        raise ValueError(f"device: expected a CUDA device, got {where}; the references have nothing to choose")
+    if not isinstance(config, MoEConfig):
+        raise TypeError(f"config: expected a MoEConfig, got {type(config).__name__}; MoEConfig.create makes one")
+    where = _device_of(device, is_timed_elsewhere=timer is not None)
     config, report = left_to_the_model(config), report or _say_nothing
-    buckets = buckets_up_to(max_num_tokens) if token_counts is None else _buckets_of(token_counts)
-    wanted = [bucket for bucket in buckets if force or not is_tuned(config, bucket, where)]
-    if len(wanted) < len(buckets):
-        report(f"{len(buckets) - len(wanted)} of {len(buckets)} buckets are tuned already; force=True tunes them again")
+    buckets = buckets_of(token_counts, max_num_tokens)
+    if weights is not None:
+        _expect_weights(config, weights, where)
+    gpu = GpuModel.of(where)
+    wanted = _untuned(config, buckets, gpu, report, force=force)
     if not wanted:
         return []
-    timer = timer or partial(_time, device=where)
-    all_candidates = [Candidates(config, bucket, kernels_on(where)) for bucket in wanted]
+    with _only_search_on(where, report):
+        # Whoever searched until now may have searched for the same.
+        TABLES.refresh(gpu)
+        if not (wanted := _untuned(config, wanted, gpu, report, force=force)):
+            return []
+        timer = timer or partial(_time, device=where)
+        return _tune_buckets(config, weights, wanted, where, seed=seed, timer=timer, report=report, force=force)
+
+
+def buckets_of(token_counts: Iterable[int] | None, max_num_tokens: int) -> tuple[int, ...]:
+    """The buckets of token counts, or all that hold counts up to `max_num_tokens`.
+
+    Raises:
+        TypeError: a number that is no int, or a single one in the place of several.
+        ValueError: one below 1, or beyond the last bucket.
+    """
+    expect_count("max_num_tokens", max_num_tokens)
+    if token_counts is None:
+        return buckets_up_to(max_num_tokens)
+    if not isinstance(token_counts, Iterable):
+        raise TypeError(f"token_counts: expected several ints, got {type(token_counts).__name__}; pass a list")
+    buckets = set()
+    for num_tokens in token_counts:
+        expect_count("token_counts", num_tokens)
+        bucket = bucket_of(num_tokens)
+        if bucket is None:
+            raise ValueError(
+                f"token_counts: expected counts up to the last bucket's, {BUCKETS[-1]}, got {num_tokens}; leave it out"
+            )
+        buckets.add(bucket)
+    return tuple(sorted(buckets))
+
+
+def _device_of(device: torch.device | str, *, is_timed_elsewhere: bool) -> torch.device:
+    where = torch.device(device)
+    if where.type != "cuda":
+        if not is_timed_elsewhere:
+            raise ValueError(f"device: expected a CUDA device, got {where}; the references have nothing to choose")
+    elif not torch.cuda.is_available():
+        raise ValueError(f"device: expected a GPU that torch can use, got {where} and none; see `python -m moe info`")
+    elif where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    return where
+
+
+def _untuned(config: MoEConfig, buckets: Sequence[int], gpu: GpuModel, report: Report, *, force: bool) -> Sequence[int]:
+    untuned = [bucket for bucket in buckets if force or not is_tuned(config, bucket, gpu)]
+    if len(untuned) < len(buckets):
+        report(f"{len(buckets) - len(untuned)} of {len(buckets)} buckets are tuned already")
+    return untuned
+
+
+@contextmanager
+def _only_search_on(device: torch.device, report: Report) -> Iterator[None]:
+    """One search at a time on a GPU, in this process and others: two would time one another."""
+    with _SEARCHING, ExitStack() as stack:
+        if can_write(folder := cache_folder()):
+            lock = FileLock(folder / f"{_name_of(device)}.search.lock")
+            try:
+                lock.acquire(timeout=0)
+                stack.callback(lock.release)
+            except Timeout:
+                report(f"waiting for another process that tunes on {device}")
+                lock.acquire()
+                stack.callback(lock.release)
+            except (OSError, NotImplementedError):  # a file system without locks
+                pass
+        yield
+
+
+def _name_of(device: torch.device) -> str:
+    """The same in all processes, whatever they may see of the machine."""
+    if device.type != "cuda":
+        return device.type
+    return f"gpu-{getattr(torch.cuda.get_device_properties(device), 'uuid', device.index)}"
+
+
+def _tune_buckets(
+    config: MoEConfig,
+    weights: tuple[Tensor, Tensor] | None,
+    buckets: Sequence[int],
+    where: torch.device,
+    *,
+    seed: int,
+    timer: Timer,
+    report: Report,
+    force: bool,
+) -> list[TableEntry]:
+    all_candidates = [Candidates(config, bucket, kernels_on(where)) for bucket in buckets]
+    gpu, entries = GpuModel.of(where), []
     with torch.no_grad(), _planners_ahead(config, all_candidates, where) as planners:
         w1, w2 = make_weights(config, where, seed=seed) if weights is None else weights
-        _expect_weights(config, w1, w2, where)
-        gpu, entries = GpuModel.of(where), []
         for candidates in all_candidates:
+            TABLES.refresh(gpu)  # processes on other GPUs of this model add to them too
+            if not force and is_tuned(config, candidates.num_tokens, gpu):
+                continue
             if candidates.runs_grouped:
                 planners.wait()
             entry = _tune_bucket(candidates, w1, w2, seed=seed, timer=timer, report=report)
@@ -132,7 +228,11 @@ class _Search:
             if not error <= ERROR_LIMIT:  # NaN too
                 self.report(f"  dropped {describe(choice)}: wrong result, relative error {error:.1e}")
                 return None
-            return self.timer(choice, calls)
+            time_us = self.timer(choice, calls)
+            if not 0 < time_us < math.inf:
+                self.report(f"  dropped {describe(choice)}: it took {time_us} us")
+                return None
+            return time_us
         except Exception as failure:  # whatever a compiler or a launch raises: others may be fine
             lines = str(failure).splitlines() or [""]
             self.report(f"  dropped {describe(choice)}: {type(failure).__name__}: {lines[0]}")
@@ -168,14 +268,27 @@ class _Search:
         ours, models = zip(*turns)
         return median(ours), median(models)
 
+    def final_us(self, choice: TuningChoice) -> tuple[float, float] | None:
+        """`paired_us`, or None where that fails, which is reported."""
+        try:
+            times_us = self.paired_us(choice)
+        except Exception as failure:  # memory that was there a moment ago, say
+            lines = str(failure).splitlines() or [""]
+            self.report(f"  dropped {describe(choice)}: {type(failure).__name__}: {lines[0]}")
+            return None
+        return times_us if all(0 < time_us < math.inf for time_us in times_us) else None
+
 
 def _planners_ahead(config: MoEConfig, all_candidates: list[Candidates], device: torch.device) -> CompilingAhead:
     """The planner's kernels, compiled while the search begins."""
     if device.type != "cuda":
-        return CompilingAhead([])
-    from moe.tuning.ahead import planning_jobs
+        return CompilingAhead()
+    try:
+        from moe.tuning.ahead import planning_jobs
 
-    return CompilingAhead(planning_jobs(config, all_candidates, device))
+        return CompilingAhead(planning_jobs(config, all_candidates, device))
+    except ImportError:  # which each choice will run into, and say so
+        return CompilingAhead()
 
 
 def _tune_bucket(
@@ -187,7 +300,7 @@ def _tune_bucket(
     model = TuningChoice()
     try:
         problem = make_problem(config, bucket, w1, w2, seed=seed)
-    except torch.OutOfMemoryError as failure:
+    except RuntimeError as failure:  # out of memory, torch's or cuBLAS's
         report(f"  left out: {str(failure).splitlines()[0]}")
         return None
     search = _Search(config, w1, w2, problem, timer, report)
@@ -199,8 +312,11 @@ def _tune_bucket(
     for axis in candidates.variants(best):
         best, best_us = search.fastest(best, best_us, axis(best))
     tuned_us = model_us
-    if best != model:
-        tuned_us, model_us = search.paired_us(best)
+    final_us = search.final_us(best) if best != model else None
+    if final_us is None:
+        best = model
+    else:
+        tuned_us, model_us = final_us
         if tuned_us > (1 - MIN_GAIN) * model_us:
             report(
                 f"  {describe(best)} came to {tuned_us:.1f} us, the model's choice to {model_us:.1f}: within {MIN_GAIN:.0%}"
@@ -222,21 +338,11 @@ def _short(value: object) -> str:
     return "x".join(str(number) for number in value.values()) if isinstance(value, dict) else str(value)
 
 
-def _buckets_of(token_counts: Iterable[int]) -> tuple[int, ...]:
-    buckets = []
-    for num_tokens in token_counts:
-        bucket = bucket_of(num_tokens)
-        if num_tokens < 1 or bucket is None:
-            raise ValueError(
-                f"token_counts: expected counts from 1 to the last bucket's, got {num_tokens}; leave it out"
-            )
-        buckets.append(bucket)
-    return tuple(sorted(set(buckets)))
-
-
-def _expect_weights(config: MoEConfig, w1: Tensor, w2: Tensor, device: torch.device) -> None:
-    config.gemm1.check_weights("gemm1_weights", w1, device)
-    config.gemm2.check_weights("gemm2_weights", w2, device)
+def _expect_weights(config: MoEConfig, weights: tuple[Tensor, Tensor], device: torch.device) -> None:
+    if not isinstance(weights, (tuple, list)) or len(weights) != 2:
+        raise TypeError(f"weights: expected a tuple of w1 and w2, got {type(weights).__name__}; pass (w1, w2)")
+    for name, tensor, gemm in zip(("gemm1_weights", "gemm2_weights"), weights, (config.gemm1, config.gemm2)):
+        gemm.check_weights(name, tensor, device)
 
 
 def _time(choice: TuningChoice, calls: Sequence[Call], *, device: torch.device) -> float:

@@ -127,13 +127,17 @@ class _Head(BaseModel):
 
 
 def user_table_path(gpu: GpuModel) -> Path:
-    """The table that tuning on this machine adds to, in the cache folder."""
-    return cache_folder() / gpu.file_name()
+    """The table that tuning on this machine adds to, in the cache folder.
+
+    Each version of the kernels and of triton has one of its own, as several environments may share the folder.
+    """
+    triton = ".".join(triton_version().split(".")[:2])
+    return cache_folder() / f"{gpu.slug()}-kernels{KERNELS_VERSION}-triton{triton}.json"
 
 
 def shipped_table_path(gpu: GpuModel) -> Path:
     """The table that came with the package; most GPU models have none."""
-    return SHIPPED_TABLES / gpu.file_name()
+    return SHIPPED_TABLES / f"{gpu.slug()}.json"
 
 
 def warn(line: str) -> None:
@@ -174,6 +178,22 @@ def merge_into(path: Path, gpu: GpuModel, entries: Iterable[TableEntry], *, repo
         report(f"{path} cannot be written, so what was tuned is lost when this process ends: {_line_of(error)}")
     known = load_table(path, gpu, report=_LOGGER.debug)
     return TuningTable.create(gpu, (*(known.entries if known else ()), *entries))
+
+
+def export_into(path: Path, gpu: GpuModel, entries: Iterable[TableEntry]) -> TuningTable:
+    """Add entries to a file that somebody keeps, and return the whole table. One process at a time.
+
+    Raises:
+        UnusableTable: the file is no table of ours, or its timings do not hold here; it is left as it is.
+        OSError: the file cannot be read or written.
+    """
+    try:
+        known = _read(path, gpu).entries
+    except FileNotFoundError:
+        known = ()
+    table = TuningTable.create(gpu, (*known, *entries))
+    replace_file(Path(os.path.realpath(path)), table.text())
+    return table
 
 
 def _read(path: Path, gpu: GpuModel) -> TuningTable:

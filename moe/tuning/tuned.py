@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.checks import is_as_expected
+from moe.checks import expect_count, is_as_expected
 from moe.config import MoEConfig
 from moe.flow import ExpertOutputs, SwigluParams, TopK
 from moe.pipeline import MoEPipeline, build_pipeline
 from moe.tuning.autotune import active, tune_missing
 from moe.tuning.buckets import bucket_of
+from moe.tuning.choice import names_the_chain
 from moe.tuning.gpu import GpuModel
 from moe.tuning.lookup import TABLES, look_up
 from moe.tuning.table import warn
@@ -25,8 +26,11 @@ _REPLACEABLE = frozenset(field.name for field in dataclasses.fields(MoEPipeline)
 def tuned_config(config: MoEConfig, num_tokens: int, device: torch.device | str | GpuModel) -> MoEConfig:
     """`config` for `num_tokens` tokens, with the tables' choice in the place of what it leaves to the model.
 
-    The same config where no table has the layer and bucket, on a CPU, and where the tables' choice does not fit the layer.
+    The same config where no table has the layer and bucket, on a CPU, where the tables' choice does not fit the layer, and
+    for a config that names its kernels, as a batch-invariant one.
     """
+    if names_the_chain(config):
+        return config
     choice = look_up(config, num_tokens, device)
     if choice is None:
         return config
@@ -74,8 +78,11 @@ class TunedPipeline:
         routing_replay_out: Tensor | None = None,
     ) -> Tensor:
         """As `MoEPipeline.__call__`."""
-        pipeline = self._for_call(logits, w1, w2)
-        return pipeline(
+        if active():
+            self._tune_for(
+                logits, hidden_states, w1, w2, swiglu, bias=bias, output=output, routing_replay_out=routing_replay_out
+            )
+        return self.at(_num_tokens(logits))(
             logits,
             hidden_states,
             w1,
@@ -98,8 +105,9 @@ class TunedPipeline:
         routing_replay_out: Tensor | None = None,
     ) -> ExpertOutputs:
         """As `MoEPipeline.expert_outputs`."""
-        pipeline = self._for_call(logits, w1, w2)
-        return pipeline.expert_outputs(
+        if active():
+            self._tune_for(logits, hidden_states, w1, w2, swiglu, bias=bias, routing_replay_out=routing_replay_out)
+        return self.at(_num_tokens(logits)).expert_outputs(
             logits, hidden_states, w1, w2, bias=bias, swiglu=swiglu, routing_replay_out=routing_replay_out
         )
 
@@ -114,15 +122,17 @@ class TunedPipeline:
         output: Tensor | None = None,
     ) -> Tensor:
         """As `MoEPipeline.run_experts`."""
-        pipeline = self._for_call(topk, w1, w2)
-        return pipeline.run_experts(topk, hidden_states, w1, w2, swiglu=swiglu, output=output)
+        if active():
+            self._tune_for(topk, hidden_states, w1, w2, swiglu, output=output)
+        return self.at(_num_tokens(topk)).run_experts(topk, hidden_states, w1, w2, swiglu=swiglu, output=output)
 
     def run_experts_unfinalized(
         self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
     ) -> ExpertOutputs:
         """As `MoEPipeline.run_experts_unfinalized`."""
-        pipeline = self._for_call(topk, w1, w2)
-        return pipeline.run_experts_unfinalized(topk, hidden_states, w1, w2, swiglu=swiglu)
+        if active():
+            self._tune_for(topk, hidden_states, w1, w2, swiglu)
+        return self.at(_num_tokens(topk)).run_experts_unfinalized(topk, hidden_states, w1, w2, swiglu=swiglu)
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """As `MoEPipeline.workspace_bytes`; another number once the bucket of `num_tokens` is tuned."""
@@ -165,16 +175,22 @@ class TunedPipeline:
         of_bucket[bucket_of(num_tokens)] = pipeline
         return pipeline
 
-    def _for_call(self, entry: Tensor | TopK, w1: Tensor, w2: Tensor) -> MoEPipeline:
-        """The pipeline of a call, which checks its tensors: here they are only asked for what the choice needs."""
+    def _tune_for(
+        self,
+        entry: Tensor | TopK,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        swiglu: SwigluParams | None,
+        **more: Tensor | None,
+    ) -> None:
+        """Tune what is missing, for a call that is not going to be refused."""
         num_tokens = _num_tokens(entry)
-        if active() and self._has_weights(w1, w2):
-            tune_missing(self.config, num_tokens, w1, w2, max_num_tokens=self.max_num_tokens)
-        return self.at(num_tokens)
-
-    def _has_weights(self, w1: Tensor, w2: Tensor) -> bool:
+        self.at(num_tokens)._check(entry, hidden_states, w1, w2, swiglu, **more)
         gemms = (self.config.gemm1, self.config.gemm2)
-        return all(is_as_expected(w, gemm.weight_shape, torch.bfloat16) for w, gemm in zip((w1, w2), gemms))
+        # Swapped stages may take other weights.
+        if all(is_as_expected(w, gemm.weight_shape, torch.bfloat16) for w, gemm in zip((w1, w2), gemms)):
+            tune_missing(self.config, num_tokens, w1, w2, max_num_tokens=self.max_num_tokens)
 
 
 def tuned_pipeline(
@@ -197,7 +213,14 @@ def tuned_pipeline(
     Example:
         >>> pipeline = tuned_pipeline(config, "cuda")
         >>> output = pipeline(logits, hidden_states, w1, w2)
+
+    Raises:
+        TypeError: a config that is none, a number that is no int.
+        ValueError: max_num_tokens below 1.
     """
+    if not isinstance(config, MoEConfig):
+        raise TypeError(f"config: expected a MoEConfig, got {type(config).__name__}; MoEConfig.create makes one")
+    expect_count("max_num_tokens", max_num_tokens)
     return TunedPipeline(config, torch.device(device), uses_pdl, gpu, max_num_tokens=max_num_tokens)
 
 

@@ -13,6 +13,7 @@ from moe.trtllm import trtllm_bf16_moe
 from moe.tuning.autotune import active, autotune, tune_missing
 from moe.tuning.buckets import buckets_up_to
 from moe.tuning.problem import make_weights
+from moe.tuning.tuned import tuned_pipeline
 
 CONFIG = MoEConfig.create(hidden_size=64, intermediate_size=32, num_experts=8, top_k=2)
 MODULE = importlib.import_module("moe.tuning.autotune")  # its package has a function of that name
@@ -30,6 +31,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
     monkeypatch.setattr(MODULE, "tune", tune)
     monkeypatch.setattr(MODULE, "_DONE", set())
+    monkeypatch.setattr(MODULE, "is_tuned", lambda config, bucket, device: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return asked
 
@@ -101,6 +103,77 @@ def test_capture_of_a_tuned_layer_needs_no_warning(searches: list[tuple], monkey
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         tune_missing(CONFIG, 8, W1, W2, device=CUDA)
     assert len(searches) == 1
+
+
+def test_capture_of_a_layer_that_a_table_holds_needs_no_warning(searches: list[tuple], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(MODULE, "is_tuned", lambda config, bucket, device: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with autotune(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tune_missing(CONFIG, 8, W1, W2, device=CUDA)
+    assert searches == []
+
+
+def test_buckets_that_a_table_holds_are_left_out(searches: list[tuple], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(MODULE, "is_tuned", lambda config, bucket, device: bucket != 16)
+    with autotune():
+        tune_missing(CONFIG, 8, W1, W2, max_num_tokens=64, device=CUDA)
+    assert [buckets for _, _, buckets, _ in searches] == [[16]]
+
+
+def test_search_that_fails_is_a_warning_and_is_not_tried_again(searches: list[tuple], monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def fail(*arguments: object, **more: object) -> None:
+        asked.append(arguments)
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(MODULE, "tune", fail)
+    with autotune():
+        with pytest.warns(UserWarning, match="stopped by OutOfMemoryError: CUDA out of memory. Tried"):
+            tune_missing(CONFIG, 8, W1, W2, device=CUDA)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tune_missing(CONFIG, 8, W1, W2, device=CUDA)
+    assert len(asked) == 1
+
+
+def test_search_says_that_it_begins_before_a_minute_passes(searches: list[tuple], caplog: pytest.LogCaptureFixture):
+    with autotune():
+        for _ in range(2):
+            tune_missing(CONFIG, 8, W1, W2, max_num_tokens=2, device=CUDA)
+    assert [record.getMessage() for record in caplog.records] == [
+        "tuning a layer of 8 experts of 64 x 32 for 2 counts of tokens on cuda:0: up to a minute, once"
+    ]
+    assert caplog.records[0].levelname == "WARNING"
+
+
+def test_batch_invariant_layers_are_left_as_they_are(searches: list[tuple]):
+    config = MoEConfig.create(hidden_size=64, intermediate_size=32, num_experts=8, top_k=2, is_batch_invariant=True)
+    with autotune():
+        tune_missing(config, 8, W1, W2, device=CUDA)
+    assert searches == []
+
+
+def test_a_call_that_is_refused_tunes_nothing(monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple] = []
+    monkeypatch.setattr("moe.tuning.tuned.tune_missing", lambda *args, **more: asked.append(args))
+    pipeline = tuned_pipeline(CONFIG, "cpu")
+    logits, hidden_states = torch.zeros(5, 8), torch.zeros(5, 64, dtype=torch.bfloat16)
+    topk = pipeline.at(5).route(logits)
+    with autotune():
+        for call in (
+            lambda: pipeline(logits, hidden_states[:4], W1, W2),
+            lambda: pipeline(logits, hidden_states, W1, W2, output=hidden_states),
+            lambda: pipeline.expert_outputs(logits[:, :7].contiguous(), hidden_states, W1, W2),
+            lambda: pipeline.run_experts(topk, hidden_states.float(), W1, W2),
+            lambda: pipeline.run_experts_unfinalized(topk, hidden_states, W2, W1),
+        ):
+            with pytest.raises(ValueError, match="expected"):
+                call()
+        assert asked == []
+        pipeline.run_experts(topk, hidden_states, W1, W2)
+    assert len(asked) == 1
 
 
 def test_cpu_and_empty_batches_tune_nothing(searches: list[tuple]):

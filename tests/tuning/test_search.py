@@ -1,11 +1,15 @@
 """The search with a clock of its own: no kernel runs, the references do, and the test says what is fast."""
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from filelock import FileLock
 
+from moe.cache_folder import cache_folder
 from moe.config import MoEConfig
 from moe.pipeline import MoEPipeline, build_pipeline
 from moe.tuning import search
@@ -14,6 +18,7 @@ from moe.tuning.gpu import GpuModel
 from moe.tuning.lookup import forget_tables, is_tuned, look_up
 from moe.tuning.problem import make_problem, make_weights
 from moe.tuning.search import tune
+from moe.tuning.table import merge_into, user_table_path
 
 CONFIG = MoEConfig.create(hidden_size=64, intermediate_size=32, num_experts=8, top_k=2)
 CPU = torch.device("cpu")
@@ -124,13 +129,110 @@ def test_bucket_whose_model_fails_is_left_out(monkeypatch: pytest.MonkeyPatch):
     assert not is_tuned(CONFIG, 64, CPU)
 
 
+def test_a_comparison_that_fails_leaves_the_bucket_to_the_model():
+    seen: list[TuningChoice] = []
+
+    def time_us(choice: TuningChoice) -> float:
+        if choice.finalize_block_h != 256:
+            return 100.0
+        seen.append(choice)
+        if len(seen) == 2:  # the paired comparison of the first bucket
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return 80.0
+
+    lines: list[str] = []
+    first, second = tune_here(Clock(time_us), [16, 64], report=lines.append)
+    assert (first.choice, first.tuned_us, first.model_us) == (TuningChoice(), 100.0, 100.0)
+    assert second.choice.finalize_block_h == 256
+    assert any("OutOfMemoryError: CUDA out of memory." in line for line in lines)
+
+
+@pytest.mark.parametrize("time_us", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_time_that_is_none_drops_the_choice(time_us: float):
+    lines: list[str] = []
+    clock = Clock(lambda choice: time_us if choice.finalize_block_h == 256 else 100.0)
+    (entry,) = tune_here(clock, report=lines.append)
+    assert entry.choice == TuningChoice()
+    assert any("finalize_block_h 256" in line and f"it took {time_us} us" in line for line in lines)
+
+
+def test_a_clock_that_fails_only_in_the_comparison_drops_the_choice():
+    seen: set[TuningChoice] = set()
+
+    def time_us(choice: TuningChoice) -> float:
+        is_first = choice not in seen
+        seen.add(choice)
+        return 100.0 if choice.finalize_block_h != 256 else 50.0 if is_first else float("nan")
+
+    assert tune_here(Clock(time_us))[0].choice == TuningChoice()
+
+
+def test_a_search_waits_for_another_process_and_finds_what_that_found():
+    (entry,) = tune_here(Clock(), [16])
+    forget_tables()
+    user_table_path(GpuModel.of(CPU)).unlink()
+    clock, lines, results = Clock(), [], []
+    with FileLock(cache_folder() / "cpu.search.lock"):
+        thread = threading.Thread(target=lambda: results.extend(tune_here(clock, [16, 64], report=lines.append)))
+        thread.start()
+        while not lines:
+            time.sleep(0.01)
+        merge_into(user_table_path(GpuModel.of(CPU)), GpuModel.of(CPU), [entry])
+    thread.join(60)
+    assert lines[:2] == ["waiting for another process that tunes on cpu", "1 of 2 buckets are tuned already"]
+    assert [one.bucket for one in results] == [64]
+
+
+def test_searches_of_two_threads_take_turns():
+    running, most = [], []
+
+    def timer(choice, calls):
+        running.append(choice)
+        most.append(len(running))
+        time.sleep(0.002)
+        running.remove(choice)
+        return 100.0
+
+    threads = [threading.Thread(target=tune_here, args=(timer, [bucket])) for bucket in (16, 64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert max(most) == 1
+
+
+def test_buckets_that_another_process_adds_meanwhile_are_skipped():
+    clock = Clock()
+    (other,) = tune_here(Clock(), [64])
+    path, gpu = user_table_path(GpuModel.of(CPU)), GpuModel.of(CPU)
+    path.unlink()
+    forget_tables()
+
+    def timer(choice, calls):
+        merge_into(path, gpu, [other])
+        return clock(choice, calls)
+
+    assert [entry.bucket for entry in tune_here(timer, [16, 64, 96])] == [16, 96]
+
+
+def test_a_search_without_a_folder_to_write_to_holds_in_this_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path, recwarn: pytest.WarningsRecorder
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOE_CACHE_DIR", str(tmp_path / "file"))
+    assert len(tune_here(Clock(), [16, 64])) == 2
+    assert is_tuned(CONFIG, 16, CPU)
+    assert is_tuned(CONFIG, 64, CPU)
+    assert tune_here(Clock(), [16, 64]) == []
+
+
 def test_tuned_bucket_is_skipped_until_forced():
     assert len(tune_here(Clock(), [16, 64])) == 2
     lines: list[str] = []
     clock = Clock()
     assert tune_here(clock, [16, 64], report=lines.append) == []
     assert clock.asked == []
-    assert lines == ["2 of 2 buckets are tuned already; force=True tunes them again"]
+    assert lines == ["2 of 2 buckets are tuned already"]
     assert [entry.bucket for entry in tune_here(clock, [64], force=True)] == [64]
 
 
@@ -192,19 +294,36 @@ def test_tuning_leaves_the_global_random_numbers_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
+HERE = {"device": "cpu", "timer": Clock()}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"device": "cpu"}, "expected a CUDA device, got cpu"),
-        ({"device": "cpu", "timer": Clock(), "token_counts": [0]}, "token_counts: expected"),
-        ({"device": "cpu", "timer": Clock(), "token_counts": [10**9]}, "token_counts: expected"),
-        ({"device": "cpu", "timer": Clock(), "weights": (torch.zeros(1), torch.zeros(1))}, "gemm1_weights"),
+        ({"device": "cpu"}, ValueError, "expected a CUDA device, got cpu"),
+        (HERE | {"config": None}, TypeError, "config: expected a MoEConfig, got NoneType"),
+        (HERE | {"token_counts": [0]}, ValueError, "token_counts: expected 1 or more, got 0"),
+        (HERE | {"token_counts": [10**9]}, ValueError, "expected counts up to the last bucket's, 131072"),
+        (HERE | {"token_counts": 64}, TypeError, "token_counts: expected several ints, got int"),
+        (HERE | {"token_counts": [3.5]}, TypeError, "token_counts: expected an int, got float"),
+        (HERE | {"token_counts": [True]}, TypeError, "token_counts: expected an int, got bool"),
+        (HERE | {"token_counts": "64"}, TypeError, "token_counts: expected an int, got str"),
+        (HERE | {"max_num_tokens": "8"}, TypeError, "max_num_tokens: expected an int, got str"),
+        (HERE | {"max_num_tokens": 0}, ValueError, "max_num_tokens: expected 1 or more, got 0"),
+        (HERE | {"weights": torch.zeros(1)}, TypeError, "weights: expected a tuple of w1 and w2, got Tensor"),
+        (HERE | {"weights": (torch.zeros(1), torch.zeros(1))}, ValueError, "gemm1_weights"),
     ],
-    ids=["cpu", "no-tokens", "beyond-the-buckets", "weights"],
+    ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
 )
-def test_what_cannot_be_tuned_is_refused(arguments: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        tune(CONFIG, **arguments)
+def test_what_cannot_be_tuned_is_refused(arguments: dict, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        tune(**{"config": CONFIG} | arguments)
+
+
+def test_without_a_gpu_a_cuda_device_is_refused_in_words(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="expected a GPU that torch can use, got cuda and none"):
+        tune(CONFIG)
 
 
 def test_input_sets_of_few_tokens_avoid_each_others_experts(monkeypatch: pytest.MonkeyPatch):

@@ -26,6 +26,8 @@ from moe.tuning.table import (
     LayerKey,
     TableEntry,
     TuningTable,
+    UnusableTable,
+    export_into,
     load_table,
     merge_into,
     user_table_path,
@@ -128,14 +130,14 @@ def test_keys_that_differ_in_any_field_keep_entries_of_their_own(name: str, numb
 @pytest.mark.parametrize(
     ("name", "file_name"),
     [
-        ("NVIDIA H200", "nvidia_h200.json"),
-        ("NVIDIA H100 80GB HBM3", "nvidia_h100_80gb_hbm3.json"),
-        ("../../etc/passwd", "etc_passwd.json"),
-        ("図", "gpu.json"),
+        ("NVIDIA H200", "nvidia_h200"),
+        ("NVIDIA H100 80GB HBM3", "nvidia_h100_80gb_hbm3"),
+        ("../../etc/passwd", "etc_passwd"),
+        ("図", "gpu"),
     ],
 )
 def test_a_file_is_named_after_the_gpu(name: str, file_name: str):
-    assert GpuModel(**dict(GPU) | {"name": name}).file_name() == file_name
+    assert GpuModel(**dict(GPU) | {"name": name}).slug() == file_name
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,42 @@ def test_a_file_is_named_after_the_gpu(name: str, file_name: str):
 def test_where_the_users_table_lies(variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert user_table_path(GPU) == Path(expected) / "test_gpu_9000_80gb.json"
+    monkeypatch.setattr(table_module, "triton_version", lambda: "3.6.1+git")
+    monkeypatch.setattr(table_module, "KERNELS_VERSION", 7)
+    assert user_table_path(GPU) == Path(expected) / "test_gpu_9000_80gb-kernels7-triton3.6.json"
+
+
+def test_environments_with_other_versions_leave_each_others_tables_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MOE_CACHE_DIR", str(tmp_path))
+    versions = [(triton, kernels) for triton in ("3.6.0", "3.7.1") for kernels in (2, 3)]
+    for _ in range(3):
+        for bucket, (triton, kernels) in enumerate(versions, 1):
+            monkeypatch.setattr(table_module, "triton_version", lambda triton=triton: triton)
+            monkeypatch.setattr(table_module, "KERNELS_VERSION", kernels)
+            assert [one.bucket for one in merge_into(user_table_path(GPU), GPU, [entry(bucket)]).entries] == [bucket]
+    assert len(list(tmp_path.glob("*.json"))) == len(versions)
+    assert not list(tmp_path.glob("*.bak*"))
+
+
+def test_an_export_adds_to_a_table_and_leaves_no_other_file(tmp_path: Path):
+    path = tmp_path / "table.json"
+    export_into(path, GPU, [entry(1)])
+    table = export_into(path, GPU, [entry(8)])
+    assert [one.bucket for one in table.entries] == [1, 8]
+    assert load_and_reports(path) == (table, [])
+    assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
+
+
+@pytest.mark.parametrize("name", ["not JSON", "other triton", "other kernels", "other GPU", "empty"])
+def test_an_export_leaves_a_file_that_it_cannot_add_to_as_it_is(name: str, tmp_path: Path):
+    path, (text, reason) = tmp_path / "notes.md", BAD_TEXTS[name]
+    path.write_text(text)
+    with pytest.raises(UnusableTable, match=reason):
+        export_into(path, GPU, [entry(8)])
+    assert path.read_text() == text
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.md"]
 
 
 def test_a_table_comes_back_from_its_file(tmp_path: Path):
@@ -447,13 +484,14 @@ def test_four_processes_that_tune_at_once_lose_nothing(tmp_path: Path):
 
 
 def test_shipped_tables_are_ours_sorted_and_of_the_kernels_of_today():
-    names = [path.name for path in SHIPPED_TABLES.iterdir()] if SHIPPED_TABLES.is_dir() else []
-    for name in names:
-        text = (SHIPPED_TABLES / name).read_text()
+    paths = list(SHIPPED_TABLES.glob("*.json"))
+    assert paths
+    for path in paths:
+        text = path.read_text()
         table = TuningTable.model_validate_json(text)
-        assert table.gpu.file_name() == name
-        assert table.kernels_version == KERNELS_VERSION, f"{name}: kernels changed since; run the tuner again"
-        assert text == table.text(), f"{name}: written by hand; let merge_into write it"
+        assert table_module.shipped_table_path(table.gpu) == path
+        assert table.kernels_version == KERNELS_VERSION, f"{path.name}: kernels changed since; run the tuner again"
+        assert text == table.text(), f"{path.name}: written by hand; let export_into write it"
 
 
 def test_importing_the_tables_loads_no_kernel_compiler():
