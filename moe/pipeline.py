@@ -177,8 +177,14 @@ class MoEPipeline:
         Scratch of both GEMMs (P rows of I and of H), the top-k, the index arrays and the permutation's counts, each
         rounded up as torch's CUDA allocator does. Nothing grows with the weights. For the pipeline of our kernels; the
         references on a CPU also hold one expert's weights in float32 at a time.
+
+        Raises:
+            ValueError: a negative number, or more tokens than rows can be numbered for.
         """
         config = self.config
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens: expected 0 or more, got {num_tokens}; pass the largest batch's")
+        config.permute.check_num_tokens(num_tokens)
         rows = config.permute.max_rows(num_tokens)
         slots = num_tokens * config.top_k
         tiles = rows // config.permute.rows_per_tile(num_tokens)

@@ -107,7 +107,7 @@ def trtllm_bf16_moe(
         tune_max_num_tokens,
         activation_type,
         norm_topk_prob,
-        device_type=hidden_states.device.type,
+        device=hidden_states.device,
     )
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
     tensors = (routing_logits, hidden_states, gemm1_weights, gemm2_weights)
@@ -183,7 +183,7 @@ def trtllm_bf16_routed_moe(
         tune_max_num_tokens,
         activation_type,
         norm_topk_prob=True,
-        device_type=hidden_states.device.type,
+        device=hidden_states.device,
     )
     topk = _unpack(topk_ids, top_k)
     if routing_replay_out is not None:
@@ -215,7 +215,7 @@ def _flat_pipeline(
     tune_max_num_tokens: int,
     activation_type: int,
     norm_topk_prob: bool,
-    device_type: str,
+    device: torch.device,
 ) -> TunedPipeline:
     """The pipeline of a flat call: every check that needs no tensor, once a combination of arguments."""
     for name, value in (
@@ -273,7 +273,7 @@ def _flat_pipeline(
         )
     except ValidationError as error:
         _raise_plainly(error)
-    return tuned_pipeline(config, device_type, uses_pdl=enable_pdl is not False, max_num_tokens=tune_max_num_tokens)
+    return tuned_pipeline(config, device, uses_pdl=enable_pdl is not False, max_num_tokens=tune_max_num_tokens)
 
 
 def _raise_plainly(error: ValidationError) -> NoReturn:

@@ -332,6 +332,13 @@ def test_calls_never_wait_for_the_gpu(cuda: torch.device) -> None:
     assert torch.equal(output, expected)
 
 
+@pytest.mark.parametrize("num_tokens", [-1, 1 << 31])
+def test_workspace_of_no_possible_batch_is_refused(num_tokens: int):
+    config = MoEConfig.create(hidden_size=64, intermediate_size=64, num_experts=8, top_k=2)
+    with pytest.raises(ValueError, match=f"num_tokens: expected .* got .*{num_tokens}"):
+        build_pipeline(config, "cpu").workspace_bytes(num_tokens)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 7, 300, 5000])
 @pytest.mark.parametrize("num_local_experts", [5, 32])
 def test_memory_stays_within_what_workspace_bytes_says(

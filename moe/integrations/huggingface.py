@@ -47,6 +47,7 @@ def use_moe(model: nn.Module, name: str = "moe") -> nn.Module:
 
     Raises:
         ImportError: transformers is missing or too old.
+        TypeError: not a module.
         ValueError: an experts module that this package cannot run, with the reason; the model is then as before.
     """
     register(name)
@@ -224,6 +225,10 @@ def _name_of(function: Callable[..., Any] | None) -> str:
 
 def _experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of every experts module; raises where there is none, or one that is never handed over."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a transformers model, got {type(model).__name__}; pass what from_pretrained returns"
+        )
     found = False
     for path, module in model.named_modules():
         if _is_handed_over(module):

@@ -151,7 +151,7 @@ def load_table(path: Path, gpu: GpuModel, *, report: Report = warn) -> TuningTab
         report: is told why in a line; a file that is missing says nothing.
     """
     try:
-        return _read(path, gpu)
+        return _read(Path(path), gpu)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (UnusableTable, OSError) as error:
@@ -188,7 +188,7 @@ def export_into(path: Path, gpu: GpuModel, entries: Iterable[TableEntry]) -> Tun
         OSError: the file cannot be read or written.
     """
     try:
-        known = _read(path, gpu).entries
+        known = _read(Path(path), gpu).entries
     except FileNotFoundError:
         known = ()
     table = TuningTable.create(gpu, (*known, *entries))

@@ -333,6 +333,12 @@ def test_experts_that_compute_something_else_are_refused(attribute: str, value: 
         experts(*routed_tokens(experts, 3))
 
 
+@pytest.mark.parametrize("model", [None, "Qwen/Qwen3-30B-A3B"])
+def test_what_is_no_model_is_refused(model: object) -> None:
+    with pytest.raises(TypeError, match=f"model: expected a transformers model, got {type(model).__name__}"):
+        use_moe(model)
+
+
 def test_a_gate_of_its_own_is_refused() -> None:
     experts = make_experts()
     type(experts)._apply_gate = own_gate

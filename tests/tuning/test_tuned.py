@@ -310,3 +310,25 @@ def test_tables_may_be_read_first_while_a_graph_is_captured(cuda: torch.device):
     graph.replay()
     assert pipeline.at(16).config.permute.tile_rows == 64
     assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((None, "cpu"), TypeError, "config: expected a MoEConfig, got NoneType"),
+        (({"hidden_size": 8}, "cpu"), TypeError, "MoEConfig.create makes one"),
+        ((CONFIG, "cpu", "x"), TypeError, "max_num_tokens: expected an int, got str"),
+        ((CONFIG, "cpu", -1), ValueError, "max_num_tokens: expected 1 or more, got -1"),
+    ],
+    ids=["none", "dict", "text", "negative"],
+)
+def test_what_makes_no_pipeline_is_refused(arguments: tuple, error: type[Exception], message: str):
+    config, device, *limit = arguments
+    with pytest.raises(error, match=message):
+        tuned_pipeline(config, device, **({"max_num_tokens": limit[0]} if limit else {}))
+
+
+def test_tables_have_no_say_in_a_batch_invariant_layer():
+    config = MoEConfig.create(hidden_size=64, intermediate_size=64, num_experts=8, top_k=2, is_batch_invariant=True)
+    know({8: TuningChoice(finalize_block_h=256)}, config)
+    assert tuned_config(config, 8, GPU) is config
