@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from moe.cli.bench import measure_all, print_bench
-from moe.cli.beside import TURNS
+from moe.cli.beside import TURNS, tuned_layer
 from moe.cli.layer import FORMATS, ROUTINGS, make_layer
 from moe.cli.machine import (
     UnfitMachine,
@@ -64,6 +64,8 @@ def run_command(options: argparse.Namespace) -> int:
         seed=options.seed,
         progress=progress,
     )
+    if not options.untuned:
+        layer = tuned_layer(layer, num_tokens)
     measurement = measure_layer(layer, num_tokens, routing=options.routing, seed=options.seed, progress=progress)
     progress.step("done")
     machine = describe_machine(options.device)
@@ -80,10 +82,12 @@ def bench_command(options: argparse.Namespace) -> int:
         expect_plot(options.plot)
     if options.json is not None:
         expect_writable("--json", options.json)
+    if options.model is None and options.device.type != "cuda":
+        raise UnfitMachine("bench: expected --model on a CPU, got none; all of them would take hours, so name some")
     progress = Progress(shows_details=False)
     peaks = _measure_peaks(options, progress)
     lines = measure_all(
-        options.model,
+        options.model or list(NAMED_SHAPES),
         options.tokens,
         options.device,
         weight_format=options.weights,
@@ -107,7 +111,8 @@ def launches_command(options: argparse.Namespace) -> int:
         shape, options.device, weight_format=FORMATS[options.weights], seed=options.seed, progress=Progress()
     )
     for num_tokens in options.tokens:
-        report = measure_launches(layer, num_tokens, routing=options.routing, seed=options.seed)
+        chosen = layer if options.untuned else tuned_layer(layer, num_tokens)
+        report = measure_launches(chosen, num_tokens, routing=options.routing, seed=options.seed)
         print(f"\n{launches_text(shape.name, report)}", flush=True)
     return 0
 
@@ -175,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="many models and token counts, a line each, microseconds")
     bench.set_defaults(command=bench_command)
     bench.add_argument(
-        "--model", choices=NAMED_SHAPES, nargs="+", default=list(NAMED_SHAPES), metavar="NAME", help="default: all"
+        "--model", choices=NAMED_SHAPES, nargs="+", metavar="NAME", help="default: all; to be named on a CPU"
     )
     bench.add_argument(
         "--tokens", type=_count, nargs="+", default=BENCH_TOKENS, metavar="N", help=f"default: {BENCH_TOKENS}"
@@ -191,7 +196,6 @@ def _parser() -> argparse.ArgumentParser:
         default=TURNS,
         help=f"with what is timed beside; 0: nothing; default: {TURNS}",
     )
-    bench.add_argument("--untuned", action="store_true", help="use no tuning table")
     _add_inputs(bench)
 
     launches = commands.add_parser("launches", help="every kernel launch of a call, and its time")
@@ -237,6 +241,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
+    parser.add_argument("--untuned", action="store_true", help="use no tuning table")
     parser.add_argument(
         "--routing", choices=ROUTINGS, default="uniform", help="how the load spreads over experts; default: uniform"
     )

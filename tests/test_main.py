@@ -146,6 +146,18 @@ def test_bench_without_matplotlib_names_the_extra_before_anything_is_timed(
     assert streams.out == ""
 
 
+@pytest.mark.parametrize("is_untuned", [False, True])
+def test_run_runs_what_the_tables_say(
+    is_untuned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(
+        "moe.cli.beside.tuned_config", lambda config, num_tokens, device: TuningChoice(tile_rows=64).apply(config)
+    )
+    arguments = ["run", "--model", "tiny", "--tokens", "9", "--device", "cpu", "--json"]
+    assert commands.main([*arguments, "--untuned"] if is_untuned else arguments) == 0
+    assert json.loads(capsys.readouterr().out)["load"]["tile_rows"] == (16 if is_untuned else 64)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("bench.foo", "expected a name that ends in ."), ("missing/bench.svg", "expected a file in a folder")],
@@ -215,6 +227,7 @@ def test_info_names_versions_and_stages(capsys: pytest.CaptureFixture[str]):
         (["tune", "--tokens", "200000"], "expected 131072 or fewer"),
         (["bench", "--json", "/nonexistent/bench.json"], "--json /nonexistent/bench.json: expected a file"),
         (["bench", "--json", "/"], "expected a file in a folder that can be written"),
+        (["bench", "--device", "cpu"], "name some"),
         ([], "COMMAND"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
