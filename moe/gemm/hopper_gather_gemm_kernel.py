@@ -26,10 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe.gemm.hopper_mail import (
     END,
-    NUM_SLOTS,
     column_block_of,
     expert_of,
     has_second_half,
+    make_barriers,
+    make_mail,
     message_of_work,
     next_work,
     receive,
@@ -73,17 +74,8 @@ def hopper_gather_gemm_kernel(
     )
     weights = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES * 2, BLOCK_W // 2, BLOCK_K], weights_desc.layout)
     out = gl.allocate_shared_memory(gl.bfloat16, [2, HALF_ROWS, BLOCK_N], out_desc.layout)
-    filled = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
-    emptied = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
-    slots = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    slot_filled = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], mbarrier.MBarrierLayout())
-    slot_emptied = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(NUM_STAGES):
-        mbarrier.init(filled.index(stage), count=129)
-        mbarrier.init(emptied.index(stage), count=2)
-    for slot in gl.static_range(NUM_SLOTS):
-        mbarrier.init(slot_filled.index(slot), count=1)
-        mbarrier.init(slot_emptied.index(slot), count=2)
+    filled, emptied = make_barriers(NUM_STAGES, 129)
+    mail = make_mail()
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -96,9 +88,7 @@ def hopper_gather_gemm_kernel(
                     weights,
                     filled,
                     emptied,
-                    slots,
-                    slot_filled,
-                    slot_emptied,
+                    mail,
                     alpha_ptr,
                     beta_ptr,
                     clamp_limit_ptr,
@@ -117,9 +107,7 @@ def hopper_gather_gemm_kernel(
                     weights,
                     filled,
                     emptied,
-                    slots,
-                    slot_filled,
-                    slot_emptied,
+                    mail,
                     alpha_ptr,
                     beta_ptr,
                     clamp_limit_ptr,
@@ -142,9 +130,7 @@ def hopper_gather_gemm_kernel(
                     weights,
                     filled,
                     emptied,
-                    slots,
-                    slot_filled,
-                    slot_emptied,
+                    mail,
                     IN_FEATURES,
                     OUT_FEATURES,
                     IS_BLOCK_MAJOR,
@@ -172,9 +158,7 @@ def produce(
     weights,
     filled,
     emptied,
-    slots,
-    slot_filled,
-    slot_emptied,
+    mail,
     IN_FEATURES: gl.constexpr,
     OUT_FEATURES: gl.constexpr,
     IS_BLOCK_MAJOR: gl.constexpr,
@@ -203,7 +187,7 @@ def produce(
     step = 0
     num_sent = 0
     while message >= 0:
-        send(message, slots, slot_filled, slot_emptied, num_sent)
+        send(message, mail, num_sent)
         num_sent += 1
         row = row_of(message)
         is_full = has_second_half(message)
@@ -252,7 +236,7 @@ def produce(
                 work = next_work(work, counts_ptr, num_work, IS_DYNAMIC)
                 next_message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, SKIPS_TAILS)
         message = next_message
-    send(END, slots, slot_filled, slot_emptied, num_sent)
+    send(END, mail, num_sent)
     async_copy.commit_group()
     async_copy.wait_group(0)
 
@@ -265,9 +249,7 @@ def consume(
     weights,
     filled,
     emptied,
-    slots,
-    slot_filled,
-    slot_emptied,
+    mail,
     alpha_ptr,
     beta_ptr,
     clamp_limit_ptr,
@@ -286,7 +268,7 @@ def consume(
     result_column = 0
     step = 0
     num_received = 0
-    message = receive(slots, slot_filled, slot_emptied, num_received)
+    message = receive(mail, num_received)
     while message >= 0:
         num_received += 1
         takes_part = has_second_half(message) if ID == 1 else True
@@ -329,7 +311,7 @@ def consume(
                 mbarrier.wait(filled.index(stage), (step // NUM_STAGES) & 1)
                 mbarrier.arrive(emptied.index(stage), count=1)
                 step += 1
-        message = receive(slots, slot_filled, slot_emptied, num_received)
+        message = receive(mail, num_received)
     write(result, out_desc, out_tile, result_row, result_column)
     tma.store_wait(0)
 

@@ -24,9 +24,13 @@ MAX_COORDINATE = 1 << 31
 MAX_SHORT_UNIT_K = 4096
 
 
-@functools.cache
 def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return device.type == "cuda" and _has_hopper(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _has_hopper(device_index: int) -> bool:
+    return torch.cuda.get_device_capability(device_index) == (9, 0)
 
 
 def fits(config: GemmConfig, tile_rows: int, block_n: int, all_tile_rows: tuple[int, ...] = (64, 128)) -> bool:

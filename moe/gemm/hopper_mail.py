@@ -54,8 +54,28 @@ def next_work(work, counts_ptr, num_work, IS_DYNAMIC: gl.constexpr):
 
 
 @gluon.jit
-def send(message, slots, filled, emptied, count):
+def make_mail():
+    """The slots, and two barriers each: filled by the producer, emptied by both consumers."""
+    slots = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    filled, emptied = make_barriers(NUM_SLOTS, 1)
+    return slots, filled, emptied
+
+
+@gluon.jit
+def make_barriers(NUM_STAGES: gl.constexpr, FILLED_COUNT: gl.constexpr):
+    """Two barriers a stage: filled after FILLED_COUNT arrivals, emptied after one of each consumer."""
+    filled = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+    emptied = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(NUM_STAGES):
+        mbarrier.init(filled.index(stage), count=FILLED_COUNT)
+        mbarrier.init(emptied.index(stage), count=2)
+    return filled, emptied
+
+
+@gluon.jit
+def send(message, mail, count):
     """Put message number `count` into its slot once both consumers have read what was there."""
+    slots, filled, emptied = mail
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     slot = count % NUM_SLOTS
     mbarrier.wait(emptied.index(slot), ((count // NUM_SLOTS) & 1) ^ 1)
@@ -64,8 +84,9 @@ def send(message, slots, filled, emptied, count):
 
 
 @gluon.jit
-def receive(slots, filled, emptied, count):
+def receive(mail, count):
     """Message number `count`."""
+    slots, filled, emptied = mail
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     slot = count % NUM_SLOTS
     mbarrier.wait(filled.index(slot), (count // NUM_SLOTS) & 1)

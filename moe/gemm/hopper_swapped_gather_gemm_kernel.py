@@ -20,9 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from moe.gemm.hopper_mail import (
     END,
-    NUM_SLOTS,
     column_block_of,
     expert_of,
+    make_barriers,
+    make_mail,
     message_of_work,
     next_work,
     receive,
@@ -83,17 +84,8 @@ def hopper_swapped_gather_gemm_kernel(
     out = gl.allocate_shared_memory(
         gl.bfloat16, [2 * STORE_BUFFERS * (CHUNK_ROWS // STORE_ROWS), STORE_ROWS, STORE_N], out_desc.layout
     )
-    filled = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
-    emptied = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
-    slots = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    slot_filled = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], mbarrier.MBarrierLayout())
-    slot_emptied = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(NUM_STAGES):
-        mbarrier.init(filled.index(stage), count=129)
-        mbarrier.init(emptied.index(stage), count=2)
-    for slot in gl.static_range(NUM_SLOTS):
-        mbarrier.init(slot_filled.index(slot), count=1)
-        mbarrier.init(slot_emptied.index(slot), count=2)
+    filled, emptied = make_barriers(NUM_STAGES, 129)
+    mail = make_mail()
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -107,9 +99,7 @@ def hopper_swapped_gather_gemm_kernel(
                     weights,
                     filled,
                     emptied,
-                    slots,
-                    slot_filled,
-                    slot_emptied,
+                    mail,
                     alpha_ptr,
                     beta_ptr,
                     clamp_limit_ptr,
@@ -128,9 +118,7 @@ def hopper_swapped_gather_gemm_kernel(
                     weights,
                     filled,
                     emptied,
-                    slots,
-                    slot_filled,
-                    slot_emptied,
+                    mail,
                     alpha_ptr,
                     beta_ptr,
                     clamp_limit_ptr,
@@ -154,9 +142,7 @@ def hopper_swapped_gather_gemm_kernel(
                     weights,
                     filled,
                     emptied,
-                    slots,
-                    slot_filled,
-                    slot_emptied,
+                    mail,
                     IN_FEATURES,
                     OUT_FEATURES,
                     IS_BLOCK_MAJOR,
@@ -186,9 +172,7 @@ def produce(
     weights,
     filled,
     emptied,
-    slots,
-    slot_filled,
-    slot_emptied,
+    mail,
     IN_FEATURES: gl.constexpr,
     OUT_FEATURES: gl.constexpr,
     IS_BLOCK_MAJOR: gl.constexpr,
@@ -213,7 +197,7 @@ def produce(
     step = 0
     num_sent = 0
     while message >= 0:
-        send(message, slots, slot_filled, slot_emptied, num_sent)
+        send(message, mail, num_sent)
         num_sent += 1
         row_blocks = row_blocks_of(message)
         has_extra = has_extra_rows(row_blocks)
@@ -262,7 +246,7 @@ def produce(
                 work = next_work(work, counts_ptr, num_work, IS_DYNAMIC)
                 next_message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, True)
         message = next_message
-    send(END, slots, slot_filled, slot_emptied, num_sent)
+    send(END, mail, num_sent)
     async_copy.commit_group()
     async_copy.wait_group(0)
 
@@ -296,9 +280,7 @@ def consume(
     weights,
     filled,
     emptied,
-    slots,
-    slot_filled,
-    slot_emptied,
+    mail,
     alpha_ptr,
     beta_ptr,
     clamp_limit_ptr,
@@ -310,7 +292,7 @@ def consume(
     HAS_LIMIT: gl.constexpr = clamp_limit_ptr is not None
     step = 0
     num_received = 0
-    message = receive(slots, slot_filled, slot_emptied, num_received)
+    message = receive(mail, num_received)
     while message >= 0:
         num_received += 1
         expert = expert_of(message)
@@ -438,7 +420,7 @@ def consume(
                 ID,
             )
         step += NUM_STEPS
-        message = receive(slots, slot_filled, slot_emptied, num_received)
+        message = receive(mail, num_received)
     tma.store_wait(0)
 
 
