@@ -13,6 +13,7 @@ from moe.warp import bits_of_float, device_function, float_of_bits
 NO_KEY = np.uint32(0)
 _LOWEST_KEY = np.uint32(1)  # the one number whose image would be 0, the NaN of all ones, takes its neighbour's
 _SIGN = np.uint32(0x80000000)
+_SIGN_BIT = np.int32(31)
 _ALL_BITS = np.uint32(0xFFFFFFFF)
 _NAN_KEY = np.uint32(0xFFC00000)  # of the positive quiet NaN 0x7FC00000
 _NAN_BFLOAT16 = np.uint32(0x7FC0)
@@ -21,10 +22,16 @@ _SHIFT = np.uint32(16)
 
 
 @device_function
+def _image(bits: np.uint32) -> np.uint32:
+    """All bits of a negative number are turned, of others the sign: the shift brings the sign to all."""
+    return np.uint32(bits ^ (_SIGN | np.uint32(np.int32(bits) >> _SIGN_BIT)))
+
+
+@device_function
 def key_of_logit(logit: np.float32) -> np.uint32:
     """Key of a number as it came: NaNs keep their sign and payload."""
     bits = bits_of_float(logit)
-    key = np.uint32(bits ^ _ALL_BITS) if bits & _SIGN else np.uint32(bits | _SIGN)
+    key = _image(bits)
     return _LOWEST_KEY if key == NO_KEY else key
 
 
@@ -32,8 +39,7 @@ def key_of_logit(logit: np.float32) -> np.uint32:
 def key_of_score(score: np.float32) -> np.uint32:
     """Key of a computed number: every NaN is the same, since arithmetic leaves its sign and payload open."""
     bits = bits_of_float(score)
-    key = np.uint32(bits ^ _ALL_BITS) if bits & _SIGN else np.uint32(bits | _SIGN)
-    return key if score == score else _NAN_KEY
+    return _image(bits) if score == score else _NAN_KEY
 
 
 @device_function

@@ -4,6 +4,9 @@ Lane l holds candidates l * S to l * S + S - 1, so that of equal candidates the 
 over slots have constant bounds: unrolled, they keep the arrays in registers.
 """
 
+# numba's modules say of warp functions only how they are compiled.
+# mypy: disable-error-code="operator,call-arg,arg-type"
+
 from __future__ import annotations
 
 from typing import Any
@@ -12,11 +15,7 @@ import numpy as np
 from numba import cuda
 
 from moe.routing.keys import NO_KEY
-from moe.warp import FULL_MASK, WARP_SIZE, device_function, warp_max
-
-LONGEST_RUN = 8  # slots that a lane sorts: their numbers in the run, of 4 bits each, lie in one word
-_BITS = np.uint32(4)
-_MASK = np.uint32(15)
+from moe.warp import FULL_MASK, WARP_SIZE, device_function, warp_max, word_of_lane
 
 
 def slots_per_lane(num_candidates: int) -> int:
@@ -28,71 +27,153 @@ def slots_per_lane(num_candidates: int) -> int:
 def build_choose_best(*, num_slots: int, count: int) -> Any:
     """(keys, lane) -> key and number of the candidate that is the lane-th best; NO_KEY and 0 from lane `count` on.
 
-    Each lane sorts its slots first, in runs, so that a choice takes one reduction, one vote and one shift of a run. Among
-    equal keys the lower number comes first.
+    Each lane sorts as many of its best keys as may be chosen, without their slots, so that a choice takes one reduction and
+    one vote. In the end each lane looks up in which slot its key was. Among equal keys the lower number comes first.
 
     Args:
-        num_slots: length of `keys`. They are lost.
+        num_slots: length of `keys`, up to 64.
         count: how many to choose, up to 32; so many have a key at least.
     """
     SLOTS = num_slots
     COUNT = count
-    RUN = next(length for length in range(LONGEST_RUN, 0, -1) if num_slots % length == 0)
-    LAST = RUN - 1
-    RUNS = num_slots // RUN
+    MOST = min(num_slots, count)  # that one lane may give away
+    LENGTH = 1 << (MOST - 1).bit_length()
+    LAST = LENGTH - 1
+    BLOCKS = -(-num_slots // LENGTH)
+    sort, sort_wave = build_sort(LENGTH), _build_sort_wave(LENGTH)
+    slot_of_key = _build_slot_of_key(num_slots)
 
     @device_function
     def choose_best(keys: Any, lane: np.int32) -> tuple[np.uint32, np.int32]:
-        order = cuda.local.array(RUNS, np.uint32)  # of each run: in which slot each of its keys was, the first lowest
-        for run in range(RUNS):
-            order[run] = sort_run(keys, run * RUN, RUN)
+        best_keys = cuda.local.array(LENGTH, np.uint32)
+        for slot in range(LENGTH):
+            best_keys[slot] = keys[slot] if slot < SLOTS else NO_KEY
+        sort(best_keys)
+        if BLOCKS > 1:
+            others = cuda.local.array(LENGTH, np.uint32)
+            for block in range(1, BLOCKS):
+                for slot in range(LENGTH):
+                    others[slot] = keys[block * LENGTH + slot] if block * LENGTH + slot < SLOTS else NO_KEY
+                sort(others)
+                for slot in range(LENGTH):
+                    best_keys[slot] = max(best_keys[slot], others[LAST - slot])
+                sort_wave(best_keys)
+
         lower_lanes = cuda.lanemask_lt()
         my_key = NO_KEY
-        my_candidate = np.uint32(0)
+        my_holders = np.uint32(1)
         for choice in range(COUNT):
-            head = keys[0]
-            run_of_head = 0
-            slot = np.uint32(order[0] & _MASK)
-            for run in range(1, RUNS):
-                is_higher = keys[run * RUN] > head
-                head = keys[run * RUN] if is_higher else head
-                run_of_head = run if is_higher else run_of_head
-                slot = np.uint32(np.uint32(run * RUN) + (order[run] & _MASK)) if is_higher else slot
-            best = warp_max(head)
-            holders = cuda.ballot_sync(FULL_MASK, head == best)
-            is_mine = head == best and holders & lower_lanes == 0
-            # Only the lane that gives a candidate away names one.
-            candidate = warp_max(np.uint32(np.uint32(lane) * np.uint32(SLOTS) + slot) if is_mine else np.uint32(0))
+            best = warp_max(best_keys[0])
+            is_best = best_keys[0] == best
+            holders = np.uint32(cuda.ballot_sync(FULL_MASK, is_best))
+            is_taken = is_best and holders & lower_lanes == 0
             my_key = best if choice == lane else my_key
-            my_candidate = candidate if choice == lane else my_candidate
-            for run in range(RUNS):
-                is_shifted = is_mine and run == run_of_head
-                for slot_of_run in range(LAST):
-                    here = run * RUN + slot_of_run
-                    keys[here] = keys[here + 1] if is_shifted else keys[here]
-                keys[run * RUN + LAST] = NO_KEY if is_shifted else keys[run * RUN + LAST]
-                order[run] = np.uint32(order[run] >> _BITS) if is_shifted else order[run]
-        return my_key, np.int32(my_candidate)
+            my_holders = holders if choice == lane else my_holders
+            for slot in range(MOST - 1):
+                best_keys[slot] = best_keys[slot + 1] if is_taken else best_keys[slot]
+            best_keys[MOST - 1] = NO_KEY if is_taken else best_keys[MOST - 1]
+
+        holder = _lowest_bit_of_word(my_holders)  # the lane that gave the key away
+        is_chosen = lane < COUNT
+        candidate = holder
+        if SLOTS > 1:
+            candidate = np.int32(holder * np.int32(SLOTS) + slot_of_key(keys, my_key, holder, lane, is_chosen))
+        return my_key, candidate if is_chosen else np.int32(0)
 
     return choose_best
 
 
+def _build_slot_of_key(num_slots: int) -> Any:
+    """(keys, key, holder, lane, is_chosen) -> in which slot of lane `holder` the key is.
+
+    Of equal keys of one holder, which neighbouring lanes have chosen, the first lane has the first slot, and so on.
+    """
+    SLOTS = num_slots
+    WORD = np.uint32 if num_slots <= 32 else np.uint64
+    ONE, NONE = WORD(1), WORD(0)
+    lowest_bit = _lowest_bit_of_word if num_slots <= 32 else _lowest_bit_of_two_words
+
+    @device_function
+    def slot_of_key(keys: Any, key: np.uint32, holder: np.int32, lane: np.int32, is_chosen: bool) -> np.int32:
+        slots = NONE  # with this key, a bit each
+        for slot in range(SLOTS):
+            slots |= WORD(ONE << WORD(slot)) if word_of_lane(keys[slot], holder) == key else NONE
+        has_equals = is_chosen and slots & WORD(slots - ONE) != 0
+        if cuda.ballot_sync(FULL_MASK, has_equals) != 0:
+            num_before = lane - first_of_equals(key, holder, lane)
+            while cuda.ballot_sync(FULL_MASK, is_chosen and num_before > 0) != 0:
+                slots = WORD(slots & WORD(slots - ONE)) if num_before > 0 else slots
+                num_before -= 1
+        return lowest_bit(slots)
+
+    return slot_of_key
+
+
 @device_function
-def sort_run(keys: Any, first: int, length: int) -> np.uint32:
-    """Sort `length` keys from `first` on, descending, equal ones left in order. Returns their slots, 4 bits each."""
-    slots = cuda.local.array(LONGEST_RUN, np.uint32)
-    for slot in range(length):
-        slots[slot] = np.uint32(slot)
-    for turn in range(length):
-        for slot in range(turn % 2, length - 1, 2):
-            here, there = keys[first + slot], keys[first + slot + 1]
-            slot_here, slot_there = slots[slot], slots[slot + 1]
-            is_swapped = here < there
-            keys[first + slot] = there if is_swapped else here
-            keys[first + slot + 1] = here if is_swapped else there
-            slots[slot] = slot_there if is_swapped else slot_here
-            slots[slot + 1] = slot_here if is_swapped else slot_there
-    order = np.uint32(0)
-    for slot in range(length):
-        order = np.uint32(order | np.uint32(slots[slot] << np.uint32(_BITS * np.uint32(slot))))
-    return order
+def _lowest_bit_of_word(word: np.uint32) -> np.int32:
+    return np.int32(cuda.ffs(word) - 1)
+
+
+@device_function
+def _lowest_bit_of_two_words(words: np.uint64) -> np.int32:
+    lower = np.uint32(words & np.uint64(0xFFFFFFFF))
+    higher = np.uint32(words >> np.uint64(32))
+    return np.int32(cuda.ffs(lower) - 1) if lower != 0 else np.int32(cuda.ffs(higher) + 31)
+
+
+@device_function
+def first_of_equals(key: np.uint32, holder: np.int32, lane: np.int32) -> np.int32:
+    """The first of the neighbouring lanes that have the key and the holder of this one."""
+    lower = max(lane - np.int32(1), np.int32(0))
+    lower_key = word_of_lane(key, lower)  # all lanes take part
+    lower_holder = word_of_lane(np.uint32(holder), lower)
+    is_first = lane == 0 or lower_key != key or lower_holder != np.uint32(holder)
+    firsts = np.uint32(cuda.ballot_sync(FULL_MASK, is_first))
+    up_to_here = np.uint32(firsts & np.uint32(np.uint32(cuda.lanemask_lt() << np.uint32(1)) | np.uint32(1)))
+    return np.int32(31 - cuda.clz(up_to_here))
+
+
+def build_sort(length: int) -> Any:
+    """(keys): sort so many, a power of two, descending. Equal keys are alike: nothing tells which came first.
+
+    A bitonic sort whose comparisons all put the larger key first: parts of 1, 2, 4, .. keys are joined, first each key of one
+    with its mirror image in the other, which leaves two waves, then each wave with itself (`_build_sort_wave`).
+    """
+    PAIRS, STEPS = length // 2, length.bit_length() - 1
+
+    @device_function
+    def sort(keys: Any) -> None:
+        for step in range(STEPS):
+            for pair in range(PAIRS):
+                offset = pair & ((1 << step) - 1)
+                low = ((pair >> step) << (step + 1)) + offset
+                high = low + (2 << step) - 1 - 2 * offset
+                here, there = keys[low], keys[high]
+                keys[low] = max(here, there)
+                keys[high] = min(here, there)
+            for turn in range(step):
+                distance = 1 << (step - 1 - turn)
+                for pair in range(PAIRS):
+                    low = 2 * pair - (pair & (distance - 1))
+                    here, there = keys[low], keys[low + distance]
+                    keys[low] = max(here, there)
+                    keys[low + distance] = min(here, there)
+
+    return sort
+
+
+def _build_sort_wave(length: int) -> Any:
+    """(keys): sort them, descending, where they fall and rise or rise and fall, at most once each."""
+    PAIRS, STEPS = length // 2, length.bit_length() - 1
+
+    @device_function
+    def sort_wave(keys: Any) -> None:
+        for turn in range(STEPS):
+            distance = 1 << (STEPS - 1 - turn)
+            for pair in range(PAIRS):
+                low = 2 * pair - (pair & (distance - 1))
+                here, there = keys[low], keys[low + distance]
+                keys[low] = max(here, there)
+                keys[low + distance] = min(here, there)
+
+    return sort_wave

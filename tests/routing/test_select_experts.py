@@ -71,6 +71,17 @@ def test_of_equal_logits_in_all_lanes_the_lowest_ids_come_first(numba_device, nu
     assert run(logits, None, config, numba_device).expert_ids.tolist() == expected
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 8, 13, 32], ids="K{}".format)
+@pytest.mark.parametrize("num_experts", [32, 33, 100, 256, 384, 777, 1024, 2048], ids="E{}".format)
+def test_equal_logits_within_and_across_lanes_go_by_id(numba_device, num_experts, top_k):
+    """Of 2, 3 and 9 different values, so that lanes hold many equals, and several choices come from one lane."""
+    config = config_of(RoutingMethod.TOPK, num_experts, top_k)
+    generator = torch.Generator().manual_seed(num_experts + top_k)
+    logits = torch.stack([torch.randint(most, (num_experts,), generator=generator).float() for most in (2, 3, 9)])
+    expected = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    assert run(logits, None, config, numba_device).expert_ids.tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("bias_dtype", BIAS_DTYPES, ids=DTYPE_IDS.get)
 @pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=DTYPE_IDS.get)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
