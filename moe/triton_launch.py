@@ -29,10 +29,24 @@ class Boxes(NamedTuple):
     box: tuple[int, ...]
     layout: Any  # of a box in shared memory; follows from dtype and box
 
+    @property
+    def dtype(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        """What Triton compiles for, as the dtype of a tensor is."""
+        return self.tensor.dtype, self.box
+
+    def data_ptr(self) -> int:
+        return self.tensor.data_ptr()
+
+    def get_device(self) -> int:
+        return self.tensor.get_device()
+
     def descriptor(self) -> Any:
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
         return TensorDescriptor(self.tensor, list(self.shape), list(self.strides), list(self.box), self.layout)
+
+
+Tensors = tuple[Tensor | Boxes | None, ...]
 
 
 class KeptKernel:
@@ -66,8 +80,7 @@ class KeptKernel:
                 one device is for the caller to check.
             numbers: the parameters after those, where they change from launch to launch too.
         """
-        first = tensors[0]
-        device_index = (first.tensor if type(first) is Boxes else first).get_device()  # type: ignore[union-attr]
+        device_index = tensors[0].get_device()  # type: ignore[union-attr]
         if device_index < 0:  # the CPU
             self._launch_normally(grid, tensors, numbers)
         elif device_index == torch._C._cuda_getDevice():
@@ -76,31 +89,19 @@ class KeptKernel:
             with torch.cuda.device(device_index):
                 self._launch_on(device_index, grid, tensors, numbers)
 
-    def _launch_normally(self, grid: Grid, tensors: tuple[Tensor | Boxes | None, ...], numbers: tuple[int, ...]) -> Any:
+    def _launch_normally(self, grid: Grid, tensors: Tensors, numbers: tuple[int, ...]) -> Any:
         arguments = [tensor.descriptor() if type(tensor) is Boxes else tensor for tensor in tensors]
         return self.kernel[grid](*arguments, *numbers, **self.fixed)
 
-    def _launch_on(
-        self, device_index: int, grid: Grid, tensors: tuple[Tensor | Boxes | None, ...], numbers: tuple[int, ...]
-    ) -> None:
-        key: list[Any] = [device_index]
-        values: list[int | Boxes | None] = []
-        bits = 0
-        for tensor in tensors:
-            if tensor is None:
-                key.append(None)
-                values.append(None)
-            elif type(tensor) is Boxes:
-                bits |= tensor.tensor.data_ptr()
-                key.append((tensor.tensor.dtype, tensor.box))
-                values.append(tensor)
-            else:
-                pointer = tensor.data_ptr()
-                bits |= pointer
-                key.append(tensor.dtype)
-                values.append(pointer)
+    def _launch_on(self, device_index: int, grid: Grid, tensors: Tensors, numbers: tuple[int, ...]) -> None:
+        key: list[Any] = [device_index, *[None if tensor is None else tensor.dtype for tensor in tensors]]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         for number in numbers:
             key.append(_kind_of_number(number))
+        bits = 0
+        for pointer in pointers:
+            if pointer:
+                bits |= pointer
         handle = self._kept.get(tuple(key))
         if bits % ALIGNMENT_BYTES or _is_hooked(self.kernel):
             self._launch_normally(grid, tensors, numbers)
@@ -108,12 +109,10 @@ class KeptKernel:
             self._keep(tuple(key), self._launch_normally(grid, tensors, numbers), tensors, len(numbers))
         else:
             stream = torch._C._cuda_getCurrentRawStream(device_index)
-            passed = values if handle.passed is None else handle.passed(values)
+            passed = pointers if handle.passed is None else handle.passed(tensors, pointers)
             handle.start(*grid, stream, *handle.leading, *passed, *numbers, *handle.constants)
 
-    def _keep(
-        self, key: tuple[Any, ...], compiled: Any, tensors: tuple[Tensor | Boxes | None, ...], num_numbers: int
-    ) -> None:
+    def _keep(self, key: tuple[Any, ...], compiled: Any, tensors: Tensors, num_numbers: int) -> None:
         """Keep what the launcher takes, where this release of Triton has it: run, function and packed_metadata."""
         names = getattr(self.kernel, "arg_names", ())[len(tensors) + num_numbers :]
         run, function, packed_metadata = (
@@ -131,7 +130,9 @@ class _Handle(NamedTuple):
     start: Callable[..., Any]
     leading: tuple[Any, ...]
     constants: tuple[Any, ...]
-    passed: Callable[[list[Any]], list[Any]] | None = None  # what `start` takes for Boxes; None: there are none
+    passed: Callable[[Tensors, list[int | None]], list[Any]] | None = (
+        None  # what `start` takes for tensors, if not pointers
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,17 +143,17 @@ class _TensorMaps:
     metadata: Sequence[Any]  # one a Boxes
     kept: dict[tuple[Any, ...], Sequence[Any]] = field(default_factory=dict)
 
-    def passed(self, values: list[Any]) -> list[Any]:
+    def passed(self, tensors: Tensors, pointers: list[int | None]) -> list[Any]:
         passed: list[Any] = []
         index = 0
-        for value in values:
-            if type(value) is Boxes:
-                key = index, value.tensor.data_ptr(), value.shape, value.strides
+        for tensor, pointer in zip(tensors, pointers):
+            if type(tensor) is Boxes:
+                key = index, pointer, tensor.shape, tensor.strides
                 made = self.kept.get(key)
-                passed += self._make(key, value) if made is None else made
+                passed += self._make(key, tensor) if made is None else made
                 index += 1
             else:
-                passed.append(value)
+                passed.append(pointer)
         return passed
 
     def _make(self, key: tuple[Any, ...], boxes: Boxes) -> Sequence[Any]:
@@ -189,8 +190,9 @@ def _inside(launch: Any, num_boxes: int) -> tuple[Callable[..., Any], _TensorMap
     return launcher, _TensorMaps(make, metadata)
 
 
-def _with_descriptors(values: list[Any]) -> list[Any]:
-    return [value.descriptor() if type(value) is Boxes else value for value in values]
+def _with_descriptors(tensors: Tensors, pointers: list[int | None]) -> list[Any]:
+    pairs = zip(tensors, pointers)
+    return [tensor.descriptor() if type(tensor) is Boxes else pointer for tensor, pointer in pairs]
 
 
 def _is_hooked(kernel: Any) -> bool:
