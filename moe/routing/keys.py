@@ -30,16 +30,13 @@ def _image(bits: np.uint32) -> np.uint32:
 @device_function
 def key_of_logit(logit: np.float32) -> np.uint32:
     """Key of a number as it came: NaNs keep their sign and payload."""
-    bits = bits_of_float(logit)
-    key = _image(bits)
-    return _LOWEST_KEY if key == NO_KEY else key
+    return max(_image(bits_of_float(logit)), _LOWEST_KEY)
 
 
 @device_function
 def key_of_score(score: np.float32) -> np.uint32:
     """Key of a computed number: every NaN is the same, since arithmetic leaves its sign and payload open."""
-    bits = bits_of_float(score)
-    return _image(bits) if score == score else _NAN_KEY
+    return _image(bits_of_float(score)) if score == score else _NAN_KEY
 
 
 @device_function
