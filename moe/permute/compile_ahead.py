@@ -1,6 +1,6 @@
 """Planning kernels compiled before they are needed, each in a process of its own: numba compiles in Python, 2 to 4 s a kernel.
 
-A process is this module, with a job as JSON; it leaves its PTX where `moe.kept_ptx` finds it.
+A process runs `main` with its jobs as JSON, and leaves its PTX where `moe.kept_ptx` finds it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from moe.permute.config import PermuteConfig
 
 MAX_PROCESSES = 8
 TIMEOUT_S = 60.0
+_PROGRAM = "import sys; from moe.permute.compile_ahead import main; main(sys.argv[1:])"
 
 
 class PlanningJob(FrozenConfig):
@@ -98,7 +99,7 @@ def _start(texts: list[str]) -> subprocess.Popen[bytes] | None:
     }
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "moe.permute.compile_ahead", *texts],
+            [sys.executable, "-c", _PROGRAM, *texts],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -118,7 +119,3 @@ def main(texts: list[str]) -> None:
         job = PlanningJob.model_validate_json(text)
         for kernel in job.missing():
             kernel.kept_ptx(job.capability)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
