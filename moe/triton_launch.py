@@ -165,21 +165,34 @@ class _TensorMaps:
 
 def _handle_of(run: Any, function: Any, packed_metadata: Any, constants: tuple[Any, ...], num_boxes: int) -> _Handle:
     """By `run`, which takes any release's kernels; where that does no more than look for scratch memory, by what it calls."""
-    hooks = (None, None, None)  # none to call, and no metadata for them
+    hooks = (None, None, None)  # no metadata for them, and none to call
     passed = _with_descriptors if num_boxes else None
-    is_known = _TRITON_RELEASE == "3.6" and type(run).__name__ == "CudaLauncher"
+    is_known = _TRITON_RELEASE in ("3.6", "3.7") and type(run).__name__ == "CudaLauncher"
     if not is_known or run.global_scratch_size or run.profile_scratch_size:
         return _Handle(run, (function, packed_metadata, *hooks), constants, passed)
     start = run.launch
     if num_boxes and (found := _inside(start, num_boxes)) is not None:
         start, maps = found
         passed = maps.passed
-    leading = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, packed_metadata, *hooks)
-    return _Handle(start, leading, constants, passed)
+    scratch = (None, None)
+    first = (function, run.launch_cooperative_grid, run.launch_pdl)
+    if _TRITON_RELEASE == "3.6":
+        return _Handle(start, (*first, *scratch, packed_metadata, *hooks), constants, passed)
+    last = (*first, packed_metadata, *hooks, *scratch, run.arg_annotations, run.kernel_signature)
+    return _Handle(_with_one_argument(start, last), (), constants, passed)
+
+
+def _with_one_argument(launch: Callable[..., Any], last: tuple[Any, ...]) -> Callable[..., Any]:
+    """Triton 3.7's launcher takes the kernel's arguments as one."""
+
+    def start(x: int, y: int, z: int, stream: int, *arguments: Any) -> None:
+        launch(x, y, z, stream, *last, arguments)
+
+    return start
 
 
 def _inside(launch: Any, num_boxes: int) -> tuple[Callable[..., Any], _TensorMaps] | None:
-    """Triton 3.6 wraps the launcher of a kernel with descriptors in a function that makes maps of them: the two it calls."""
+    """Triton wraps the launcher of a kernel with descriptors in a function that makes maps of them: the two that it calls."""
     if not inspect.isfunction(launch):
         return None
     outer = inspect.getclosurevars(launch)

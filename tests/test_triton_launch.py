@@ -29,6 +29,7 @@ from moe import triton_launch
 from moe.triton_launch import Boxes, KeptKernel
 
 BLOCK = 64
+IS_3_6 = triton.__version__.startswith("3.6.")
 
 
 @triton.jit(do_not_specialize=["num_values"])
@@ -212,10 +213,11 @@ def test_tritons_compiled_kernels_have_the_handles_that_are_kept(monkeypatch):
 
 
 class CudaLauncher:
-    """Named and made as Triton 3.6 makes what `CompiledKernel.run` is."""
+    """Named and made as Triton makes what `CompiledKernel.run` is."""
 
     launch_cooperative_grid, launch_pdl = False, True
     profile_scratch_size = 0
+    arg_annotations, kernel_signature = "annotations", "signature"  # 3.7's
 
     def __init__(self, scratch_bytes: int) -> None:
         self.global_scratch_size = scratch_bytes
@@ -230,7 +232,8 @@ class CudaLauncher:
 
 
 @pytest.mark.parametrize(
-    ("release", "scratch_bytes", "is_direct"), [("3.6", 0, True), ("3.6", 8, False), ("3.7", 0, False)]
+    ("release", "scratch_bytes", "is_direct"),
+    [("3.6", 0, True), ("3.6", 8, False), ("3.7", 0, True), ("3.7", 8, False), ("3.8", 0, False)],
 )
 def test_the_launcher_is_passed_by_only_where_it_is_known_and_makes_no_memory(
     device_index, monkeypatch, release, scratch_bytes, is_direct
@@ -241,11 +244,16 @@ def test_the_launcher_is_passed_by_only_where_it_is_known_and_makes_no_memory(
     launches, values = kept(FakeKernel(compiled=lambda: compiled)), torch.zeros(8)
     for _ in range(2):
         launches.launch((3, 2, 1), values, None)
-    start, arguments = (3, 2, 1, 1000, "function"), (None, None, None, values.data_ptr(), None, BLOCK, 4)
-    if is_direct:
-        assert (launcher.direct, launcher.called) == ([(*start, False, True, None, None, "metadata", *arguments)], [])
+    start, hooks, scratch = (3, 2, 1, 1000, "function"), (None, None, None), (None, None)
+    arguments = (values.data_ptr(), None, BLOCK, 4)
+    if not is_direct:
+        assert (launcher.direct, launcher.called) == ([], [(*start, "metadata", *hooks, *arguments)])
+    elif release == "3.6":
+        expected = (*start, False, True, *scratch, "metadata", *hooks, *arguments)
+        assert (launcher.direct, launcher.called) == ([expected], [])
     else:
-        assert (launcher.direct, launcher.called) == ([], [(*start, "metadata", *arguments)])
+        expected = (*start, False, True, "metadata", *hooks, *scratch, "annotations", "signature", arguments)
+        assert (launcher.direct, launcher.called) == ([expected], [])
 
 
 def boxes_of(matrix: Tensor, *box: int) -> Boxes:
@@ -271,10 +279,19 @@ class GeneratedLauncher(CudaLauncher):
         self.launch = wrap_handle_tensordesc(self.generated, source.signature, metadata.tensordesc_meta)
 
     def generated(self, *arguments: Any) -> None:
+        """Notes arguments in the order that 3.6 has them in."""
+        if not IS_3_6:
+            *base, _, _, of_kernel = arguments
+            arguments = (*base[:7], *base[11:13], *base[7:11], *of_kernel)
         self.launches.append(as_passed(arguments))
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *arguments: Any) -> None:
-        self.launch(x, y, z, stream, function, self.launch_cooperative_grid, self.launch_pdl, None, None, *arguments)
+        first = (x, y, z, stream, function, self.launch_cooperative_grid, self.launch_pdl)
+        if IS_3_6:
+            self.launch(*first, None, None, *arguments)
+        else:
+            base = (*arguments[:4], None, None, self.arg_annotations, self.kernel_signature)
+            self.launch(*first, *base, arguments[4:])
 
 
 GeneratedLauncher.__name__ = "CudaLauncher"
@@ -293,7 +310,8 @@ def launched(device_index, monkeypatch: pytest.MonkeyPatch) -> Iterator[types.Si
 
     monkeypatch.setattr(_OfflineDriver, "launcher_cls", lambda self, *arguments: GeneratedLauncher(*arguments))
     monkeypatch.setattr(_OfflineDriver, "get_current_stream", lambda self, device: 1000)
-    monkeypatch.setattr(_Utils, "fill_tma_descriptor", fill_tma_descriptor, raising=False)
+    name = "fill_tma_descriptor" if IS_3_6 else "fill_tma_descriptor_tiled"
+    monkeypatch.setattr(_Utils, name, fill_tma_descriptor, raising=False)
     with offline_gpu(90):
         yield seen
     seen.launches.clear()
@@ -364,7 +382,7 @@ def test_where_the_launcher_is_not_as_known_descriptors_are_made_for_each_launch
     launched, copying, monkeypatch, difference
 ):
     if difference == "release":
-        monkeypatch.setattr(triton_launch, "_TRITON_RELEASE", "3.7")
+        monkeypatch.setattr(triton_launch, "_TRITON_RELEASE", "3.8")
     else:
         name = {"launcher": "launcher", "metadata": "tensordesc_meta"}[difference]
         real = inspect.getclosurevars
