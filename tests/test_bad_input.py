@@ -60,6 +60,11 @@ class Case:
     error: type[Exception] = ValueError
 
 
+def output_and_replay_in_one(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    memory = torch.full((T * H,), POISON, dtype=torch.int16, device=arguments["hidden_states"].device)
+    return {"output": memory.view(torch.bfloat16).view(T, H), "routing_replay_out": memory[: T * K].view(T, K)}
+
+
 def case(name: str, change: Callable[[Arguments], Arguments] | Arguments, *says: str, error: Any = ValueError) -> Case:
     return Case(name, change if callable(change) else lambda _: change, says, error)
 
@@ -221,6 +226,13 @@ FLAT_CASES = [
         lambda a: {"routing_replay_out": a["routing_logits"].view(torch.int16).view(-1, K)},
         "routing_replay_out",
         "shares memory with routing_logits",
+    ),
+    case("output_and_replay_are_one", output_and_replay_in_one, "output", "shares memory with routing_replay_out"),
+    case(
+        "replay_inside_the_input",
+        lambda a: {"routing_replay_out": a["hidden_states"].view(torch.int16).view(-1)[: T * K].view(T, K)},
+        "routing_replay_out",
+        "shares memory with hidden_states",
     ),
 ]
 ROUTED_CASES = [

@@ -323,3 +323,62 @@ def test_flat_call_captures_and_replays(cuda: torch.device) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, trtllm_bf16_moe(**arguments))
+
+
+@pytest.fixture
+def unfinalized_cases(device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of a layer with a bias, and everything that stopping before finalize must not lose."""
+    config = layer(method="DeepSeekV3", n_group=4, topk_group=2, routed_scaling_factor=2.5)
+    problem = make_problem(config, T, device=device)
+    generator = torch.Generator().manual_seed(3)
+    swiglu = {name: torch.rand(E, generator=generator).to(device) + 0.5 for name in ("alpha", "beta", "clamp_limit")}
+    arguments = flat_arguments(config, problem) | {"routing_bias": torch.randn(E, generator=generator).to(device)}
+    return arguments, {f"gemm1_{name}": value for name, value in swiglu.items()}
+
+
+def sum_of(outputs: list[Tensor]) -> Tensor:
+    """What finalize makes of an unfinalized list, in float32."""
+    rows, weights, row_of_slot = outputs
+    return (rows[row_of_slot.view(T, -1).long()].float() * weights.float()[..., None]).sum(1)
+
+
+def test_stopping_before_finalize_keeps_bias_swiglu_and_replay(unfinalized_cases):
+    arguments, swiglu = unfinalized_cases
+    replays = [torch.full((T, K), -7, dtype=torch.int16, device=arguments["hidden_states"].device) for _ in range(2)]
+    whole = trtllm_bf16_moe(**arguments, **swiglu, routing_replay_out=replays[0]).float()
+    outputs = trtllm_bf16_moe(**arguments, **swiglu, routing_replay_out=replays[1], do_finalize=False)
+    assert torch.equal(*replays)
+    assert (sum_of(outputs) - whole).norm() <= 5e-3 * whole.norm()
+    for without in ({**arguments, "routing_bias": None, **swiglu}, arguments):  # each of them matters here
+        other = sum_of(trtllm_bf16_moe(**without, do_finalize=False))
+        assert (other - whole).norm() > 0.1 * whole.norm()
+
+
+def test_stopping_the_routed_call_before_finalize_keeps_swiglu(unfinalized_cases):
+    arguments, swiglu = unfinalized_cases
+    ids = torch.rand(T, E, device=arguments["hidden_states"].device).topk(K).indices.int()
+    topk_ids = ids, torch.full((T, K), 0.25, dtype=torch.bfloat16, device=ids.device)
+    whole = routed(arguments, topk_ids, **swiglu).float()
+    assert (sum_of(routed(arguments, topk_ids, **swiglu, do_finalize=False)) - whole).norm() <= 5e-3 * whole.norm()
+    assert (sum_of(routed(arguments, topk_ids, do_finalize=False)) - whole).norm() > 0.1 * whole.norm()
+
+
+@pytest.mark.parametrize(("enable_pdl", "uses_pdl"), [(True, True), (None, True), (False, False)])
+def test_enable_pdl_reaches_the_pipeline(enable_pdl: bool | None, uses_pdl: bool, monkeypatch: pytest.MonkeyPatch):
+    from moe import trtllm
+
+    asked: list[bool] = []
+    build = trtllm.tuned_pipeline
+
+    def tuned_pipeline(*args: Any, uses_pdl: bool, **more: Any) -> Any:
+        asked.append(uses_pdl)
+        return build(*args, uses_pdl=uses_pdl, **more)
+
+    monkeypatch.setattr(trtllm, "tuned_pipeline", tuned_pipeline)
+    trtllm._flat_pipeline.cache_clear()
+    config = layer()
+    trtllm_bf16_moe(
+        **flat_arguments(config, make_problem(config, 3, device=torch.device("cpu"))), enable_pdl=enable_pdl
+    )
+    trtllm._flat_pipeline.cache_clear()
+    assert asked == [uses_pdl]

@@ -71,6 +71,15 @@ def test_of_equal_logits_in_all_lanes_the_lowest_ids_come_first(numba_device, nu
     assert run(logits, None, config, numba_device).expert_ids.tolist() == expected
 
 
+def test_weights_are_rounded_to_the_nearest_bfloat16_and_ties_to_even(numba_device):
+    """The rule whose weights are the logits themselves, so that nothing but their rounding is left."""
+    numbers = [1 + number * 2.0**-10 for number in range(32)]  # bfloat16 has every eighth of them
+    logits = torch.tensor([numbers, [-number for number in numbers], [number * 2.0**-130 for number in numbers]])
+    topk = run(logits, None, config_of(RoutingMethod.TOPK, 32, 32), numba_device)
+    expected = logits.gather(1, topk.expert_ids.cpu().long()).bfloat16()
+    assert torch.equal(topk.weights.cpu(), expected)
+
+
 @pytest.mark.parametrize("top_k", [1, 3, 8, 13, 32], ids="K{}".format)
 @pytest.mark.parametrize("num_experts", [32, 33, 100, 256, 384, 777, 1024, 2048], ids="E{}".format)
 def test_equal_logits_within_and_across_lanes_go_by_id(numba_device, num_experts, top_k):
