@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from moe.flow import TopK
 from moe.pipeline import reference_pipeline
 
 MAX_CHECKED_TOKENS = 64
+ROTATED_BYTES = 600e6  # of weights from one call to the next on the same inputs: ten times the L2 cache of an H200
 ERROR_LIMIT = 1e-2  # relative Frobenius against the reference; both round three times to bf16, which gives up to 6e-3
 
 
@@ -49,6 +51,18 @@ def sets_for(num_tokens: int, device: torch.device) -> int:
     return 16 if num_tokens <= 32 else 4 if num_tokens <= 512 else 2
 
 
+def num_sets_of(config: MoEConfig, num_tokens: int, device: torch.device) -> int:
+    """As `sets_for`, but no more than it takes to read ROTATED_BYTES: large layers do so in a call, and each call counts.
+
+    Two up to 512 tokens all the same, where the number of active experts differs from draw to draw.
+    """
+    most = sets_for(num_tokens, device)
+    bytes_of_expert = sum(2 * gemm.weight_rows * gemm.in_features for gemm in (config.gemm1, config.gemm2))
+    num_active = config.permute.num_local_experts * (1 - (1 - config.top_k / config.num_experts) ** num_tokens)
+    needed = math.ceil(ROTATED_BYTES / (num_active * bytes_of_expert))
+    return min(most, max(needed, 1 if most <= 2 else 2))
+
+
 def make_weights(config: MoEConfig, device: torch.device, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """W1 and W2 in the layer's format: normal over sqrt(fan-in), bf16."""
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -65,7 +79,7 @@ def make_problem(config: MoEConfig, num_tokens: int, w1: Tensor, w2: Tensor, *, 
     """Uniform routing over all experts, and normal hidden states; the weights are only read."""
     device = w1.device
     generator = torch.Generator(device=device).manual_seed(seed)
-    sets = _make_sets(config, num_tokens, sets_for(num_tokens, device), generator)
+    sets = _make_sets(config, num_tokens, num_sets_of(config, num_tokens, device), generator)
     num_checked = min(num_tokens, MAX_CHECKED_TOKENS)
     tokens = torch.arange(num_checked, device=device) * num_tokens // num_checked
     first = sets[0]

@@ -213,7 +213,6 @@ class _Search:
 
     def fastest(self, best: TuningChoice, best_us: float, others: list[TuningChoice]) -> tuple[TuningChoice, float]:
         """The fastest of `best` and those of `others` that are right."""
-        self.compile(others)
         for choice in others:
             time_us = self.time_us(choice)
             if time_us is not None and time_us < best_us:
@@ -308,8 +307,13 @@ def _tune_bucket(
     if model_us is None:
         report("  left out: the model's own choice does not run here")
         return None
-    best, best_us = search.fastest(model, model_us, candidates.compositions()[1:])
-    for axis in candidates.variants(best):
+    compositions = candidates.compositions()[1:]
+    search.compile(compositions)
+    best, best_us = search.fastest(model, model_us, compositions)
+    axes = candidates.variants(best)
+    # Of all axes at once: what one finds changes which kernels are run together, hardly ever the kernels of the next.
+    search.compile([choice for axis in axes for choice in axis(best)])
+    for axis in axes:
         best, best_us = search.fastest(best, best_us, axis(best))
     tuned_us = model_us
     final_us = search.final_us(best) if best != model else None

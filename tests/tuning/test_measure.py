@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe.tuning import measure
 from moe.tuning.measure import Peaks, Timing, measure_in_turns, measure_peaks, measure_us, median_turn
 
 
@@ -52,6 +53,22 @@ def test_what_is_timed_in_turns_takes_them_one_after_another():
     timings = measure_in_turns(calls, device="cpu", budget_s=0.0, num_turns=3)
     assert {name: len(turns) for name, turns in timings.items()} == {"a": 3, "b": 3}
     assert order == ["a", "a", "b", "b"] * 3  # each is called once before it is timed
+
+
+@pytest.mark.parametrize(
+    ("call_us", "captured_rounds", "num_samples"),
+    [(10.0, [1, 100], 20), (2500.0, [1], 8), (90_000.0, [1], 5)],
+    ids=["short", "long", "longer_than_the_budget"],
+)
+def test_a_graph_is_filled_with_short_calls_and_a_long_call_is_captured_once(
+    call_us: float, captured_rounds: list[int], num_samples: int, monkeypatch: pytest.MonkeyPatch
+):
+    captured = []
+    monkeypatch.setattr(measure, "_capture", lambda calls, rounds: captured.append(rounds) or len(calls) * rounds)
+    monkeypatch.setattr(measure, "_replays_us", lambda num_calls, num_replays: [num_calls * call_us] * num_replays)
+    timing = measure._measure_replays_us([lambda: None, lambda: None], budget_s=0.04)
+    assert captured == captured_rounds
+    assert timing == Timing(call_us, call_us, call_us, num_samples)
 
 
 def test_the_median_turn_has_medians_and_all_samples():

@@ -10,13 +10,15 @@ import torch
 from filelock import FileLock
 
 from moe.cache_folder import cache_folder
+from moe.cli.layer import FORMATS, config_of_shape
 from moe.config import MoEConfig
 from moe.pipeline import MoEPipeline, build_pipeline
+from moe.shapes import NAMED_SHAPES
 from moe.tuning import search
 from moe.tuning.choice import TuningChoice
 from moe.tuning.gpu import GpuModel
 from moe.tuning.lookup import forget_tables, is_tuned, look_up
-from moe.tuning.problem import make_problem, make_weights
+from moe.tuning.problem import make_problem, make_weights, num_sets_of
 from moe.tuning.search import tune
 from moe.tuning.table import merge_into, user_table_path
 
@@ -333,6 +335,21 @@ def test_input_sets_of_few_tokens_avoid_each_others_experts(monkeypatch: pytest.
     chosen = torch.cat([one.topk.expert_ids.flatten() for one in problem.sets])
     assert len(chosen.unique()) >= 4 * 4
     assert all(len(ids.unique()) == 4 for one in problem.sets for ids in one.topk.expert_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "sets_of_tokens"),
+    [
+        ("sonic-7b", {1: 16, 8: 5, 8192: 2}),
+        ("qwen3-30b-a3b", {1: 8, 128: 2, 8192: 1}),
+        ("mixtral-8x7b", {1: 2, 8: 2, 8192: 1}),
+    ],
+)
+def test_input_sets_are_as_many_as_it_takes_to_leave_the_cache(name: str, sets_of_tokens: dict[int, int]):
+    shape = NAMED_SHAPES[name]
+    config = config_of_shape(shape, FORMATS["hf"])
+    found = {num_tokens: num_sets_of(config, num_tokens, torch.device("cuda")) for num_tokens in sets_of_tokens}
+    assert found == sets_of_tokens
 
 
 def test_error_is_of_the_tokens_that_were_checked():
