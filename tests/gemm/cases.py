@@ -91,7 +91,8 @@ def make_case(
     """A case with distinct random experts a token, or those of `expert_ids`; `local` is this rank's slice of experts.
 
     What must not be read is poisoned: NaN in padding rows, garbage in token_of_row of padding rows and in the tile list
-    past num_tiles. is_integer draws small integers, whose products sum exactly in fp32 and fit bf16's 8 bits rarely.
+    past num_tiles. is_integer draws small integers and a first column of 32: products sum exactly in fp32, to numbers near
+    1024, of 11 bits where bf16 has 8, and so large that their sigmoid is 1.
     """
     local = local or slice(0, num_experts)
     num_local = local.stop - local.start
@@ -124,6 +125,8 @@ def make_case(
     permutation = _poisoned(plan_permutation_reference(topk, config=permute_config))
     logical = draw(num_local, config.weight_rows, in_features, scale=in_features**-0.5)
     rows = draw(len(expert_ids) if config.activation else permutation.max_rows, in_features)
+    if is_integer:
+        logical[..., 0] = rows[:, 0] = 32
     if config.activation is None:
         is_padding = torch.ones(permutation.max_rows, dtype=torch.bool, device=device)
         is_padding[permutation.row_of_slot[permutation.row_of_slot >= 0].long()] = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from closeness import assert_close_to_exact
+from closeness import assert_close_to_exact, assert_rounded_once
 from gemm.cases import ALL_FORMATS, UNGATED_FORMATS, GemmCase, format_id, make_case
 from torch import Tensor
 
@@ -21,7 +21,9 @@ def run(case: GemmCase, swiglu: SwigluParams | None = None) -> Tensor:
 
 def assert_is_rounded_truth(case: GemmCase, swiglu: SwigluParams | None = None) -> None:
     exact = case.exact(swiglu).flatten(0, 1)
-    assert_close_to_exact(case.by_slot(run(case, swiglu)).flatten(0, 1), exact.to(torch.bfloat16), exact)
+    actual = case.by_slot(run(case, swiglu)).flatten(0, 1)
+    assert_close_to_exact(actual, exact.to(torch.bfloat16), exact)
+    assert_rounded_once(actual, exact)
 
 
 @pytest.mark.parametrize("weight_format", ALL_FORMATS, ids=format_id)
@@ -57,10 +59,11 @@ def test_one_rank_of_several(poisoned_memory, activation):
     "names", [(), ("alpha",), ("beta",), ("clamp_limit",), ("alpha", "beta", "clamp_limit")], ids=str
 )
 def test_swiglu_parameters_by_local_expert(names):
+    # Halfway between two numbers of bf16.
     parameters = {
-        "alpha": torch.tensor([1.702, 0.5, 1.0]),
-        "beta": torch.tensor([1.0, -0.25, 0.0]),
-        "clamp_limit": torch.tensor([0.5, 7.0, 1.0]),
+        "alpha": torch.tensor([1.699, 0.502, 1.004]),
+        "beta": torch.tensor([1.004, -0.251, 0.0]),
+        "clamp_limit": torch.tensor([0.502, 7.015, 1.004]),
     }
     swiglu = SwigluParams(**{name: parameters[name] for name in names})
     case = make_case(in_features=128, out_features=32, activation="Swiglu", num_tokens=12, seed=3)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from closeness import assert_close_to_exact
+from closeness import assert_close_to_exact, assert_rounded_once
 from gemm.cases import ALL_FORMATS, UNGATED_FORMATS, GemmCase, format_id, make_case
 from torch import Tensor
 
@@ -166,18 +166,20 @@ def test_a_rank_without_any_row_computes_nothing(triton_device, activation):
     "names", [(), ("alpha",), ("beta",), ("clamp_limit",), ("alpha", "beta", "clamp_limit")], ids=str
 )
 def test_swiglu_takes_any_of_its_parameters_by_local_expert(triton_device, poisoned_memory, names):
+    # Halfway between two numbers of bf16.
     parameters = {
-        "alpha": torch.tensor([1.702, 0.5, 1.0]),
-        "beta": torch.tensor([1.0, -0.25, 0.0]),
-        "clamp_limit": torch.tensor([0.5, 7.0, 1.0]),  # 0.5 and 1 clamp much of unit-scale values
+        "alpha": torch.tensor([1.699, 0.502, 1.004]),
+        "beta": torch.tensor([1.004, -0.251, 0.0]),
+        "clamp_limit": torch.tensor([0.502, 7.015, 1.004]),  # the first and the last clamp much of unit-scale values
     }
     swiglu = SwigluParams(**{name: parameters[name].to(triton_device) for name in names})
     case = make_case(in_features=128, out_features=32, activation="Swiglu", num_tokens=12, seed=3, device=triton_device)
     assert_kernel_is_close(case, swiglu)
+    assert_rounded_once(case.by_slot(run_kernel(case, swiglu)), case.exact(swiglu))
 
 
 @pytest.mark.parametrize("weight_format", [WeightFormat(), FLASHINFER], ids=format_id)
-@pytest.mark.parametrize("activation", ["Relu2", None])
+@pytest.mark.parametrize("activation", ["Swiglu", "Relu2", None])
 def test_sums_that_fp32_holds_exactly_equal_the_reference_bit_for_bit(triton_device, activation, weight_format):
     case = make_case(
         in_features=320,
