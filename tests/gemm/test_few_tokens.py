@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from closeness import assert_close_to_exact
+from closeness import assert_close_to_exact, assert_rounded_once
 from gemm.cases import ALL_FORMATS, format_id
 from problems import experts_in_float64, make_problem
 from torch import Tensor
@@ -16,6 +16,7 @@ from moe.flow import SwigluParams, TopK
 from moe.gemm.config import FLASHINFER, WeightFormat, WeightLayout
 from moe.gemm.few_tokens_config import FewTokenConfig, MatvecTile
 from moe.gemm.few_tokens_reference import few_token_experts_reference, slot_gemm_reference, token_gemm_reference
+from moe.gemm.reference import activate_reference
 from moe.gemm.weight_format import pack_weights
 from moe.pipeline import reference_pipeline
 
@@ -239,6 +240,41 @@ def test_the_sum_is_of_rows_rounded_to_bf16(triton_device, poisoned_memory):
     topk = TopK(case.topk.expert_ids, torch.tensor([[1.0, -1.0]], device=triton_device))
     out = token_gemm(activation, torch.ones_like(case.w2), topk, config=case.config)
     assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("function", [slot_gemm, slot_gemm_reference])
+@pytest.mark.parametrize("activation", ["Swiglu", "Relu2"])
+def test_the_activation_is_of_sums_that_were_not_rounded(triton_device, poisoned_memory, activation, function):
+    case = make_case(num_tokens=5, hidden_size=192, activation=activation, device=triton_device)
+    out = function(case.hidden_states, case.w1, case.topk, config=case.config)
+    weights = case.logical[0][case.topk.expert_ids.long()].double()  # [T, K, 2I or I, H]
+    products = (weights @ case.hidden_states.double()[:, None, :, None]).flatten(0, 1).squeeze(-1)
+    assert_rounded_once(out, activate_reference(products, 0, case.config.gemm1, None))
+
+
+@pytest.mark.parametrize("function", [token_gemm, token_gemm_reference])
+@pytest.mark.parametrize("top_k", [2, 65], ids=["unrolled", "in_a_loop"])
+def test_float32_weights_are_not_cut_to_bfloat16(triton_device, poisoned_memory, top_k, function):
+    case = make_case(num_tokens=1, num_experts=top_k, top_k=top_k, weight_dtype=torch.float32, device=triton_device)
+    case.topk.weights[0] = torch.tensor([1 + 2.0**-10, -1.0] + [0.0] * (top_k - 2))
+    activation = torch.zeros(top_k, 64, dtype=torch.bfloat16, device=triton_device)
+    activation[:, 0] = 1
+    out = function(activation, torch.ones_like(case.w2), case.topk, config=case.config)
+    assert (out == 2.0**-10).all()
+
+
+@pytest.mark.parametrize("function", [token_gemm, token_gemm_reference])
+def test_products_of_a_row_are_summed_in_float32(triton_device, poisoned_memory, function):
+    # (1 + 2^-7)^2 has 15 bits; the others leave its last one.
+    case = make_case(num_tokens=1, top_k=1, device=triton_device)
+    case.topk.weights.fill_(1.0)
+    activation, weights = (
+        torch.zeros(size, dtype=torch.bfloat16, device=triton_device) for size in ((1, 64), case.w2.shape)
+    )
+    activation[0, :3] = weights[..., :3] = torch.tensor([1 + 2.0**-7, 1.0, 2.0**-3], device=triton_device).bfloat16()
+    weights[..., 1:3] *= -1
+    out = function(activation, weights, case.topk, config=case.config)
+    assert (out == 2.0**-14).all()
 
 
 def test_slots_are_the_rows_between_the_kernels(triton_device, poisoned_memory):
