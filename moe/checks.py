@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-ALIGNMENT_BYTES = 16  # widest load or store that a kernel issues
+WIDEST_LOAD_BYTES = 16  # that a kernel issues, and TMA's alignment
 
 
 def expect(
@@ -21,7 +22,10 @@ def expect(
     device: torch.device | None = None,
     words: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise unless `tensor` has this shape, dtype and device, is contiguous and 16-byte aligned.
+    """Raise unless `tensor` has this shape, dtype and device, is contiguous and aligned.
+
+    Aligned: to 16 bytes, or to the power of two that divides a row of the last axis if that is less. So rows of an aligned
+    tensor pass, whichever they are.
 
     Args:
         name: the argument's name, as the caller knows it.
@@ -61,7 +65,7 @@ def _fits(
         (tensor.dtype == dtype if isinstance(dtype, torch.dtype) else tensor.dtype in dtype)
         and (device is None or tensor.device == device)
         and tensor.is_contiguous()
-        and (tensor.data_ptr() % ALIGNMENT_BYTES == 0 or not tensor.numel())
+        and (tensor.data_ptr() % WIDEST_LOAD_BYTES == 0 or _is_aligned(tensor))
     )
 
 
@@ -109,7 +113,12 @@ def _refuse(
             f"{_lead(words, 'strides')}{name}: expected a contiguous tensor, got strides {list(tensor.stride())} for shape "
             f"{list(tensor.shape)}; call .contiguous() on it once, outside the hot path"
         )
-    expect_aligned(name, tensor)
+    if not _is_aligned(tensor):
+        wanted = _alignment_bytes(tensor)
+        raise ValueError(
+            f"{name}: expected memory aligned to {wanted} bytes, got an address {tensor.data_ptr() % wanted} bytes past one "
+            "(a slice or a view at an odd offset); call .clone() on it"
+        )
 
 
 def is_as_expected(
@@ -122,8 +131,14 @@ def is_as_expected(
         and tensor.dtype is dtype
         and (device is None or tensor.device == device)
         and tensor.is_contiguous()
-        and (tensor.data_ptr() % ALIGNMENT_BYTES == 0 or not tensor.numel())
+        and (tensor.data_ptr() % WIDEST_LOAD_BYTES == 0 or _is_aligned(tensor))
     )
+
+
+def expect_type(name: str, value: object, kind: type, cure: str) -> None:
+    """Raise TypeError unless `value` is a `kind`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}; {cure}")
 
 
 def expect_count(name: str, value: int) -> None:
@@ -134,13 +149,12 @@ def expect_count(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected 1 or more, got {value}; leave it out for the default")
 
 
-def expect_aligned(name: str, tensor: Tensor) -> None:
-    """Raise ValueError unless the tensor's memory starts at a multiple of 16 bytes."""
-    if tensor.numel() and tensor.data_ptr() % ALIGNMENT_BYTES:
-        raise ValueError(
-            f"{name}: expected memory aligned to {ALIGNMENT_BYTES} bytes, got an address "
-            f"{tensor.data_ptr() % ALIGNMENT_BYTES} bytes past one (a slice or a view at an odd offset); call .clone() on it"
-        )
+def _is_aligned(tensor: Tensor) -> bool:
+    return not tensor.numel() or tensor.data_ptr() % _alignment_bytes(tensor) == 0
+
+
+def _alignment_bytes(tensor: Tensor) -> int:
+    return math.gcd(WIDEST_LOAD_BYTES, tensor.shape[-1] * tensor.element_size())
 
 
 def expect_separate(name: str, written: Tensor, others: Mapping[str, Tensor | None]) -> None:

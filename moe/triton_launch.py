@@ -53,10 +53,10 @@ class KeptKernel:
     """A Triton kernel and all of its arguments but the first ones, which change from launch to launch.
 
     `kernel[grid](...)` takes 13 us of host time to find what it compiled for such arguments, and to ask the driver about each
-    pointer; by a kept handle a launch takes 5 us. Each combination of device, dtypes and absent tensors goes through
-    `kernel[grid](...)` once, which compiles it. So does every launch in Triton's interpreter, on tensors that are not on a
-    GPU, with a pointer that is not 16-byte aligned, and while a hook on launches is installed (`triton.knobs.runtime`,
-    profilers). What `triton.knobs` say to the compiler is read at the first launch.
+    pointer; by a kept handle a launch takes 5 us. Each combination of device, dtypes, absent tensors and 16-byte alignments
+    goes through `kernel[grid](...)` once, which compiles it. So does every launch in Triton's interpreter, on tensors that
+    are not on a GPU, and while a hook on launches is installed (`triton.knobs.runtime`, profilers). What `triton.knobs` say
+    to the compiler is read at the first launch.
 
     With two or three TensorDescriptors `kernel[grid](...)` takes 40 us. Here the tensor maps that the launcher makes of them are
     kept too: a map says where memory lies and how it is cut, so it holds for every tensor of that address and shape.
@@ -102,8 +102,10 @@ class KeptKernel:
         for pointer in pointers:
             if pointer:
                 bits |= pointer
+        if bits % ALIGNMENT_BYTES:
+            key += [bool(pointer and pointer % ALIGNMENT_BYTES) for pointer in pointers]
         handle = self._kept.get(tuple(key))
-        if bits % ALIGNMENT_BYTES or _is_hooked(self.kernel):
+        if _is_hooked(self.kernel):
             self._launch_normally(grid, tensors, numbers)
         elif handle is None:
             self._keep(tuple(key), self._launch_normally(grid, tensors, numbers), tensors, len(numbers))

@@ -46,6 +46,33 @@ def test_an_empty_tensor_may_lie_anywhere():
     assert is_as_expected(empty, (0, 8), torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("columns", "dtype"),
+    [
+        (6, torch.int32),
+        (10, torch.int32),
+        (6, torch.bfloat16),
+        (60, torch.bfloat16),
+        (2, torch.int16),
+        (3, torch.float32),
+    ],
+    ids=str,
+)
+def test_rows_of_an_aligned_tensor_pass_whichever_they_are(columns, dtype):
+    tensor = torch.zeros(9, columns, dtype=dtype)
+    for first in range(9):
+        rows = tensor[first:]
+        expect("rows", rows, "T K", {}, dtype=dtype)
+        assert is_as_expected(rows, (9 - first, columns), dtype)
+
+
+def test_a_row_that_begins_between_rows_is_refused():
+    between = torch.zeros(64, dtype=torch.int32)[1:13].view(2, 6)
+    with pytest.raises(ValueError, match=r"aligned to 8 bytes, got an address 4 bytes past one .*\.clone\(\)"):
+        expect("ids", between, "T K", {}, dtype=torch.int32)
+    assert not is_as_expected(between, (2, 6), torch.int32)
+
+
 OVERLAPPING = {
     "itself": RIGHT,
     "last_element": MEMORY[95:100],

@@ -140,14 +140,16 @@ def test_each_device_has_its_own_handle_and_is_the_current_one_while_it_launches
     assert device_index["current"] == 0
 
 
-def test_a_misaligned_pointer_goes_the_normal_way_every_time(device_index):
+def test_misaligned_pointers_are_kept_by_themselves(device_index):
     kernel, values = FakeKernel(), torch.zeros(8)
     launches = kept(kernel)
-    launches.launch((1, 1, 1), values, None)
+    tensors = [(values, values), (values[1:], values), (values, values[1:]), (values[1:], values[1:])]
     for _ in range(2):
-        launches.launch((1, 1, 1), values[1:], None)
-    assert len(kernel.compiled) == 3
-    assert all(compiled.runs == [] for compiled in kernel.compiled)
+        for pair in tensors:
+            launches.launch((1, 1, 1), *pair)
+    launches.launch((1, 1, 1), values[2:], values)  # alike for the compiler
+    assert len(kernel.compiled) == len(tensors)
+    assert [len(compiled.runs) for compiled in kernel.compiled] == [1, 2, 1, 1]
 
 
 def test_tensors_on_the_cpu_go_the_normal_way(device_index):

@@ -116,7 +116,7 @@ def kernel_of(
 
 
 def _load_width(num_experts: int) -> int:
-    """Neighbours that a load may read at once: tensors begin at multiples of 16 bytes, and so do rows of a multiple of 4."""
+    """Neighbours that a load may read at once: so many divide a row, and where a row begins is aligned to them (`expect`)."""
     width = min(slots_per_lane(num_experts), MAX_LOAD_WIDTH)
     while num_experts % width:
         width //= 2
