@@ -16,6 +16,7 @@ from moe.triton_launch import KeptKernel
 COLUMNS_A_WARP = 256  # 16 bytes a lane
 MAX_WARPS = 8
 DEFAULT_BLOCK_H = 1024
+MAX_UNROLLED_CHOICES = 32  # all maps are loaded first; above, code would grow with top_k, and its compilation faster
 FEW_TOKENS = 16  # up to here blocks of one warp, to spread a row over more of the GPU
 
 
@@ -68,6 +69,7 @@ def _kernel_of(top_k: int, hidden_size: int, block_h: int, uses_pdl: bool) -> Ke
         TOP_K=top_k,
         HIDDEN=hidden_size,
         BLOCK_H=block_h,
+        IS_UNROLLED=top_k <= MAX_UNROLLED_CHOICES,
         USES_PDL=uses_pdl,
         num_warps=min(max(block_h // COLUMNS_A_WARP, 1), MAX_WARPS),
         launch_pdl=uses_pdl,

@@ -14,6 +14,7 @@ def finalize_kernel(
     TOP_K: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    IS_UNROLLED: tl.constexpr,  # over the choices; else the loop stays one, and maps are read in it
     USES_PDL: tl.constexpr,
 ):
     num_blocks: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
@@ -23,20 +24,33 @@ def finalize_kernel(
     in_row = column < HIDDEN
     row_of_choice = ()
     weight_of_choice = ()
-    for choice in tl.static_range(TOP_K):
-        row = tl.load(row_of_slot_ptr + token * TOP_K + choice).to(tl.int64)
-        # Masked, not branched, so that a row can be loaded before the one before it has come. Neither factor of a slot
-        # without a row is read, and 0 * 0 leaves the sum as it is.
-        weight = tl.load(weights_ptr + token * TOP_K + choice, mask=row >= 0, other=0.0).to(tl.float32)
-        row_of_choice = row_of_choice + (row,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no starred tuples
-        weight_of_choice = weight_of_choice + (weight,)  # type: ignore[assignment]  # noqa: RUF005
+    if IS_UNROLLED:
+        for choice in tl.static_range(TOP_K):
+            row, weight = _load_slot(row_of_slot_ptr, weights_ptr, token * TOP_K + choice)
+            row_of_choice = row_of_choice + (row,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no starred tuples
+            weight_of_choice = weight_of_choice + (weight,)  # type: ignore[assignment]  # noqa: RUF005
     if USES_PDL:
         # Before it, only what was complete when gemm2 began: the maps and weights.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     total = tl.zeros([BLOCK_H], tl.float32)
-    for choice in tl.static_range(TOP_K):
-        row = row_of_choice[choice]
-        values = tl.load(rows_ptr + row * HIDDEN + column, mask=in_row & (row >= 0), other=0.0)
-        total += weight_of_choice[choice] * values.to(tl.float32)
+    if IS_UNROLLED:
+        for choice in tl.static_range(TOP_K):
+            row = row_of_choice[choice]
+            values = tl.load(rows_ptr + row * HIDDEN + column, mask=in_row & (row >= 0), other=0.0)
+            total += weight_of_choice[choice] * values.to(tl.float32)
+    else:
+        for choice in range(TOP_K):
+            row, weight = _load_slot(row_of_slot_ptr, weights_ptr, token * TOP_K + choice)
+            values = tl.load(rows_ptr + row * HIDDEN + column, mask=in_row & (row >= 0), other=0.0)
+            total += weight * values.to(tl.float32)
     tl.store(output_ptr + token * HIDDEN + column, total.to(tl.bfloat16), mask=in_row)
+
+
+@triton.jit
+def _load_slot(row_of_slot_ptr, weights_ptr, slot):
+    """The slot's row as int64, and its weight as float32, 0 where it has no row."""
+    row = tl.load(row_of_slot_ptr + slot).to(tl.int64)
+    # Masked, not branched, so that a row can be loaded before the one before it has come. Neither factor of a slot
+    # without a row is read, and 0 * 0 leaves the sum as it is.
+    return row, tl.load(weights_ptr + slot, mask=row >= 0, other=0.0).to(tl.float32)

@@ -68,7 +68,7 @@ def exact_sum(rows: Tensor, topk: TopK, permutation: Permutation) -> tuple[Tenso
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16_weights", "fp32_weights"])
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "hidden_size"),
-    [(1, 8, 512), (7, 2, 8), (7, 32, 64), (5, 1, 2056), (18, 8, 1032), (3, 3, 13), (20, 22, 264)],
+    [(1, 8, 512), (7, 2, 8), (7, 32, 64), (5, 1, 2056), (18, 8, 1032), (3, 3, 13), (20, 22, 264), (3, 33, 264)],
     ids=lambda value: str(value),
 )
 def test_result_is_within_one_rounding_of_float64(num_tokens, top_k, hidden_size, weights, finalize, poisoned_memory):

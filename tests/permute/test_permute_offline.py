@@ -29,12 +29,14 @@ def launches_of_plan(num_tokens: int, num_experts: int, arch: int) -> OfflineGpu
     return gpu
 
 
-def launches_of_finalize(num_tokens: int, hidden_size: int, weights: torch.dtype, arch: int) -> OfflineGpu:
+def launches_of_finalize(
+    num_tokens: int, hidden_size: int, weights: torch.dtype, arch: int, top_k: int = 8
+) -> OfflineGpu:
     from moe.permute.finalize import finalize_tokens
     from moe.permute.reference import plan_permutation_reference
 
-    config = PermuteConfig(num_experts=32, num_local_experts=32, top_k=8)
-    topk = TopK(torch.zeros(num_tokens, 8, dtype=torch.int32), torch.zeros(num_tokens, 8, dtype=weights))
+    config = PermuteConfig(num_experts=512, num_local_experts=32, top_k=top_k)
+    topk = TopK(torch.zeros(num_tokens, top_k, dtype=torch.int32), torch.zeros(num_tokens, top_k, dtype=weights))
     permutation = plan_permutation_reference(topk, config=config)
     rows = torch.empty(permutation.max_rows, hidden_size, dtype=torch.bfloat16)
     with offline_gpu(arch) as gpu:
@@ -135,3 +137,9 @@ def test_finalize_reads_and_writes_sixteen_bytes_at_once(hidden_size, weights, a
     assert launch.report.spill_bytes == 0
     assert launch.report.count("ld.global.v4") == 8
     assert launch.report.count("st.global.v4") == 1
+
+
+def test_code_of_finalize_does_not_grow_with_very_many_choices():
+    few, many = (launches_of_finalize(2, 2048, torch.bfloat16, 90, top_k).launches[0].report for top_k in (33, 512))
+    assert few.count("ld.global") == many.count("ld.global") <= 16
+    assert many.spill_bytes == 0
