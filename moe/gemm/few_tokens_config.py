@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from moe.checks import expect, expect_separate, is_as_expected
+from moe.checks import expect, expect_separate, expect_type, is_as_expected
 from moe.flow import SwigluParams, TopK
 from moe.frozen import Count, FrozenConfig, PowerOfTwo
 from moe.gemm.config import GemmConfig, WeightLayout
@@ -126,6 +126,8 @@ class FewTokenConfig(FrozenConfig):
 
     def _fit(self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor) -> bool:
         """Whether all of these pass their checks: told without messages, which take time to make."""
+        if not isinstance(topk, TopK):
+            return False
         ids, weights = topk.expert_ids, topk.weights
         if not isinstance(ids, Tensor) or not isinstance(weights, Tensor) or ids.dim() != 2:
             return False
@@ -158,6 +160,7 @@ class FewTokenConfig(FrozenConfig):
         self._check_output(topk, output, {"activation": activation, "gemm2_weights": w2})
 
     def _check_topk(self, topk: TopK) -> dict[str, int]:
+        expect_type("topk", topk, TopK, "moe.TopK(expert_ids, weights) makes one")
         dims = {"K": self.top_k}
         expect("expert_ids", topk.expert_ids, "T K", dims, dtype=torch.int32)
         expect("expert_weights", topk.weights, "T K", dims, dtype=WEIGHT_DTYPES, device=topk.expert_ids.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe.flow import SwigluParams, TopK
 from moe.gemm.few_tokens_config import FewTokenConfig
-from moe.gemm.reference import activate_reference
+from moe.gemm.reference import activate_reference, product_in_fp32
 from moe.gemm.weight_format import unpack_expert
 
 
@@ -27,7 +27,7 @@ def slot_gemm_reference(
     out = hidden_states.new_empty(topk.expert_ids.numel(), gemm.out_features)
     for expert, slots in _slots_of_experts(topk, config):
         weight = unpack_expert(weights[expert], gemm.weight_format, is_gated=gemm.is_gated)
-        product = hidden_states[slots // config.top_k].float() @ weight.float().T
+        product = product_in_fp32(hidden_states[slots // config.top_k], weight)
         out[slots] = activate_reference(product, expert, gemm, swiglu).bfloat16()
     return out
 
@@ -40,15 +40,19 @@ def token_gemm_reference(
     gemm = config.gemm2
     num_tokens, top_k = topk.expert_ids.shape
     # Weighted after the rounding; a slot without a local expert adds nothing.
-    addends = torch.zeros(num_tokens * top_k, gemm.out_features, device=activation.device)
+    addends = torch.zeros(num_tokens * top_k, gemm.out_features, dtype=torch.float32, device=activation.device)
     for expert, slots in _slots_of_experts(topk, config):
         weight = unpack_expert(weights[expert], gemm.weight_format, is_gated=False)
-        row = (activation[slots].float() @ weight.float().T).bfloat16()
+        row = product_in_fp32(activation[slots], weight).bfloat16()
         addends[slots] = topk.weights.flatten()[slots, None].float() * row.float()
-    total = torch.zeros(num_tokens, gemm.out_features, device=activation.device)
+    total = torch.zeros(num_tokens, gemm.out_features, dtype=torch.float32, device=activation.device)
     for choice in range(top_k):
         total += addends[choice::top_k]
-    return total.bfloat16() if output is None else output.copy_(total)
+    if output is None:
+        return total.bfloat16()
+    with torch.inference_mode():  # where the caller may have allocated it
+        output.copy_(total)
+    return output
 
 
 def few_token_experts_reference(

@@ -26,7 +26,7 @@ def gather_gemm_reference(
     for expert, rows in rows_of_experts(permutation):
         token = permutation.token_of_row[rows]
         weight = unpack_expert(weights[expert], config.weight_format, is_gated=config.is_gated)
-        product = hidden_states[token].float() @ weight.float().T
+        product = product_in_fp32(hidden_states[token], weight)
         out[rows] = activate_reference(product, expert, config, swiglu).bfloat16()
     return out
 
@@ -37,8 +37,14 @@ def grouped_gemm_reference(rows: Tensor, weights: Tensor, permutation: Permutati
     out = rows.new_empty(permutation.max_rows, config.out_features)
     for expert, rows_of_expert in rows_of_experts(permutation):
         weight = unpack_expert(weights[expert], config.weight_format, is_gated=False)
-        out[rows_of_expert] = (rows[rows_of_expert].float() @ weight.float().T).bfloat16()
+        out[rows_of_expert] = product_in_fp32(rows[rows_of_expert], weight).bfloat16()
     return out
+
+
+def product_in_fp32(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [R, K] @ weight [N, K]^T in fp32, whatever torch.autocast says."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows.float() @ weight.float().T
 
 
 def activate_reference(product: Tensor, expert: int, config: GemmConfig, swiglu: SwigluParams | None) -> Tensor:
@@ -49,7 +55,7 @@ def activate_reference(product: Tensor, expert: int, config: GemmConfig, swiglu:
     swiglu = swiglu or SwigluParams()
     if swiglu.clamp_limit is not None:
         limit = swiglu.clamp_limit[expert]
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        gate, up = gate.clamp(max=limit), up.clamp(max=limit).clamp(min=-limit)
     alpha = 1.0 if swiglu.alpha is None else swiglu.alpha[expert]
     beta = 0.0 if swiglu.beta is None else swiglu.beta[expert]
     return gate * torch.sigmoid(alpha * gate) * (up + beta)

@@ -61,4 +61,6 @@ def finalize_tokens_reference(
         total[token] += topk.weights[token, choice, None].float() * rows[row[token].long()].float()
     if output is None:
         return total.bfloat16()
-    return output.copy_(total)
+    with torch.inference_mode():  # where the caller may have allocated it
+        output.copy_(total)
+    return output

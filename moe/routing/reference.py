@@ -44,7 +44,8 @@ def select_experts_reference(
     expert_ids = _best(places, config.top_k)  # [T, K]
     weights = _weights(x.gather(1, expert_ids), keys.gather(1, expert_ids), config)
     if replay_out is not None:
-        replay_out[: logits.shape[0]] = expert_ids
+        with torch.inference_mode():  # where the caller may have allocated it
+            replay_out[: logits.shape[0]] = expert_ids
     return TopK(expert_ids.to(torch.int32), weights.to(torch.bfloat16))
 
 

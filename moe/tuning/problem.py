@@ -95,14 +95,14 @@ def _make_sets(config: MoEConfig, num_tokens: int, num_sets: int, generator: tor
     is_used = torch.zeros(num_experts, dtype=torch.bool, device=device)
     sets = []
     for _ in range(num_sets):
-        scores = torch.rand(num_tokens, num_experts, generator=generator, device=device)
+        scores = torch.rand(num_tokens, num_experts, dtype=torch.float32, generator=generator, device=device)
         if 2 * int(is_used.sum()) > num_experts:
             is_used.zero_()
         if leaves_most_idle:
             scores[:, is_used] -= 1.0
         best = scores.topk(top_k, dim=1)
         is_used[best.indices] = True
-        weights = torch.rand(num_tokens, top_k, generator=generator, device=device) + 0.1
+        weights = torch.rand(num_tokens, top_k, dtype=torch.float32, generator=generator, device=device) + 0.1
         weights = (weights / weights.sum(1, keepdim=True)).bfloat16()
         hidden_states = torch.empty(num_tokens, config.hidden_size, dtype=torch.bfloat16, device=device)
         sets.append(InputSet(TopK(best.indices.int(), weights), hidden_states.normal_(generator=generator)))

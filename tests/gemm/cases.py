@@ -60,7 +60,7 @@ class GemmCase:
         alpha = 1.0 if swiglu.alpha is None else swiglu.alpha[expert].item()
         if swiglu.clamp_limit is not None:
             limit = swiglu.clamp_limit[expert].item()
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            gate, up = gate.clamp(max=limit), up.clamp(max=limit).clamp(min=-limit)
         if swiglu.beta is not None:
             up = up + swiglu.beta[expert].item()
         return gate / (1 + torch.exp(-alpha * gate)) * up

@@ -298,6 +298,33 @@ def test_the_output_goes_where_it_is_asked_for(triton_device, poisoned_memory, f
 
 
 @pytest.mark.parametrize("function", [few_token_experts, few_token_experts_reference])
+def test_an_output_allocated_in_inference_mode_is_written_outside_of_it(triton_device, poisoned_memory, function):
+    case = make_case(device=triton_device)
+    with torch.inference_mode():
+        output = torch.empty(2, 64, dtype=torch.bfloat16, device=triton_device)
+    case.run(function, output=output)
+    assert torch.equal(output, case.run(function))
+
+
+@pytest.mark.parametrize("function", [few_token_experts, few_token_experts_reference])
+def test_ids_alone_are_no_chosen_experts(function):
+    case = make_case()
+    with pytest.raises(TypeError, match=r"topk: expected a TopK, got Tensor; moe\.TopK"):
+        function(case.topk.expert_ids, case.hidden_states, case.w1, case.w2, config=case.config)
+
+
+def test_the_reference_follows_neither_the_default_dtype_nor_autocast():
+    case = make_case(device="cpu")
+    expected = case.run(few_token_experts_reference)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(case.run(few_token_experts_reference), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("function", [few_token_experts, few_token_experts_reference])
 def test_no_tokens_give_an_empty_output(triton_device, function):
     case = make_case(expert_ids=torch.empty(0, 2), device=triton_device)
     out = case.run(function)

@@ -63,11 +63,19 @@ def test_swiglu_parameters_by_local_expert(names):
     parameters = {
         "alpha": torch.tensor([1.699, 0.502, 1.004]),
         "beta": torch.tensor([1.004, -0.251, 0.0]),
-        "clamp_limit": torch.tensor([0.502, 7.015, 1.004]),
+        "clamp_limit": torch.tensor([0.502, 7.015, -1.004]),
     }
     swiglu = SwigluParams(**{name: parameters[name] for name in names})
     case = make_case(in_features=128, out_features=32, activation="Swiglu", num_tokens=12, seed=3)
     assert_is_rounded_truth(case, swiglu)
+
+
+@pytest.mark.parametrize("activation", ["Swiglu", None])
+def test_autocast_changes_no_bit(activation):
+    case = make_case(in_features=192, out_features=80, activation=activation)
+    expected = case.by_slot(run(case))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(case.by_slot(run(case)), expected)
 
 
 def test_wide_sums_as_those_of_qwen3_30b():

@@ -170,7 +170,7 @@ def test_swiglu_takes_any_of_its_parameters_by_local_expert(triton_device, poiso
     parameters = {
         "alpha": torch.tensor([1.699, 0.502, 1.004]),
         "beta": torch.tensor([1.004, -0.251, 0.0]),
-        "clamp_limit": torch.tensor([0.502, 7.015, 1.004]),  # the first and the last clamp much of unit-scale values
+        "clamp_limit": torch.tensor([0.502, 7.015, -1.004]),  # the first and the last clamp much of unit-scale values
     }
     swiglu = SwigluParams(**{name: parameters[name].to(triton_device) for name in names})
     case = make_case(in_features=128, out_features=32, activation="Swiglu", num_tokens=12, seed=3, device=triton_device)
