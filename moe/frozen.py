@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class FrozenConfig(BaseModel):
-    """Immutable, hashable, JSON round trip. Build variants through the constructor: `model_copy` skips validators."""
+    """Immutable, hashable, JSON round trip."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
     # Slots, which neither copies nor pickles take along: strings hash anew in each process.
     __slots__ = ("_kept_hash", "_kept_identity")
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """The config with some fields changed, validated as a new one is. pydantic's own would keep what it computed before."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | dict(update or {}))
 
     def __hash__(self) -> int:
         """Computed once: configs are keys of what is kept for a launch."""

@@ -72,11 +72,13 @@ class _Keys:
     def activation(self) -> str:
         key = "mlp_hidden_act" if "mlp_hidden_act" in self.config else "hidden_act"
         name = self.value(key)
-        if name in ("silu", "swish"):
+        is_gated = self.model_type != "nemotron_h"
+        if is_gated and name in ("silu", "swish"):
             return "Swiglu"
-        if name == "relu2" and self.model_type == "nemotron_h":
+        if not is_gated and name == "relu2":
             return "Relu2"
-        raise self.refusal(f"expected {key} 'silu' (gated), or 'relu2' for nemotron_h; got {name!r}")
+        wanted = "'silu', of gated experts" if is_gated else "'relu2', of experts without a gate"
+        raise self.refusal(f"expected {key} {wanted}; got {name!r}")
 
     def value(self, *names: str) -> Any:
         """The value under the one of these names that is there."""

@@ -3,6 +3,8 @@
 import copy
 import pickle
 
+import pytest
+
 from moe import MoEConfig
 
 
@@ -51,6 +53,20 @@ def test_what_a_config_computes_and_keeps_is_no_part_of_it():
     assert used.weight_shape == (8, 128, 128)
     assert "weight_shape" in used.__dict__
     assert used == fresh
+
+
+def test_a_copy_computes_anew_what_follows_from_its_values():
+    config = layer().gemm1
+    assert config.weight_shape == (8, 128, 128)
+    assert config.model_copy(update={"num_experts": 4}).weight_shape == (4, 128, 128)
+    assert config.model_copy() == config
+
+
+def test_a_copy_is_refused_what_a_new_config_is():
+    with pytest.raises(ValueError, match="in_features"):
+        layer().gemm1.model_copy(update={"in_features": 7})
+    with pytest.raises(ValueError, match="num_expert"):
+        layer().gemm1.model_copy(update={"num_expert": 4})
 
 
 def test_a_copy_with_another_value_is_not_equal_after_the_first_was_compared():

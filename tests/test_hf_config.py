@@ -194,8 +194,12 @@ def test_a_missing_key_is_named_and_never_guessed(config: dict[str, Any], key: s
         ({"model_type": "llama4"}, "into each expert's input, .* method='Llama4'"),
         ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, "into each expert's input"),
         ({"model_type": "gpt_oss"}, "biases and interleaved"),
-        (QWEN3_30B | {"hidden_act": "gelu"}, "expected hidden_act 'silu' .* got 'gelu'"),
+        (QWEN3_30B | {"hidden_act": "gelu"}, "expected hidden_act 'silu', of gated experts; got 'gelu'"),
         (QWEN3_30B | {"hidden_act": "relu2"}, "got 'relu2'"),
+        (
+            NEMOTRON_3_NANO | {"mlp_hidden_act": "silu"},
+            "expected mlp_hidden_act 'relu2', of experts without a gate; got 'silu'",
+        ),
         (QWEN3_30B | {"num_experts": [8, 16]}, r"expected one whole number for num_experts .*got \[8, 16\]"),
         (QWEN3_30B | {"num_experts": True}, "expected one whole number"),
         (QWEN3_30B | {"norm_topk_prob": "yes"}, "expected true or false for norm_topk_prob, got 'yes'"),

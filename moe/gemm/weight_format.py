@@ -65,7 +65,7 @@ def unpack_weights(weights: Tensor, weight_format: WeightFormat, *, is_gated: bo
 def convert_weights(weights: Tensor, format_from: WeightFormat, format_to: WeightFormat, *, is_gated: bool) -> Tensor:
     """Weights of all experts from one format to another, on the device where they lie.
 
-    Besides the result it takes memory for one expert at a time.
+    Besides the result it takes memory for one expert at a time. No gradient is recorded, also of a parameter's weights.
 
     Args:
         weights: [E, N, K], [E, K, N] or [E, K / 64, N, 64] of any dtype, as format_from says.
@@ -79,7 +79,7 @@ def convert_weights(weights: Tensor, format_from: WeightFormat, format_to: Weigh
         _expect_fits(num_rows, num_columns, weight_format, is_gated)
     row_of_row = _row_map(num_rows, format_from, format_to, is_gated, weights.device)
     converted = weights.new_empty(weights.shape[0], *_stored_shape(num_rows, num_columns, format_to.layout))
-    for expert_from, expert_to in zip(weights, converted):
+    for expert_from, expert_to in zip(weights.detach(), converted):
         matrix = _as_matrix(expert_from, format_from.layout)
         if row_of_row is not None:
             matrix = matrix.index_select(0, row_of_row)

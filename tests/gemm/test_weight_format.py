@@ -102,6 +102,14 @@ def test_packing_gives_memory_of_its_own():
     assert logical.any()
 
 
+@pytest.mark.parametrize("convert", [pack_weights, unpack_weights])
+def test_weights_of_a_parameter_are_converted_without_a_gradient(convert):
+    parameter = torch.nn.Parameter(numbered_weights().float())
+    converted = convert(parameter, WeightFormat(gate_up_order="up_gate"), is_gated=True)
+    assert torch.equal(converted, convert(parameter.detach(), WeightFormat(gate_up_order="up_gate"), is_gated=True))
+    assert not converted.requires_grad
+
+
 @pytest.mark.parametrize(
     ("shape", "weight_format", "is_gated", "message"),
     [
