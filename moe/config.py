@@ -48,8 +48,9 @@ class MoEConfig(FrozenConfig):
         """The config of a layer: H=hidden_size, I=intermediate_size an expert, E=num_experts, K=top_k.
 
         Args:
-            is_batch_invariant: a token alone has the bits that it has in any batch: one kind of kernel with one tile for
-                every number of tokens, so slower with few tokens and with very many.
+            is_batch_invariant: on a GPU, a token alone has the bits that it has in any batch: one kind of kernel with one
+                tile for every number of tokens, so slower with few tokens and with very many. The references sum as
+                torch's matmul does, on a CPU in an order that may follow the number of rows.
 
         Raises:
             ValueError: (pydantic's ValidationError) naming the field, what was wanted and what came.

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ class MoEPipeline:
         output: Tensor | None = None,
     ) -> Tensor:
         """The same from chosen experts. Ids that are not local, or no expert's, are skipped."""
-        self._check(topk, hidden_states, w1, w2, swiglu, output=output)
+        self._check(topk, hidden_states, w1, w2, swiglu, output=output, is_chosen=True)
         if topk.expert_ids.shape[0] <= self._max_fused_tokens:
             return self._run_fused(topk, hidden_states, w1, w2, swiglu=swiglu, output=output)
         return self._chain(topk, hidden_states, w1, w2, swiglu, output)
@@ -126,7 +127,7 @@ class MoEPipeline:
         self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
     ) -> ExpertOutputs:
         """The same from chosen experts, stopped before finalize."""
-        self._check(topk, hidden_states, w1, w2, swiglu)
+        self._check(topk, hidden_states, w1, w2, swiglu, is_chosen=True)
         rows, permutation = self._rows(topk, hidden_states, w1, w2, swiglu)
         return ExpertOutputs(rows, topk.weights, permutation.row_of_slot)
 
@@ -215,17 +216,20 @@ class MoEPipeline:
         bias: Tensor | None = None,
         output: Tensor | None = None,
         routing_replay_out: Tensor | None = None,
+        is_chosen: bool = False,
     ) -> None:
-        """Raise unless all tensors fit the config. `entry` is the logits, or the experts chosen already."""
+        """Raise unless all tensors fit the config. `entry` is the logits, or the experts chosen already (`is_chosen`)."""
         if not self.checks_inputs:
             return
         config = self.config
-        if isinstance(entry, TopK):
-            config.permute.check(entry)
-            first, first_name = entry.expert_ids, "expert_indices"
+        weights = None
+        if is_chosen:
+            topk = cast(TopK, entry)
+            config.permute.check(topk)
+            first, first_name, weights = topk.expert_ids, "expert_indices", topk.weights
         else:
-            config.routing.check(entry, bias, routing_replay_out)
-            first, first_name = entry, "routing_logits"
+            first, first_name = cast(Tensor, entry), "routing_logits"
+            config.routing.check(first, bias, routing_replay_out)
         device, num_tokens = first.device, first.shape[0]
         if not is_as_expected(hidden_states, (num_tokens, config.hidden_size), torch.bfloat16, device):
             words = {
@@ -238,12 +242,13 @@ class MoEPipeline:
         config.gemm1.check_weights("gemm1_weights", w1, device)
         config.gemm2.check_weights("gemm2_weights", w2, device)
         config.gemm1.check_swiglu(swiglu, device)
-        weights = entry.weights if isinstance(entry, TopK) else None
-        needs_gradient = _needs_gradient(first, hidden_states, w1, w2, bias, weights)
+        parameters = () if swiglu is None else (swiglu.alpha, swiglu.beta, swiglu.clamp_limit)
+        needs_gradient = _needs_gradient(first, hidden_states, w1, w2, bias, weights, output, *parameters)
         if output is None and routing_replay_out is None and not needs_gradient:
             return
         read = {first_name: first, "routing_bias": bias, "expert_weights": weights}
         read |= {"hidden_states": hidden_states, "gemm1_weights": w1, "gemm2_weights": w2}
+        read |= zip(("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"), parameters)
         if output is not None:
             dims = {"T": num_tokens, "H": config.hidden_size}
             expect("output", output, "T H", dims, dtype=torch.bfloat16, device=device)
@@ -251,7 +256,7 @@ class MoEPipeline:
         if routing_replay_out is not None:
             expect_separate("routing_replay_out", routing_replay_out, read)
         if needs_gradient:
-            _refuse_gradient(read)
+            _refuse_gradient(read | {"output": output})
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

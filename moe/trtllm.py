@@ -187,6 +187,7 @@ def trtllm_bf16_routed_moe(
     )
     topk = _unpack(topk_ids, top_k)
     if routing_replay_out is not None:
+        pipeline.config.permute.check(topk)
         pipeline.config.routing.check_replay(routing_replay_out, topk.expert_ids.shape[0], hidden_states.device)
     tensors = (topk, hidden_states, gemm1_weights, gemm2_weights)
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
@@ -221,8 +222,8 @@ def _flat_pipeline(
     for name, value in (
         ("num_experts", num_experts),
         ("top_k", top_k),
-        ("n_group", n_group or 0),
-        ("topk_group", topk_group or 0),
+        ("n_group", 0 if n_group is None else n_group),
+        ("topk_group", 0 if topk_group is None else topk_group),
         ("intermediate_size", intermediate_size),
         ("local_expert_offset", local_expert_offset),
         ("local_num_experts", local_num_experts),

@@ -65,6 +65,16 @@ def output_and_replay_in_one(arguments: dict[str, Any]) -> dict[str, Tensor]:
     return {"output": memory.view(torch.bfloat16).view(T, H), "routing_replay_out": memory[: T * K].view(T, K)}
 
 
+def output_around_alpha(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    memory = torch.zeros(T * H, dtype=torch.bfloat16, device=arguments["hidden_states"].device)
+    return {"output": memory.view(T, H), "gemm1_alpha": memory[: 2 * E].view(torch.float32)}
+
+
+def replay_around_beta(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    memory = torch.zeros(E, device=arguments["hidden_states"].device)
+    return {"gemm1_beta": memory, "routing_replay_out": memory.view(torch.int16)[: T * K].view(T, K)}
+
+
 def case(name: str, change: Callable[[Arguments], Arguments] | Arguments, *says: str, error: Any = ValueError) -> Case:
     return Case(name, change if callable(change) else lambda _: change, says, error)
 
@@ -140,11 +150,15 @@ SHARED_CASES = [
     case("activation_silu", {"activation_type": 2}, "Unsupported eltwise activation type", "Silu"),
     case("activation_unknown", {"activation_type": 12}, "Invalid activation type: 12"),
     case("flag_as_int", {"do_finalize": 1}, "do_finalize", "int", error=TypeError),
+    case("scale_nan", {"routed_scaling_factor": float("nan")}, "routed_scaling_factor", "finite", "nan"),
+    case("scale_infinite", {"routed_scaling_factor": float("inf")}, "routed_scaling_factor", "finite", "inf"),
     case("scale_as_string", {"routed_scaling_factor": "2.5"}, "routed_scaling_factor", "str", error=TypeError),
     # groups
     case("groups_that_do_not_divide", grouped(n_group=3), "num_experts must be divisible by n_group", "8", "3"),
     case("more_chosen_groups_than_groups", grouped(topk_group=5), "n_group must not be smaller than topk_group.", "5", "4"),
     case("groups_without_choice", grouped(topk_group=None), "if n_group is given, topk_group must be given"),
+    case("groups_as_bool", grouped(n_group=False), "n_group", "bool", error=TypeError),
+    case("chosen_groups_as_float", grouped(topk_group=0.0), "topk_group", "float", error=TypeError),
     case("groups_negative", grouped(n_group=-2), "n_group", "-2"),
     case("groups_of_one", grouped(n_group=8), "two experts", "8"),
     case(
@@ -159,6 +173,7 @@ SHARED_CASES = [
     # what is written
     tensor_case("output_shape", "output", lambda t: t[:4].clone(), "output", "[T=5, H=128]", "[4, 128]"),
     tensor_case("output_fp32", "output", Tensor.float, "output", "bfloat16", "float32"),
+    tensor_case("output_needs_gradient", "output", lambda t: t.clone().requires_grad_(), "output", "no_grad"),
     tensor_case("output_strided", "output", strided, "output", "contiguous"),
     case("output_is_the_input", lambda a: {"output": a["hidden_states"]}, "output", "shares memory with hidden_states"),
     case(
@@ -175,6 +190,11 @@ SHARED_CASES = [
     # parameters of the activation
     case("alpha_for_relu2", lambda a: relu2(a) | {"gemm1_alpha": experts_of(a)}, "only supported for ActivationType.Swiglu."),
     case("alpha_bf16", lambda a: {"gemm1_alpha": experts_of(a).bfloat16()}, "gemm1_alpha", "float32", "bfloat16"),
+    *(
+        case(f"{name}_needs_gradient", lambda a, name=name: {name: experts_of(a).requires_grad_()}, name, "no_grad")
+        for name in ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
+    ),
+    case("output_around_alpha", output_around_alpha, "output", "shares memory with gemm1_alpha"),
     case("beta_of_another_count", lambda a: {"gemm1_beta": experts_of(a)[:3].clone()}, "gemm1_beta", "8", "3"),
     case("clamp_2d", lambda a: {"gemm1_clamp_limit": experts_of(a)[None].clone()}, "gemm1_clamp_limit", "1-D", "2-D"),
 ]  # fmt: skip
@@ -227,6 +247,7 @@ FLAT_CASES = [
         "routing_replay_out",
         "shares memory with routing_logits",
     ),
+    case("replay_around_beta", replay_around_beta, "routing_replay_out", "shares memory with gemm1_beta"),
     case("output_and_replay_are_one", output_and_replay_in_one, "output", "shares memory with routing_replay_out"),
     case(
         "replay_inside_the_input",
@@ -250,6 +271,14 @@ ROUTED_CASES = [
         "expert_weights must be bfloat16 or float32",
     ),
     case("weights_shape", lambda a: {"topk_ids": (ids_of(a), ids_of(a)[:4].float())}, "expert_weights", "[4, 2]"),
+    case(
+        "ids_as_list",
+        lambda a: {"topk_ids": (ids_of(a).tolist(), ids_of(a).float())},
+        "expert_ids",
+        "list",
+        error=TypeError,
+    ),
+    case("ids_0d", lambda a: {"topk_ids": (ids_of(a)[0, 0].clone(), ids_of(a).float())}, "expert_indices must be 2D."),
     case("three_tensors", lambda a: {"topk_ids": (ids_of(a),) * 3}, "topk_ids", "3"),
     case("lora", lambda a: {"gemm1_lora_delta": a["hidden_states"]}, "gemm1_lora_delta", "not supported"),
 ]

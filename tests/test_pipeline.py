@@ -256,6 +256,29 @@ def test_replay_records_the_chosen_ids(device: torch.device) -> None:
     assert (replay[5:] == 77).all()
 
 
+def test_logits_in_the_place_of_chosen_experts_are_refused_and_the_other_way_round() -> None:
+    config = MoEConfig.create(**SMALL)
+    problem = make_problem(config, 4)
+    pipeline, experts = reference_pipeline(config), (problem.hidden_states, problem.w1, problem.w2)
+    topk = pipeline.route(problem.logits)
+    for call in (pipeline.run_experts, pipeline.run_experts_unfinalized):
+        for wrong in (problem.logits, (topk.expert_ids, topk.weights)):
+            with pytest.raises(TypeError, match=r"topk: expected a TopK, got .*; moe\.TopK\(expert_ids, weights\)"):
+                call(wrong, *experts)
+    for call in (pipeline, pipeline.expert_outputs):
+        with pytest.raises(TypeError, match=r"routing_logits: expected a torch\.Tensor, got TopK"):
+            call(topk, *experts)
+
+
+def test_parameters_of_the_activation_that_are_none_of_ours_are_refused() -> None:
+    config = MoEConfig.create(**SMALL)
+    problem = make_problem(config, 4)
+    with pytest.raises(TypeError, match=r"swiglu: expected a SwigluParams, got dict; moe\.SwigluParams"):
+        reference_pipeline(config)(
+            problem.logits, problem.hidden_states, problem.w1, problem.w2, swiglu={"alpha": torch.ones(8)}
+        )
+
+
 def test_a_pipeline_without_checks_leaves_them_to_its_stages() -> None:
     config = MoEConfig.create(**SMALL)
     problem = make_problem(config, 4)
@@ -528,15 +551,14 @@ def test_dependent_launches_of_a_whole_layer_race_with_nothing(num_tokens: int, 
     "dims", [{"hidden_size": 512, "intermediate_size": 256}, {"hidden_size": 200, "intermediate_size": 72}], ids=str
 )
 def test_a_batch_invariant_layer_gives_a_token_alone_the_bits_of_any_batch(
-    dims: dict[str, int], device: torch.device
+    dims: dict[str, int], cuda: torch.device
 ) -> None:
     config = MoEConfig.create(**dims, num_experts=8, top_k=2, is_batch_invariant=True)
-    largest = 2000 if device.type == "cuda" else 40
-    problem = make_problem(config, largest, device=device)
-    pipeline = build_pipeline(config, device)
+    problem = make_problem(config, 2000, device=cuda)
+    pipeline = build_pipeline(config, cuda)
     together = pipeline(problem.logits, problem.hidden_states, problem.w1, problem.w2)
     for num_tokens in (1, 7, 33, 300, 900):
-        some = slice(0, min(num_tokens, largest))
+        some = slice(0, num_tokens)
         alone = pipeline(problem.logits[some], problem.hidden_states[some], problem.w1, problem.w2)
         assert torch.equal(alone, together[some])
 

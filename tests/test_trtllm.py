@@ -211,6 +211,18 @@ def test_output_and_replay_are_written_in_place(device: torch.device) -> None:
     assert (replay[T:] == -5).all()
 
 
+def test_buffers_allocated_in_inference_mode_are_written_outside_of_it(device: torch.device) -> None:
+    config = layer()
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    with torch.inference_mode():
+        output = torch.full((T, H), float("nan"), dtype=torch.bfloat16, device=device)
+        replay = torch.full((T, K), -5, dtype=torch.int16, device=device)
+    assert trtllm_bf16_moe(**arguments, output=output, routing_replay_out=replay) is output
+    assert torch.equal(output, trtllm_bf16_moe(**arguments))
+    assert torch.equal(replay.int(), select_experts_reference(problem.logits, config=config.routing).expert_ids)
+
+
 @pytest.mark.parametrize("changes", [{"enable_pdl": False}, {"enable_pdl": None}, {"tune_max_num_tokens": 1}])
 def test_arguments_without_effect_change_no_bit(changes: dict[str, Any], device: torch.device) -> None:
     config = layer()
@@ -255,6 +267,22 @@ def test_three_ways_to_name_the_experts_agree(device: torch.device) -> None:
     from_logits = trtllm_bf16_moe(**arguments)
     assert torch.equal(routed(arguments, pack_topk(topk)), from_logits)
     assert torch.equal(routed(arguments, (topk.expert_ids, topk.weights)), from_logits)
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_a_chunk_of_a_batch_may_begin_at_any_token(first: int, device: torch.device) -> None:
+    """Rows of 3 choices have 12 bytes of ids and 6 of weights, those of 10 logits have 40: few begin at a multiple of 16."""
+    config = layer(num_experts=10, top_k=3)
+    problem = make_problem(config, T, device=device)
+    topk = select_experts_reference(problem.logits, config=config.routing)
+    replay = torch.full((T, 3), -5, dtype=torch.int16, device=device)
+    arguments = flat_arguments(config, problem) | {"hidden_states": problem.hidden_states[first:]}
+    arguments["routing_logits"] = problem.logits[first:]
+    expected = trtllm_bf16_moe(**arguments | {"routing_logits": problem.logits[first:].clone()})
+    assert torch.equal(trtllm_bf16_moe(**arguments, routing_replay_out=replay[first:]), expected)
+    assert torch.equal(replay[first:].int(), topk.expert_ids[first:])
+    assert torch.equal(routed(arguments, (topk.expert_ids[first:], topk.weights[first:])), expected)
+    assert torch.equal(routed(arguments, pack_topk(topk)[first:]), expected)
 
 
 def test_float32_weights_are_not_rounded(device: torch.device) -> None:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from moe.checks import expect, is_as_expected
+from moe.checks import expect, expect_type, is_as_expected
 from moe.flow import Permutation, SwigluParams
 from moe.frozen import Count, FrozenConfig, PowerOfTwo
 
@@ -239,6 +239,7 @@ class GemmConfig(FrozenConfig):
         """Raise unless each parameter is [E_local] fp32, and the activation is SwiGLU."""
         if swiglu is None:
             return
+        expect_type("swiglu", swiglu, SwigluParams, "moe.SwigluParams(alpha, beta, clamp_limit) makes one")
         for name in ("alpha", "beta", "clamp_limit"):
             parameter = getattr(swiglu, name)
             if parameter is None:

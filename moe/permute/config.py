@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from moe.checks import expect, expect_separate, is_as_expected
+from moe.checks import expect, expect_separate, expect_type, is_as_expected
 from moe.flow import Permutation, TopK
 from moe.frozen import Count, FrozenConfig, PowerOfTwo
 from moe.permute.chunks import NUMBA_CHUNKING, TRITON_CHUNKING
@@ -76,6 +76,7 @@ class PermuteConfig(FrozenConfig):
     def check(self, topk: TopK) -> None:
         """Raise unless topk has expert_ids [T, K] int32 and weights [T, K] bf16 or fp32 on one device."""
         if not self._fits(topk):
+            expect_type("topk", topk, TopK, "moe.TopK(expert_ids, weights) makes one")
             ids, dims = topk.expert_ids, {"K": self.top_k}
             expect("expert_ids", ids, "T K", dims, dtype=torch.int32, words=_IDS_WORDS)
             device = ids.device
@@ -86,6 +87,8 @@ class PermuteConfig(FrozenConfig):
 
     def _fits(self, topk: TopK) -> bool:
         """Whether both tensors are as `check` wants them: told without messages, which take time to make."""
+        if not isinstance(topk, TopK):
+            return False
         ids, weights = topk.expert_ids, topk.weights
         if not isinstance(ids, Tensor) or not isinstance(weights, Tensor) or not ids.dim():
             return False

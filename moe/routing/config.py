@@ -67,7 +67,7 @@ class RoutingConfig(FrozenConfig):
     method: RoutingMethod = RoutingMethod.RENORMALIZE
     n_group: int = Field(default=0, ge=0)  # DeepSeekV3: groups of neighbouring experts; 0 and 1 mean none
     topk_group: int = Field(default=0, ge=0)  # DeepSeekV3: how many of them a token may use
-    routed_scaling_factor: float = 1.0  # DeepSeekV3 and MiniMax2
+    routed_scaling_factor: float = Field(default=1.0, allow_inf_nan=False)  # DeepSeekV3 and MiniMax2
     norm_topk_prob: bool = True  # SigmoidRenorm
 
     @field_validator("method", mode="before")

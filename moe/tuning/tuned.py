@@ -123,7 +123,7 @@ class TunedPipeline:
     ) -> Tensor:
         """As `MoEPipeline.run_experts`."""
         if active():
-            self._tune_for(topk, hidden_states, w1, w2, swiglu, output=output)
+            self._tune_for(topk, hidden_states, w1, w2, swiglu, output=output, is_chosen=True)
         return self.at(_num_tokens(topk)).run_experts(topk, hidden_states, w1, w2, swiglu=swiglu, output=output)
 
     def run_experts_unfinalized(
@@ -131,7 +131,7 @@ class TunedPipeline:
     ) -> ExpertOutputs:
         """As `MoEPipeline.run_experts_unfinalized`."""
         if active():
-            self._tune_for(topk, hidden_states, w1, w2, swiglu)
+            self._tune_for(topk, hidden_states, w1, w2, swiglu, is_chosen=True)
         return self.at(_num_tokens(topk)).run_experts_unfinalized(topk, hidden_states, w1, w2, swiglu=swiglu)
 
     def workspace_bytes(self, num_tokens: int) -> int:
@@ -182,11 +182,13 @@ class TunedPipeline:
         w1: Tensor,
         w2: Tensor,
         swiglu: SwigluParams | None,
+        *,
+        is_chosen: bool = False,
         **more: Tensor | None,
     ) -> None:
         """Tune what is missing, for a call that is not going to be refused."""
         num_tokens = _num_tokens(entry)
-        self.at(num_tokens)._check(entry, hidden_states, w1, w2, swiglu, **more)
+        self.at(num_tokens)._check(entry, hidden_states, w1, w2, swiglu, is_chosen=is_chosen, **more)
         gemms = (self.config.gemm1, self.config.gemm2)
         # Swapped stages may take other weights.
         if all(is_as_expected(w, gemm.weight_shape, torch.bfloat16) for w, gemm in zip((w1, w2), gemms)):
