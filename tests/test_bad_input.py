@@ -83,6 +83,10 @@ def tensor_case(name: str, argument: str, change: Callable[[Tensor], Any], *says
     return case(name, lambda a: {argument: change(a[argument])}, *says, error=error)
 
 
+def gradient_case(name: str) -> Case:
+    return tensor_case(f"{name}_need_gradient", name, lambda t: t.clone().requires_grad_(), f"{name}: ", "no_grad")
+
+
 def misaligned(tensor: Tensor) -> Tensor:
     """The same values, starting two bytes past an aligned address."""
     memory = torch.zeros(tensor.numel() * tensor.element_size() + 16, dtype=torch.uint8, device=tensor.device)
@@ -105,7 +109,7 @@ SHARED_CASES = [
     tensor_case("hidden_states_strided", "hidden_states", strided, "hidden_states", "contiguous", "strides"),
     tensor_case("hidden_states_misaligned", "hidden_states", misaligned, "hidden_states", "16 bytes", ".clone()"),
     tensor_case("hidden_states_not_a_tensor", "hidden_states", lambda t: t.tolist(), "hidden_states", "list", error=TypeError),
-    tensor_case("hidden_states_need_gradient", "hidden_states", lambda t: t.clone().requires_grad_(), "no_grad"),
+    *map(gradient_case, ("hidden_states", "gemm1_weights", "gemm2_weights")),
     tensor_case("gemm1_fp32", "gemm1_weights", Tensor.float, "gemm1_weights must be bfloat16.", "float32"),
     tensor_case("gemm2_fp32", "gemm2_weights", Tensor.float, "gemm2_weights must be bfloat16.", "float32"),
     tensor_case("gemm1_3d", "gemm1_weights", lambda t: t.flatten(1, 2), "gemm1_weights", "[8, 256, 64]", "2I=128"),
@@ -226,6 +230,10 @@ FLAT_CASES = [
         "routing_logits and hidden_states must have the same number of tokens.",
     ),
     tensor_case("logits_strided", "routing_logits", strided, "routing_logits", "contiguous"),
+    gradient_case("routing_logits"),
+    case(
+        "bias_needs_gradient", lambda a: {"routing_bias": experts_of(a).requires_grad_()}, "routing_bias: ", "no_grad"
+    ),
     tensor_case("logits_none", "routing_logits", lambda t: None, "routing_logits", "NoneType", error=TypeError),
     case(
         "bias_fp16",
@@ -269,6 +277,12 @@ ROUTED_CASES = [
         "weights_fp16",
         lambda a: {"topk_ids": (ids_of(a), ids_of(a).half())},
         "expert_weights must be bfloat16 or float32",
+    ),
+    case(
+        "weights_need_gradient",
+        lambda a: {"topk_ids": (ids_of(a), torch.ones(T, K, device=ids_of(a).device).requires_grad_())},
+        "expert_weights: ",
+        "no_grad",
     ),
     case("weights_shape", lambda a: {"topk_ids": (ids_of(a), ids_of(a)[:4].float())}, "expert_weights", "[4, 2]"),
     case(

@@ -34,7 +34,7 @@ SMALL = {
 FAMILIES = {
     "qwen3_moe": {"moe_intermediate_size": 40, "num_experts": 9, "num_experts_per_tok": 3, "norm_topk_prob": True},
     "mixtral": {"intermediate_size": 72, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "olmoe": {"intermediate_size": 48, "num_experts": 12, "num_experts_per_tok": 5},
+    "olmoe": {"intermediate_size": 48, "num_experts": 12, "num_experts_per_tok": 5, "norm_topk_prob": False},
     "deepseek_v3": {
         "moe_intermediate_size": 24,
         "intermediate_size": 64,
@@ -382,6 +382,18 @@ def test_training_is_refused() -> None:
         model(tokens_for(model.device))
     with torch.inference_mode():
         assert model(tokens_for(model.device)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "gate_up_proj", "down_proj"])
+def test_each_tensor_that_asks_for_a_gradient_is_refused(name: str) -> None:
+    experts = make_experts()
+    inputs = routed_tokens(experts, 3)
+    tensor = inputs[0] if name == "hidden_states" else getattr(experts, name)
+    tensor.requires_grad_()
+    with pytest.raises(ValueError, match=f"TinyExperts: forward only: .*{name}.* asks for one"):
+        experts(*inputs)
+    with torch.no_grad():
+        assert experts(*inputs).isfinite().all()
 
 
 def test_a_model_that_ignores_experts_implementation_is_refused() -> None:
