@@ -209,6 +209,14 @@ def test_a_missing_key_is_named_and_never_guessed(config: dict[str, Any], key: s
         ),
         (DEEPSEEK_V3 | {"norm_topk_prob": False}, "always normalises"),
         (DEEPSEEK_V3 | {"scoring_func": "softmax"}, "expected scoring_func 'sigmoid', got 'softmax'"),
+        (DEEPSEEK_V3 | {"topk_method": "greedy"}, "expected topk_method 'noaux_tc', got 'greedy'"),
+        (MINIMAX_M2 | {"scoring_func": "softmax"}, "expected scoring_func 'sigmoid', got 'softmax'"),
+        (QWEN3_30B | {"model_type": "afmoe", "score_func": "softmax"}, "expected score_func 'sigmoid', got 'softmax'"),
+        (QWEN3_30B | {"model_type": "afmoe", "route_norm": False}, "expected route_norm True, got False"),
+        (
+            QWEN3_30B | {"model_type": "cohere2_moe", "expert_selection_fn": "tanh"},
+            "'softmax' or 'sigmoid', got 'tanh'",
+        ),
         (DEEPSEEK_V3 | {"num_experts_per_tok": 200}, "top_k must be less than total number of experts in selected"),
         (
             DEEPSEEK_V3 | {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"},

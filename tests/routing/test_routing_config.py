@@ -30,6 +30,11 @@ def test_a_config_that_cannot_work_is_refused(fields, message):
         RoutingConfig(**{"num_experts": 8, "top_k": 2} | fields)
 
 
+def test_defaults_are_those_of_the_flat_call():
+    config = RoutingConfig(num_experts=8, top_k=2)
+    assert (config.n_group, config.topk_group, config.routed_scaling_factor, config.norm_topk_prob) == (0, 0, 1.0, True)
+
+
 @pytest.mark.parametrize("n_group", [0, 1])
 def test_deepseek_v3_takes_no_groups(n_group):
     assert not RoutingConfig(num_experts=8, top_k=2, method="DeepSeekV3", n_group=n_group).is_grouped

@@ -102,6 +102,14 @@ def test_every_dtype_of_logits_and_bias_is_read_right(numba_device, method, logi
     assert_weights_are_exact_but_for_one_rounding(topk.weights, exact)
 
 
+def test_sigmoids_are_weights_as_they_are_where_the_config_does_not_normalise(numba_device):
+    config = config_of(RoutingMethod.SIGMOID_RENORM, 45, 3, norm_topk_prob=False)
+    logits, bias, exact = separated_problem(config, 2)
+    topk = run(logits, bias, config, numba_device)
+    assert topk.expert_ids.tolist() == exact.expert_ids
+    assert_weights_are_exact_but_for_one_rounding(topk.weights, exact)
+
+
 @pytest.mark.parametrize("bias_dtype", BIAS_DTYPES, ids=DTYPE_IDS.get)
 @pytest.mark.parametrize("config", GROUPED, ids=lambda c: f"E{c.num_experts}-G{c.n_group}-{c.topk_group}")
 def test_grouped_choices_and_weights_are_those_of_float64(numba_device, config, bias_dtype):
