@@ -243,7 +243,7 @@ class MoEPipeline:
         config.gemm2.check_weights("gemm2_weights", w2, device)
         config.gemm1.check_swiglu(swiglu, device)
         parameters = () if swiglu is None else (swiglu.alpha, swiglu.beta, swiglu.clamp_limit)
-        needs_gradient = _needs_gradient(first, hidden_states, w1, w2, bias, weights, output, *parameters)
+        needs_gradient = _needs_gradient(first, hidden_states, w1, w2, bias, weights, *parameters)
         if output is None and routing_replay_out is None and not needs_gradient:
             return
         read = {first_name: first, "routing_bias": bias, "expert_weights": weights}
@@ -253,6 +253,7 @@ class MoEPipeline:
             dims = {"T": num_tokens, "H": config.hidden_size}
             expect("output", output, "T H", dims, dtype=torch.bfloat16, device=device)
             expect_separate("output", output, read | {"routing_replay_out": routing_replay_out})
+            needs_gradient = needs_gradient or _needs_gradient(output)
         if routing_replay_out is not None:
             expect_separate("routing_replay_out", routing_replay_out, read)
         if needs_gradient:

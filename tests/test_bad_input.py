@@ -177,7 +177,8 @@ SHARED_CASES = [
     # what is written
     tensor_case("output_shape", "output", lambda t: t[:4].clone(), "output", "[T=5, H=128]", "[4, 128]"),
     tensor_case("output_fp32", "output", Tensor.float, "output", "bfloat16", "float32"),
-    tensor_case("output_needs_gradient", "output", lambda t: t.clone().requires_grad_(), "output", "no_grad"),
+    gradient_case("output"),
+    tensor_case("output_not_a_tensor", "output", lambda t: t.tolist(), "output", "list", error=TypeError),
     tensor_case("output_strided", "output", strided, "output", "contiguous"),
     case("output_is_the_input", lambda a: {"output": a["hidden_states"]}, "output", "shares memory with hidden_states"),
     case(
