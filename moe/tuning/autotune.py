@@ -26,20 +26,20 @@ _LOGGER = logging.getLogger("moe.tuning")
 
 
 @contextmanager
-def autotune(is_on: bool = True) -> Iterator[None]:
+def autotune(tune_mode: bool = True) -> Iterator[None]:
     """Within, a call of a tuned pipeline (the flat calls and `tuned_pipeline`) first tunes its layer, once.
 
     That takes up to a minute a layer, and is kept in the user's table. It holds for this thread, or asyncio task, alone.
     Nothing is ever timed outside, on a CPU, or while a CUDA graph is captured.
 
     Args:
-        is_on: False turns an enclosing `autotune()` off.
+        tune_mode: False turns an enclosing `autotune()` off.
 
     Example:
         >>> with moe.tuning.autotune():
         ...     pipeline(logits, hidden_states, w1, w2)
     """
-    token = _IS_ON.set(is_on)
+    token = _IS_ON.set(tune_mode)
     try:
         yield
     finally:

@@ -68,7 +68,7 @@ def test_search_itself_runs_with_autotune_off(searches: list[tuple]):
 def test_contexts_nest_and_an_error_leaves_them():
     assert not active()
     with autotune():
-        with autotune(False):
+        with autotune(tune_mode=False):
             assert not active()
         with pytest.raises(RuntimeError), autotune():
             raise RuntimeError
