@@ -6,6 +6,7 @@ from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, GemmTile, We
 from moe.permute.config import FinalizeConfig, PermuteConfig
 from moe.pipeline import MoEPipeline, build_pipeline, reference_pipeline
 from moe.routing.config import RoutingConfig, RoutingMethod, RoutingMethodType
+from moe.routing.reference import weigh_experts
 from moe.shapes import NAMED_SHAPES, MoEShape
 from moe.trtllm import trtllm_bf16_moe, trtllm_bf16_routed_moe
 
@@ -33,4 +34,5 @@ __all__ = [
     "reference_pipeline",
     "trtllm_bf16_moe",
     "trtllm_bf16_routed_moe",
+    "weigh_experts",
 ]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe.checks import expect
 from moe.flow import TopK
 from moe.routing.config import RoutingConfig, RoutingMethod
 
 EPSILON = 1e-20  # keeps a sum of sigmoids that all underflow from dividing by zero
+ID_DTYPES = (torch.int16, torch.int32, torch.int64)
 _LOWEST = -(1 << 31)  # below every place: not a candidate
 _PLACE_OF_NAN = 0x7FC00000
 
@@ -46,6 +48,32 @@ def select_experts_reference(
     if replay_out is not None:
         with torch.inference_mode():  # where the caller may have allocated it
             replay_out[: logits.shape[0]] = expert_ids
+    return TopK(expert_ids.to(torch.int32), weights.to(torch.bfloat16))
+
+
+def weigh_experts(logits: Tensor, expert_ids: Tensor, *, config: RoutingConfig) -> TopK:
+    """Weigh experts that were chosen before, as the rule weighs its own choices: routing is replayed.
+
+    Does not wait for the device, and may be captured in a CUDA graph.
+
+    Args:
+        logits: [T, E] float32 or bfloat16.
+        expert_ids: [T, K] int16, int32 or int64, as `replay_out` recorded them. An id outside [0, E) stands for no expert: its
+            weight is 0, and it has no part in a sum over the chosen experts.
+        config: the rule. A bias would have no part: it chooses, and does not weigh.
+    Returns:
+        expert_ids as int32, and weights [T, K] bfloat16: those of `select_experts_reference` where it chooses the same experts.
+    Raises:
+        ValueError: naming the tensor, what was wanted and what came.
+    """
+    config.check(logits, None, None)
+    dims = {"T": logits.shape[0], "K": config.top_k}
+    expect("expert_ids", expert_ids, "T K", dims, dtype=ID_DTYPES, device=logits.device)
+    x = logits.float()  # [T, E]
+    is_expert = (expert_ids >= 0) & (expert_ids < config.num_experts)
+    index = torch.where(is_expert, expert_ids, 0).long()
+    chosen = x.gather(1, index).masked_fill(~is_expert, -torch.inf)
+    weights = _weights(chosen, _keys(x, None, config).gather(1, index), config).masked_fill(~is_expert, 0.0)
     return TopK(expert_ids.to(torch.int32), weights.to(torch.bfloat16))
 
 
