@@ -96,7 +96,7 @@ def _refuse(
         if size != wanted:
             raise ValueError(
                 f"{_lead(words, axis)}{name}: expected {_wanted(axes, dims)}, got {list(tensor.shape)}; "
-                "pass a tensor of that shape or change the config to match"
+                "pass a tensor of that shape, or arguments or a config that match"
             )
     allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
     if tensor.dtype not in allowed:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
-from moe.frozen import FrozenConfig
+from moe.frozen import FrozenConfig, Names, plain_error
 from moe.gemm.config import ActivationType, GemmConfig, WeightFormat
 from moe.gemm.few_tokens_config import FewTokenTiles
 from moe.hf_config import layer_fields
@@ -53,45 +53,29 @@ class MoEConfig(FrozenConfig):
                 torch's matmul does, on a CPU in an order that may follow the number of rows.
 
         Raises:
-            ValueError: (pydantic's ValidationError) naming the field, what was wanted and what came.
+            ValueError: naming the argument, what was wanted and what came.
         """
-        local = num_experts if num_local_experts is None else num_local_experts
-        fields: dict[str, Any] = {
-            "routing": {
-                "num_experts": num_experts,
-                "top_k": top_k,
-                "method": method,
-                "n_group": n_group,
-                "topk_group": topk_group,
-                "routed_scaling_factor": routed_scaling_factor,
-                "norm_topk_prob": norm_topk_prob,
-            },
-            "permute": {
-                "num_experts": num_experts,
-                "num_local_experts": local,
-                "top_k": top_k,
-                "local_expert_offset": local_expert_offset,
-                "tile_rows": tile_rows,
-            },
-            "gemm1": {
-                "num_experts": local,
-                "in_features": hidden_size,
-                "out_features": intermediate_size,
-                "activation": activation,
-                "weight_format": weight_format,
-            },
-            "gemm2": {
-                "num_experts": local,
-                "in_features": intermediate_size,
-                "out_features": hidden_size,
-                "weight_format": weight_format,
-            },
-        }
-        if is_batch_invariant:
-            fields["permute"]["tile_rows"] = tile_rows or MIN_TILE_ROWS
-            fields["gemm1"]["kernel"] = fields["gemm2"]["kernel"] = "swapped"  # the portable one where it is not taken
-            fields["few_tokens"] = {"max_tokens": 0}
-        return cls.model_validate(fields)
+        fields = stage_fields(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_experts=num_experts,
+            top_k=top_k,
+            method=method,
+            n_group=n_group,
+            topk_group=topk_group,
+            routed_scaling_factor=routed_scaling_factor,
+            norm_topk_prob=norm_topk_prob,
+            activation=activation,
+            weight_format=weight_format,
+            local_expert_offset=local_expert_offset,
+            num_local_experts=num_local_experts,
+            tile_rows=tile_rows,
+            is_batch_invariant=is_batch_invariant,
+        )
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise plain_error(error, NAMES_OF_FIELDS) from None
 
     @classmethod
     def from_hf_config(
@@ -172,3 +156,77 @@ class MoEConfig(FrozenConfig):
     @property
     def top_k(self) -> int:
         return self.routing.top_k
+
+
+_TOP_K = ("top_k", "top_k must be between 1 and num_experts: ")
+_LOCAL = ("num_local_experts", "local_num_experts must be between 1 and num_experts: ")
+NAMES_OF_FIELDS: Names = {
+    ("routing", "top_k"): _TOP_K,
+    ("permute", "top_k"): _TOP_K,
+    ("permute", "num_local_experts"): _LOCAL,
+    ("gemm1", "num_experts"): _LOCAL,
+    ("gemm2", "num_experts"): _LOCAL,
+    ("permute", "local_expert_offset"): ("local_expert_offset", "expert offset and count must be within valid range: "),
+    ("gemm1", "in_features"): ("hidden_size", ""),
+    ("gemm2", "out_features"): ("hidden_size", ""),
+    ("gemm1", "out_features"): ("intermediate_size", ""),
+    ("gemm2", "in_features"): ("intermediate_size", ""),
+}
+
+
+def stage_fields(
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int,
+    method: RoutingMethod | int | str,
+    n_group: int,
+    topk_group: int,
+    routed_scaling_factor: float,
+    norm_topk_prob: bool,
+    activation: ActivationType | int | str,
+    weight_format: WeightFormat,
+    local_expert_offset: int,
+    num_local_experts: int | None,
+    tile_rows: int | None = None,
+    is_batch_invariant: bool = False,
+) -> dict[str, Any]:
+    """What a MoEConfig is validated from, by a layer's usual numbers; `NAMES_OF_FIELDS` leads back to them."""
+    local = num_experts if num_local_experts is None else num_local_experts
+    fields: dict[str, Any] = {
+        "routing": {
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "method": method,
+            "n_group": n_group,
+            "topk_group": topk_group,
+            "routed_scaling_factor": routed_scaling_factor,
+            "norm_topk_prob": norm_topk_prob,
+        },
+        "permute": {
+            "num_experts": num_experts,
+            "num_local_experts": local,
+            "top_k": top_k,
+            "local_expert_offset": local_expert_offset,
+            "tile_rows": tile_rows,
+        },
+        "gemm1": {
+            "num_experts": local,
+            "in_features": hidden_size,
+            "out_features": intermediate_size,
+            "activation": activation,
+            "weight_format": weight_format,
+        },
+        "gemm2": {
+            "num_experts": local,
+            "in_features": intermediate_size,
+            "out_features": hidden_size,
+            "weight_format": weight_format,
+        },
+    }
+    if is_batch_invariant:
+        fields["permute"]["tile_rows"] = tile_rows or MIN_TILE_ROWS
+        fields["gemm1"]["kernel"] = fields["gemm2"]["kernel"] = "swapped"  # the portable one where it is not taken
+        fields["few_tokens"] = {"max_tokens": 0}
+    return fields

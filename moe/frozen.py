@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,6 +57,23 @@ def _identity_of(config: Any) -> tuple[Any, ...]:
 
 def _type_and_values(config: Any) -> tuple[Any, ...]:
     return (type(config), *(getattr(config, name) for name in type(config).model_fields))
+
+
+Names = Mapping[tuple[str, str], tuple[str, str]]  # (stage, field) -> the name that a caller knows, words to lead with
+
+
+def plain_error(error: ValidationError, names: Names) -> ValueError:
+    """What pydantic found in a config of several stages: a line by the caller's names, with what came."""
+    found = []
+    for detail in error.errors():
+        stage, *fields = (str(part) for part in detail["loc"])
+        name, words = names.get((stage, fields[-1]), (fields[-1], "")) if fields else ("", "")
+        message = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "value_error":  # ours, which says what came
+            found.append(f"{name}: {message}" if name and name not in message else message)
+        else:
+            found.append(f"{words}{name or stage}: {message[0].lower()}{message[1:]}, got {detail['input']!r}")
+    return ValueError("; ".join(dict.fromkeys(found)))
 
 
 def _power_of_two(value: int) -> int:

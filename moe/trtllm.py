@@ -6,15 +6,15 @@ Source of names, order, defaults and meaning: flashinfer's documentation page of
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NoReturn
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from moe.checks import expect, is_as_expected
-from moe.config import MoEConfig
+from moe.config import NAMES_OF_FIELDS, MoEConfig, stage_fields
 from moe.flow import ExpertOutputs, SwigluParams, TopK
+from moe.frozen import plain_error
 from moe.gemm.config import BLOCK_MAJOR_K, ActivationType, WeightFormat, WeightLayout
 from moe.tuning.tuned import TunedPipeline, tuned_pipeline
 
@@ -47,6 +47,7 @@ def trtllm_bf16_moe(
     gemm1_alpha: Tensor | None = None,
     gemm1_beta: Tensor | None = None,
     gemm1_clamp_limit: Tensor | None = None,
+    is_batch_invariant: bool = False,
 ) -> Tensor | list[Tensor]:
     """Route tokens by their logits and run the local experts, in bf16.
 
@@ -78,6 +79,7 @@ def trtllm_bf16_moe(
         routing_replay_out: [>=T, K] int16; rows [0, T) receive the chosen global ids, other rows are left alone.
         output: [T, H] bfloat16 to write and return; ignored with do_finalize=False.
         gemm1_alpha, gemm1_beta, gemm1_clamp_limit: [E_local] float32, see `moe.SwigluParams`.
+        is_batch_invariant: on a GPU, give a token the bits that it has in any batch, at a cost; see `moe.MoEConfig.create`.
 
     Returns:
         [T, H] bfloat16; with do_finalize=False the list
@@ -107,6 +109,7 @@ def trtllm_bf16_moe(
         tune_max_num_tokens,
         activation_type,
         norm_topk_prob,
+        is_batch_invariant,
         device=hidden_states.device,
     )
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
@@ -145,6 +148,8 @@ def trtllm_bf16_routed_moe(
     gemm1_beta: Tensor | None = None,
     gemm1_clamp_limit: Tensor | None = None,
     output: Tensor | None = None,
+    *,
+    is_batch_invariant: bool = False,
 ) -> Tensor | list[Tensor]:
     """Run the local experts that the caller chose. Arguments that are not named here are as in `trtllm_bf16_moe`.
 
@@ -183,6 +188,7 @@ def trtllm_bf16_routed_moe(
         tune_max_num_tokens,
         activation_type,
         norm_topk_prob=True,
+        is_batch_invariant=is_batch_invariant,
         device=hidden_states.device,
     )
     topk = _unpack(topk_ids, top_k)
@@ -216,6 +222,7 @@ def _flat_pipeline(
     tune_max_num_tokens: int,
     activation_type: int,
     norm_topk_prob: bool,
+    is_batch_invariant: bool,
     device: torch.device,
 ) -> TunedPipeline:
     """The pipeline of a flat call: every check that needs no tensor, once a combination of arguments."""
@@ -238,6 +245,7 @@ def _flat_pipeline(
         ("do_finalize", do_finalize),
         ("enable_pdl", True if enable_pdl is None else enable_pdl),
         ("norm_topk_prob", norm_topk_prob),
+        ("is_batch_invariant", is_batch_invariant),
     ):
         _expect_type(name, value, bool, "a bool")
     scale = 1.0 if routed_scaling_factor is None else routed_scaling_factor
@@ -255,7 +263,7 @@ def _flat_pipeline(
             f"block): got intermediate_size={intermediate_size}; pad I, or use moe.build_pipeline with MajorK weights"
         )
     try:
-        config = MoEConfig.create(
+        fields = stage_fields(
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             num_experts=num_experts,
@@ -271,37 +279,21 @@ def _flat_pipeline(
             ),
             local_expert_offset=local_expert_offset,
             num_local_experts=local_num_experts,
+            is_batch_invariant=is_batch_invariant,
         )
+        config = MoEConfig.model_validate(fields)
     except ValidationError as error:
-        _raise_plainly(error)
+        raise plain_error(error, _FLAT_NAMES) from None
     return tuned_pipeline(config, device, uses_pdl=enable_pdl is not False, max_num_tokens=tune_max_num_tokens)
-
-
-def _raise_plainly(error: ValidationError) -> NoReturn:
-    """Say what pydantic found in the words and names of the flat call."""
-    found = []
-    for detail in error.errors():
-        if detail["type"] == "value_error":  # ours: it says everything
-            found.append(detail["msg"].removeprefix("Value error, "))
-        else:
-            stage, field = str(detail["loc"][0]), str(detail["loc"][-1])
-            name, words = _FLAT_NAMES.get((stage, field), (field, ""))
-            found.append(f"{words}{name}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}")
-    raise ValueError("; ".join(dict.fromkeys(found))) from None
 
 
 _LOCAL = ("local_num_experts", "local_num_experts must be between 1 and num_experts: ")
 _FLAT_NAMES = {
-    ("routing", "top_k"): ("top_k", "top_k must be between 1 and num_experts: "),
-    ("permute", "top_k"): ("top_k", "top_k must be between 1 and num_experts: "),
+    **NAMES_OF_FIELDS,
+    ("routing", "method"): ("routing_method_type", ""),
     ("permute", "num_local_experts"): _LOCAL,
     ("gemm1", "num_experts"): _LOCAL,
     ("gemm2", "num_experts"): _LOCAL,
-    ("permute", "local_expert_offset"): ("local_expert_offset", "expert offset and count must be within valid range: "),
-    ("gemm1", "in_features"): ("hidden_size", ""),
-    ("gemm2", "out_features"): ("hidden_size", ""),
-    ("gemm1", "out_features"): ("intermediate_size", ""),
-    ("gemm2", "in_features"): ("intermediate_size", ""),
 }
 
 

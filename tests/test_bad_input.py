@@ -112,7 +112,7 @@ SHARED_CASES = [
     *map(gradient_case, ("hidden_states", "gemm1_weights", "gemm2_weights")),
     tensor_case("gemm1_fp32", "gemm1_weights", Tensor.float, "gemm1_weights must be bfloat16.", "float32"),
     tensor_case("gemm2_fp32", "gemm2_weights", Tensor.float, "gemm2_weights must be bfloat16.", "float32"),
-    tensor_case("gemm1_3d", "gemm1_weights", lambda t: t.flatten(1, 2), "gemm1_weights", "[8, 256, 64]", "2I=128"),
+    tensor_case("gemm1_3d", "gemm1_weights", lambda t: t.flatten(1, 2), "gemm1_weights", "[8, 256, 64]", "2I=128", "pack_weights"),
     tensor_case("gemm1_rows", "gemm1_weights", lambda t: t[:, :, :64].clone(), "intermediate_size has incorrect shape."),
     tensor_case(
         "gemm1_contraction", "gemm1_weights", lambda t: t[:, :1].clone(), "gemm1 weights K dimension must be equal to hidden_size."
@@ -153,6 +153,7 @@ SHARED_CASES = [
     case("activation_geglu", {"activation_type": 4}, "Unsupported gated activation type", "Geglu"),
     case("activation_silu", {"activation_type": 2}, "Unsupported eltwise activation type", "Silu"),
     case("activation_unknown", {"activation_type": 12}, "Invalid activation type: 12"),
+    case("invariance_as_int", {"is_batch_invariant": 1}, "is_batch_invariant", "int", error=TypeError),
     case("flag_as_int", {"do_finalize": 1}, "do_finalize", "int", error=TypeError),
     case("scale_nan", {"routed_scaling_factor": float("nan")}, "routed_scaling_factor", "finite", "nan"),
     case("scale_infinite", {"routed_scaling_factor": float("inf")}, "routed_scaling_factor", "finite", "inf"),

@@ -95,7 +95,7 @@ def test_signature_is_flashinfers() -> None:
     positional = {n: p.default for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD}
     assert list(positional.items()) == list(SIGNATURE.items())
     extras = [n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    assert extras == ["output", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"]
+    assert extras == ["output", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "is_batch_invariant"]
 
 
 def test_enums_have_flashinfers_numbers() -> None:
@@ -389,6 +389,29 @@ def test_stopping_the_routed_call_before_finalize_keeps_swiglu(unfinalized_cases
     whole = routed(arguments, topk_ids, **swiglu).float()
     assert (sum_of(routed(arguments, topk_ids, **swiglu, do_finalize=False)) - whole).norm() <= 5e-3 * whole.norm()
     assert (sum_of(routed(arguments, topk_ids, do_finalize=False)) - whole).norm() > 0.1 * whole.norm()
+
+
+def test_batch_invariance_reaches_the_config(monkeypatch: pytest.MonkeyPatch):
+    from moe import trtllm
+
+    built: list[MoEConfig] = []
+    build = trtllm.tuned_pipeline
+
+    def tuned_pipeline(config: MoEConfig, *args: Any, **more: Any) -> Any:
+        built.append(config)
+        return build(config, *args, **more)
+
+    monkeypatch.setattr(trtllm, "tuned_pipeline", tuned_pipeline)
+    trtllm._flat_pipeline.cache_clear()
+    config = layer()
+    problem = make_problem(config, 3, device=torch.device("cpu"))
+    arguments = flat_arguments(config, problem)
+    topk = select_experts_reference(problem.logits, config=config.routing)
+    plain = trtllm_bf16_moe(**arguments)
+    assert torch.equal(trtllm_bf16_moe(**arguments, is_batch_invariant=True), plain)
+    assert torch.equal(routed(arguments, (topk.expert_ids, topk.weights), is_batch_invariant=True), plain)
+    trtllm._flat_pipeline.cache_clear()
+    assert [c.few_tokens.max_tokens for c in built] == [None, 0, 0]
 
 
 @pytest.mark.parametrize(("enable_pdl", "uses_pdl"), [(True, True), (None, True), (False, False)])

@@ -108,8 +108,11 @@ class GemmConfig(FrozenConfig):
     @field_validator("activation", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
-        if isinstance(value, str) and value in ActivationType.__members__:
-            return ActivationType[value]
+        if isinstance(value, str):
+            of_name = {name.lower(): member for name, member in ActivationType.__members__.items()}
+            if value.lower() not in of_name:
+                raise ValueError(f"expected 'Swiglu' or 'Relu2', got {value!r}")
+            return of_name[value.lower()]
         if isinstance(value, int) and not isinstance(value, bool) and value not in list(ActivationType):
             raise ValueError(f"Invalid activation type: {value}; expected 3 (Swiglu) or 6 (Relu2)")
         return value
@@ -215,11 +218,16 @@ class GemmConfig(FrozenConfig):
 
     def _check_block(self, name: str, weights: Tensor) -> None:
         """Tell those who followed the original's documentation page, or cut K into other blocks, what is right."""
-        if weights.dim() != 4 or weights.shape[3] == BLOCK_MAJOR_K:
+        if weights.dim() == 4 and weights.shape[3] == BLOCK_MAJOR_K:
             return
         axes, dims = self._weight_axes()
         wanted = ", ".join(axis if axis.isdigit() else f"{axis}={dims[axis]}" for axis in axes)
         got = list(weights.shape)
+        if weights.dim() != 4:
+            raise ValueError(
+                f"{name}: expected 4-D [{wanted}], got {weights.dim()}-D {got}; convert logical weights with "
+                "moe.gemm.weight_format.pack_weights (a reshape would put other numbers in their places)"
+            )
         rows, columns = self.weight_rows, self.in_features
         page_text, page_shape = "[E, M//128, H//128, 128]", [rows // 128, columns // 128, 128]
         if self.activation is None:
