@@ -46,8 +46,8 @@ class MoEPipeline:
     Any stage is swapped with `dataclasses.replace(pipeline, gemm1=mine)`. For few tokens `fused` may stand for stages 2 to 5.
 
     Every entry checks all of its tensors before the first stage runs, and raises TypeError (not a tensor) or ValueError
-    (naming the tensor, what was wanted, what came and the cure). A pipeline whose stages take other tensors than `config`
-    says is built with `checks_inputs=False`; its stages then check for themselves.
+    (naming the tensor, what was wanted, what came and the cure). So it does with what gemm2 and finalize return. Stages that take
+    other tensors than `config` says go with `replace(pipeline, checks_inputs=False, ...)`, and check for themselves.
 
     Shapes: logits [T, E] float32 or bfloat16, bias [E] bfloat16 or float32, hidden_states [T, H] bfloat16,
     w1 and w2 bfloat16 in `config.gemm1.weight_shape` and `config.gemm2.weight_shape`.
@@ -141,14 +141,23 @@ class MoEPipeline:
         output: Tensor | None,
     ) -> Tensor:
         rows, permutation = self._rows(topk, hidden_states, w1, w2, swiglu)
-        return self.finalize(rows, topk, permutation, output=output)
+        result = self.finalize(rows, topk, permutation, output=output)
+        self._check_result("finalize", result, (hidden_states.shape[0], self.config.hidden_size))
+        return result
 
     def _rows(
         self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, swiglu: SwigluParams | None
     ) -> tuple[Tensor, Permutation]:
         permutation = self.permute(topk)
         activation = self.gemm1(hidden_states, w1, permutation, swiglu=swiglu)
-        return self.gemm2(activation, w2, permutation), permutation
+        rows = self.gemm2(activation, w2, permutation)
+        self._check_result("gemm2", rows, (permutation.max_rows, self.config.hidden_size))
+        return rows, permutation
+
+    def _check_result(self, stage: str, result: Tensor, shape: tuple[int, int]) -> None:
+        """Raise unless a stage returned bf16 of this shape."""
+        if self.checks_inputs and not is_as_expected(result, shape, torch.bfloat16):
+            expect(f"result of {stage}", result, f"{shape[0]} {shape[1]}", {}, dtype=torch.bfloat16)
 
     @functools.cached_property
     def _max_fused_tokens(self) -> int:

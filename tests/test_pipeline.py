@@ -279,6 +279,48 @@ def test_parameters_of_the_activation_that_are_none_of_ours_are_refused() -> Non
         )
 
 
+@pytest.mark.parametrize(
+    ("stage", "spoilt", "message"),
+    [
+        ("gemm2", lambda rows: rows[:, :64].clone(), r"result of gemm2: expected \[\d+, 128\], got \[\d+, 64\]"),
+        ("gemm2", Tensor.float, "result of gemm2: expected bfloat16, got float32"),
+        ("finalize", Tensor.float, "result of finalize: expected bfloat16, got float32"),
+        ("finalize", lambda output: output[:3], r"result of finalize: expected \[4, 128\], got \[3, 128\]"),
+    ],
+    ids=["columns", "rows_in_fp32", "output_in_fp32", "tokens"],
+)
+def test_results_of_a_swapped_stage_are_checked(stage: str, spoilt: Callable[[Tensor], Tensor], message: str) -> None:
+    config = MoEConfig.create(**SMALL)
+    problem = make_problem(config, 4)
+    pipeline = reference_pipeline(config)
+    original = getattr(pipeline, stage)
+    swapped = replace(pipeline, **{stage: lambda *args, **more: spoilt(original(*args, **more))})
+    with pytest.raises(ValueError, match=message):
+        swapped(problem.logits, problem.hidden_states, problem.w1, problem.w2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"hidden_size": 100}, "^hidden_size: input should be a multiple of 8, got 100$"),
+        ({"intermediate_size": "64"}, "^intermediate_size: input should be a valid integer, got '64'$"),
+        ({"activation": "tanh"}, "^activation: expected 'Swiglu' or 'Relu2', got 'tanh'$"),
+        ({"activation": "silu"}, "got Silu"),
+        ({"tile_rows": 12}, "^tile_rows: expected a power of two, got 12"),
+        ({"num_local_experts": 0}, "num_local_experts: input should be greater than or equal to 1, got 0$"),
+        ({"method": "best"}, "^method: input should be .* got 'best'$"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_numbers_are_named_as_the_caller_knows_them(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoEConfig.create(**SMALL | wrong)
+
+
+def test_activations_go_by_any_case() -> None:
+    assert MoEConfig.create(**SMALL, activation="swiglu") == MoEConfig.create(**SMALL, activation="Swiglu")
+
+
 def test_a_pipeline_without_checks_leaves_them_to_its_stages() -> None:
     config = MoEConfig.create(**SMALL)
     problem = make_problem(config, 4)
