@@ -603,6 +603,11 @@ def test_a_batch_invariant_layer_gives_a_token_alone_the_bits_of_any_batch(
         some = slice(0, num_tokens)
         alone = pipeline(problem.logits[some], problem.hidden_states[some], problem.w1, problem.w2)
         assert torch.equal(alone, together[some])
+    generator = torch.Generator().manual_seed(0)
+    for num_tokens in (1, 1, 1, 33, 900, 2000):  # from anywhere in the batch, in another order
+        some = torch.randperm(2000, generator=generator)[:num_tokens].to(cuda)
+        alone = pipeline(problem.logits[some], problem.hidden_states[some], problem.w1, problem.w2)
+        assert torch.equal(alone, together[some])
 
 
 def test_a_batch_invariant_config_leaves_nothing_to_the_number_of_tokens() -> None:

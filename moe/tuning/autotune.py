@@ -29,7 +29,7 @@ _LOGGER = logging.getLogger("moe.tuning")
 def autotune(tune_mode: bool = True) -> Iterator[None]:
     """Within, a call of a tuned pipeline (the flat calls and `tuned_pipeline`) first tunes its layer, once.
 
-    That takes up to a minute a layer, and is kept in the user's table. It holds for this thread, or asyncio task, alone.
+    That takes about a minute a layer, and is kept in the user's table. It holds for this thread, or asyncio task, alone.
     Nothing is ever timed outside, on a CPU, or while a CUDA graph is captured.
 
     Args:
@@ -84,7 +84,7 @@ def tune_missing(
     with _LOCK:
         if missing := _missing(layer, device, buckets):
             _LOGGER.warning(
-                "tuning a layer of %d experts of %d x %d for %d counts of tokens on %s: up to a minute, once",
+                "tuning a layer of %d experts of %d x %d for %d counts of tokens on %s: about a minute, once",
                 *(layer.permute.num_local_experts, layer.hidden_size, layer.intermediate_size, len(missing), device),
             )
             try:

@@ -25,7 +25,8 @@ def test_lead_is_over_the_fastest_peer_of_the_cell(peers: dict):
     assert (line.peer, line.peer_us) == ("SGLang, tuned", 27.4)
     assert line.lead == pytest.approx(2.0)
     assert "| 27.4 | 2.00 |" in report.table_text([line])
-    assert "Ahead of the best peer in 1 of 1 cells; geometric mean of the lead **2.00**" in report.summary_text([line])
+    says = "At least as fast as the best peer in 1 of 1 cells, by more than 5% in 1; more than 5% slower in 0. Geometric mean of the lead **2.00**."
+    assert says in report.summary_text([line])
 
 
 def test_cell_of_another_draw_is_marked_and_left_out_of_the_summary(peers: dict):

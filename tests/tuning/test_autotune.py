@@ -143,7 +143,7 @@ def test_search_says_that_it_begins_before_a_minute_passes(searches: list[tuple]
         for _ in range(2):
             tune_missing(CONFIG, 8, W1, W2, max_num_tokens=2, device=CUDA)
     assert [record.getMessage() for record in caplog.records] == [
-        "tuning a layer of 8 experts of 64 x 32 for 2 counts of tokens on cuda:0: up to a minute, once"
+        "tuning a layer of 8 experts of 64 x 32 for 2 counts of tokens on cuda:0: about a minute, once"
     ]
     assert caplog.records[0].levelname == "WARNING"
 
