@@ -81,8 +81,16 @@ class KeptKernel:
             numbers: the parameters after those, where they change from launch to launch too.
         """
         device_index = tensors[0].get_device()  # type: ignore[union-attr]
-        if device_index < 0:  # the CPU
-            self._launch_normally(grid, tensors, numbers)
+        if device_index < 0:  # the CPU: Triton's interpreter
+            try:
+                self._launch_normally(grid, tensors, numbers)
+            except RuntimeError as error:
+                if "active drivers" not in str(error):
+                    raise
+                raise ValueError(
+                    f"kernel arguments: expected tensors on one CUDA device, got {tensors[0].device}; "  # type: ignore[union-attr]
+                    "use the reference on a CPU"
+                ) from error
         elif device_index == torch._C._cuda_getDevice():
             self._launch_on(device_index, grid, tensors, numbers)
         else:

@@ -160,6 +160,13 @@ def test_tensors_on_the_cpu_go_the_normal_way(device_index):
     assert [compiled.runs for compiled in kernel.compiled] == [[], []]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_a_kernel_on_a_cpu_says_what_runs_there():
+    kernel = KeptKernel(scale_kernel, factor=2.0, BLOCK=BLOCK, num_warps=1)
+    with pytest.raises(ValueError, match="expected tensors on one CUDA device, got cpu; use the reference on a CPU"):
+        kernel.launch((1, 1, 1), torch.zeros(8), None, numbers=(8,))
+
+
 def count_calls(calls: list[int]) -> Any:
     return lambda *arguments, **more: calls.append(1)
 
