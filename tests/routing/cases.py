@@ -32,6 +32,7 @@ def grouped(num_experts: int, top_k: int, n_group: int, topk_group: int) -> Rout
 GROUPED = [
     grouped(256, 8, 8, 4),
     grouped(72, 6, 9, 2),
+    grouped(96, 6, 8, 3),  # groups of three lanes
     grouped(12, 4, 3, 3),
     grouped(12, 2, 6, 1),
     grouped(70, 5, 35, 7),  # groups of two, and more of them than lanes

@@ -9,6 +9,8 @@ from moe.routing.config import RoutingConfig, RoutingMethod
     ("fields", "message"),
     [
         ({"top_k": 9}, "top_k must be between 1 and num_experts"),
+        ({"num_experts": (1 << 15) + 1}, "num_experts\n.*less than or equal to 32768"),
+        ({"method": True}, "method\n.*Input should be 'Default'"),
         ({"method": 9}, "9 is Unspecified here.*TopKSigmoid in newer flashinfer"),
         ({"method": 42}, "Unimplemented routing method of enum 42"),
         ({"method": "Llama4"}, "For Llama routing method, must have topK == 1"),
@@ -35,9 +37,11 @@ def test_defaults_are_those_of_the_flat_call():
     assert (config.n_group, config.topk_group, config.routed_scaling_factor, config.norm_topk_prob) == (0, 0, 1.0, True)
 
 
-@pytest.mark.parametrize("n_group", [0, 1])
-def test_deepseek_v3_takes_no_groups(n_group):
-    assert not RoutingConfig(num_experts=8, top_k=2, method="DeepSeekV3", n_group=n_group).is_grouped
+@pytest.mark.parametrize("method", ["DeepSeekV3", "Renormalize"])
+@pytest.mark.parametrize("num_groups", [0, 1])
+def test_one_group_is_none(num_groups, method):
+    groups = {"n_group": num_groups, "topk_group": num_groups}
+    assert not RoutingConfig(num_experts=8, top_k=2, method=method, **groups).is_grouped
 
 
 def test_a_method_goes_by_its_number_or_its_name():

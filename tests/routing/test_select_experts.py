@@ -140,7 +140,16 @@ def test_negative_nan_is_below_minus_infinity(numba_device):
     assert run(logits, None, config, numba_device).expert_ids.tolist() == [order]
 
 
-@pytest.mark.parametrize("method", ["Sigmoid", "MiniMax2"])
+def test_the_weight_of_a_nan_is_nan_whatever_its_bits(numba_device):
+    bits = torch.tensor(
+        [[0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF, 0, 1]], dtype=torch.int32
+    )  # rounded as numbers: -0, inf, 0, -inf
+    topk = run(bits.view(torch.float32), None, RoutingConfig(num_experts=6, top_k=6, method="TopK"), numba_device)
+    assert topk.weights[topk.expert_ids < 4].isnan().all()
+    assert (topk.weights[topk.expert_ids >= 4] == 0).all()
+
+
+@pytest.mark.parametrize("method", ["SigmoidRenorm", "Sigmoid", "MiniMax2", "DeepSeekV3"])
 def test_saturated_sigmoids_tie(numba_device, method):
     logits, order = saturated_row()
     config = RoutingConfig(num_experts=8, top_k=8, method=method)
@@ -171,6 +180,7 @@ def edge_rows() -> Tensor:
         [nan, 1, 2, -1, inf, -inf, 0, -0.0, nan, 3, -2, 0.5],
         [-inf, -inf, 1, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf],
         [30, 40, -30, -40, 20, 25, -25, 0, 1, 50, -50, 60],
+        [300, 299, 298, 297, -300, 296, 200, 0, 1, 295, -299, 100],  # an exp of these is infinite
     ]
     return torch.tensor(rows)
 
@@ -195,6 +205,25 @@ def test_values_at_the_edge_are_treated_in_groups_as_the_reference_does(numba_de
 def test_weights_come_from_the_sigmoid_without_its_bias(numba_device, config):
     topk = run(torch.full((3, 40), -15.4), torch.full((40,), 12.0), config, numba_device)
     assert torch.allclose(topk.weights.float().sum(dim=1).cpu(), torch.tensor(2.5), atol=1e-2)
+
+
+def test_the_smallest_sigmoids_are_normalised_too(numba_device):
+    config = RoutingConfig(num_experts=8, top_k=1, method="SigmoidRenorm")
+    assert (run(torch.full((3, 8), -16.0), None, config, numba_device).weights == 1).all()
+
+
+@pytest.mark.parametrize("config", [grouped(16, 4, 4, 2), grouped(12, 4, 4, 2)], ids=["of_4_lanes", "of_3_lanes"])
+def test_groups_of_equal_score_go_to_the_lower_group(numba_device, config):
+    assert run(torch.zeros(2, config.num_experts), None, config, numba_device).expert_ids.tolist() == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize("config", [grouped(16, 2, 4, 1), grouped(12, 2, 4, 1)], ids=["of_4_lanes", "of_3_lanes"])
+def test_two_equal_keys_of_a_group_are_both_in_its_score(numba_device, config):
+    logits = torch.zeros(1, 4, config.num_experts // 4)
+    logits[0, 0, :2] = torch.tensor([1.0, 0.9])
+    logits[0, 2, 1:3] = 1
+    first = 2 * config.num_experts // 4
+    assert run(logits.flatten(1), None, config, numba_device).expert_ids.tolist() == [[first + 1, first + 2]]
 
 
 def test_experts_of_other_groups_are_out_even_where_all_keys_are_negative(numba_device):

@@ -118,6 +118,11 @@ def test_weights_come_from_the_sigmoid_without_its_bias(method):
     assert torch.allclose(topk.weights.float().sum(dim=1), torch.tensor(2.5), atol=1e-2)
 
 
+def test_the_smallest_sigmoids_are_normalised_too():
+    config = RoutingConfig(num_experts=8, top_k=1, method="SigmoidRenorm")
+    assert (select_experts_reference(torch.full((3, 8), -16.0), config=config).weights == 1).all()
+
+
 def test_experts_of_other_groups_are_out_even_where_all_keys_are_negative():
     config = grouped(8, 2, 4, 1)
     bias = torch.tensor([-9.0, -9, -3, -8, -5, -5, -9, -9])  # sums of groups: about -18, -11, -10, -18
@@ -159,7 +164,7 @@ def test_methods_without_a_bias_ignore_it(method):
     assert torch.equal(with_bias.weights, without.weights)
 
 
-@pytest.mark.parametrize("config", [config_of(RoutingMethod.TOPK, 9, 3), GROUPED[2]], ids=["TopK", "grouped"])
+@pytest.mark.parametrize("config", [config_of(RoutingMethod.TOPK, 9, 3), grouped(12, 4, 3, 3)], ids=["TopK", "grouped"])
 def test_no_tokens_give_empty_tensors(config):
     topk = select_experts_reference(torch.empty(0, config.num_experts), config=config)
     assert (topk.expert_ids.shape, topk.expert_ids.dtype) == ((0, config.top_k), torch.int32)
@@ -189,6 +194,12 @@ def test_replay_gets_the_ids_and_its_other_rows_stay():
         ("replay_out", torch.zeros(8, dtype=torch.int16), "must be 2D"),
         ("replay_out", torch.zeros(4, 3, dtype=torch.int16), "dim1 must equal top_k="),
         ("replay_out", torch.zeros(3, 2, dtype=torch.int16), "at least num_tokens=4 rows, got 3"),
+        ("bias", torch.zeros(8, device="meta"), "routing_bias: expected a tensor on cpu, got one on meta"),
+        (
+            "replay_out",
+            torch.zeros(4, 2, dtype=torch.int16, device="meta"),
+            "routing_replay_out: expected a tensor on cpu",
+        ),
     ],
     ids=lambda value: None if isinstance(value, torch.Tensor) else value,
 )
@@ -196,6 +207,14 @@ def test_tensors_that_do_not_fit_are_refused(argument, value, message):
     arguments = {"logits": torch.zeros(4, 8)} | {argument: value}
     with pytest.raises(ValueError, match=message):
         select_experts_reference(**arguments, config=RoutingConfig(num_experts=8, top_k=2))
+
+
+@pytest.mark.parametrize("name", ["logits", "bias"])
+def test_a_replay_over_what_is_read_is_refused(name):
+    read = {"logits": torch.zeros(4, 8), "bias": torch.zeros(8)}
+    replay = read[name].view(torch.int16).flatten()[:8].view(4, 2)
+    with pytest.raises(ValueError, match=f"routing_replay_out: .* shares memory with routing_{name}"):
+        select_experts_reference(**read, replay_out=replay, config=RoutingConfig(num_experts=8, top_k=2))
 
 
 @settings(max_examples=150, deadline=None)
