@@ -80,7 +80,7 @@ class MoEConfig(FrozenConfig):
     @classmethod
     def from_hf_config(
         cls,
-        config: Mapping[str, Any],
+        config: Mapping[str, Any] | Any,
         *,
         weight_format: WeightFormat | None = None,
         local_expert_offset: int = 0,
@@ -91,13 +91,13 @@ class MoEConfig(FrozenConfig):
         """The config of the MoE layers that a Hugging Face config.json describes.
 
         Args:
-            config: the content of config.json, or `PretrainedConfig.to_dict()`; `moe.hf_config.FAMILIES` lists the model
+            config: the content of config.json, or a transformers config; `moe.hf_config.FAMILIES` lists the model
                 types that are known. Where it has a `text_config`, that is read.
             weight_format: how the weights that the layer is given lie; None: as transformers holds them.
             is_batch_invariant: as in `create`.
 
         Raises:
-            TypeError: not a mapping.
+            TypeError: neither.
             ValueError: an unknown model_type, a key that is missing, or a layer that this package does not compute.
 
         Example:

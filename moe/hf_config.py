@@ -13,11 +13,11 @@ BY_HAND = (
 )
 
 
-def layer_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def layer_fields(config: Mapping[str, Any] | Any) -> dict[str, Any]:
     """Arguments of `MoEConfig.create` for the MoE layers of the model that `config` describes.
 
     Args:
-        config: the content of config.json, or `PretrainedConfig.to_dict()`. Where it has a `text_config`, that is read.
+        config: the content of config.json, or a transformers config. Where it has a `text_config`, that is read.
 
     Returns:
         hidden_size, intermediate_size (of one expert), num_experts, top_k, the routing rule, the activation, and the
@@ -28,10 +28,12 @@ def layer_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: not a mapping.
         ValueError: an unknown model_type, a key that is missing, or a layer that this package does not compute.
     """
+    if not isinstance(config, Mapping) and callable(to_dict := getattr(config, "to_dict", None)):
+        config = to_dict()
     if not isinstance(config, Mapping):
         raise TypeError(
             f"config: expected a mapping, got {type(config).__name__}; "
-            "pass json.load(...) of config.json, or config.to_dict()"
+            "pass json.load(...) of config.json, or the model's config"
         )
     outer_type = config.get("model_type")
     if isinstance(config.get("text_config"), Mapping):

@@ -231,6 +231,14 @@ def test_what_cannot_be_computed_is_refused(config: dict[str, Any], message: str
         MoEConfig.from_hf_config(config)
 
 
+def test_a_transformers_config_is_read_as_its_dict() -> None:
+    class Config:
+        def to_dict(self) -> dict[str, object]:
+            return dict(QWEN3_30B)
+
+    assert MoEConfig.from_hf_config(Config()) == MoEConfig.from_hf_config(QWEN3_30B)
+
+
 @pytest.mark.parametrize("config", [None, "config.json", ["qwen3_moe"]], ids=["none", "path", "list"])
 def test_something_else_than_a_mapping_is_a_type_error(config: object) -> None:
     with pytest.raises(TypeError, match=r"config: expected a mapping, got .*json\.load"):

@@ -15,16 +15,21 @@ from torch import Tensor, nn
 
 from moe.config import MoEConfig
 from moe.flow import TopK
-from moe.gemm.config import ActivationType, WeightFormat, WeightLayout
+from moe.gemm.config import DIM_MULTIPLE, ActivationType, WeightFormat, WeightLayout
 from moe.tuning.tuned import TunedPipeline, tuned_pipeline
 
 OLDEST_TRANSFORMERS = (5, 7)  # the first that takes the name of an experts function that it did not bring itself
 INSTALL = 'pip install "moe-stages[hf]"'
+_W1 = "weights (gate_up_proj or up_proj)"
 OTHERWISE = "leave this model on another experts_implementation, such as 'grouped_mm'"
 
 
-def register(name: str = "moe") -> None:
+def register(name: str = "moe", *, is_batch_invariant: bool = False) -> None:
     """Make `experts_implementation=name` known to transformers, for the whole process. May be called again.
+
+    Args:
+        is_batch_invariant: on a GPU, a token has the bits that it has in any batch, at a cost; see `moe.MoEConfig.create`. A name
+            stands for layers of one kind.
 
     transformers cannot be told here to refuse a model whose experts it never hands over (Llama 4, DBRX, ...): with
     `from_pretrained(..., experts_implementation=name)` such a model runs on its own code without a word. Use `use_moe`,
@@ -32,27 +37,38 @@ def register(name: str = "moe") -> None:
 
     Raises:
         ImportError: transformers is missing or too old.
-        ValueError: transformers has another implementation of that name.
+        ValueError: transformers has another implementation of that name, or it stands for layers of the other kind.
     """
     functions = _transformers_moe().ALL_EXPERTS_FUNCTIONS
-    if name == "eager" or (name in functions and functions[name] is not run_hf_experts):
+    kinds = {False: run_hf_experts, True: run_hf_experts_batch_invariant}
+    ours, other = kinds[is_batch_invariant], kinds[not is_batch_invariant]
+    if name == "eager" or (name in functions and functions[name] not in (ours, other)):
         raise ValueError(
             f"name: expected one that transformers does not use, got {name!r}; pass another, such as 'moe'"
         )
-    _transformers_moe().ExpertsInterface.register(name, run_hf_experts)
+    if name in functions and functions[name] is other:
+        raise ValueError(
+            f"name: expected one that does not stand for layers with is_batch_invariant={not is_batch_invariant}, got "
+            f"{name!r}; pass another, such as 'moe_{'invariant' if is_batch_invariant else 'fast'}'"
+        )
+    _transformers_moe().ExpertsInterface.register(name, ours)
 
 
-def use_moe(model: nn.Module, name: str = "moe") -> nn.Module:
+def use_moe(model: nn.Module, name: str = "moe", *, is_batch_invariant: bool = False) -> nn.Module:
     """Run all experts of a transformers model on our pipeline from now on; returns the model.
+
+    Args:
+        name, is_batch_invariant: as in `register`.
 
     Raises:
         ImportError: transformers is missing or too old.
         TypeError: not a module.
         ValueError: an experts module that this package cannot run, with the reason; the model is then as before.
     """
-    register(name)
+    register(name, is_batch_invariant=is_batch_invariant)
     for path, experts in _experts_of(model):
         _expect_supported(experts, path)
+        _expect_weights(experts, path)
     cast(Any, model).set_experts_implementation(name)
     check_model(model, name)
     return model
@@ -67,14 +83,23 @@ def check_model(model: nn.Module, name: str = "moe") -> None:
     """
     for path, experts in _experts_of(model):
         _expect_supported(experts, path)
+        _expect_weights(experts, path)
         chosen = getattr(experts.config, "_experts_implementation", None)
-        if chosen != name or _transformers_moe().ALL_EXPERTS_FUNCTIONS.get(name) is not run_hf_experts:
+        ours = (run_hf_experts, run_hf_experts_batch_invariant)
+        if chosen != name or _transformers_moe().ALL_EXPERTS_FUNCTIONS.get(name) not in ours:
             raise ValueError(
                 f"{path}: expected experts_implementation {name!r}, got {chosen!r}; call use_moe(model) to set it"
             )
 
 
-def run_hf_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def run_hf_experts(
+    experts: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    is_batch_invariant: bool = False,
+) -> Tensor:
     """The experts function that `register` hands to transformers.
 
     Args:
@@ -93,13 +118,19 @@ def run_hf_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         ValueError: a module or a tensor that this package does not take, and what to do instead.
     """
     _expect_supported(experts, type(experts).__name__)
-    w1 = cast(Tensor, experts.gate_up_proj if getattr(experts, "has_gate", True) else experts.up_proj)
-    w2 = cast(Tensor, experts.down_proj)
+    w1, w2 = _weights_of(experts)
     _expect_tensors(type(experts).__name__, hidden_states, w1, w2)
     activation = ActivationType.Swiglu if getattr(experts, "has_gate", True) else ActivationType.Relu2
     layout = WeightLayout.MajorMn if experts.is_transposed else WeightLayout.MajorK
     run = torch.ops.moe.run_experts if torch.compiler.is_compiling() else _run_experts
-    return run(hidden_states, top_k_index, top_k_weights, w1, w2, int(activation), int(layout))
+    return run(hidden_states, top_k_index, top_k_weights, w1, w2, int(activation), int(layout), is_batch_invariant)
+
+
+def run_hf_experts_batch_invariant(
+    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """`run_hf_experts` with the bits, on a GPU, that a token has in any batch."""
+    return run_hf_experts(experts, hidden_states, top_k_index, top_k_weights, is_batch_invariant=True)
 
 
 def _run_experts(
@@ -110,6 +141,7 @@ def _run_experts(
     w2: Tensor,
     activation: int,
     weight_layout: int,
+    is_batch_invariant: bool,
 ) -> Tensor:
     num_local_experts, hidden_size, intermediate_size = w2.shape
     if weight_layout == WeightLayout.MajorMn:
@@ -121,6 +153,7 @@ def _run_experts(
         top_k_index.shape[-1],
         activation,
         weight_layout,
+        is_batch_invariant,
         hidden_states.device,
     )
     if top_k_weights.dtype not in (torch.bfloat16, torch.float32):
@@ -147,6 +180,7 @@ def _pipeline(
     top_k: int,
     activation: int,
     weight_layout: int,
+    is_batch_invariant: bool,
     device: torch.device,
 ) -> TunedPipeline:
     config = MoEConfig.create(
@@ -158,6 +192,7 @@ def _pipeline(
         top_k=top_k,
         activation=activation,
         weight_format=WeightFormat(layout=WeightLayout(weight_layout)),
+        is_batch_invariant=is_batch_invariant,
     )
     return tuned_pipeline(config, device)
 
@@ -188,9 +223,36 @@ def _expect_supported(experts: nn.Module, path: str) -> None:
         raise ValueError(f"{path}._apply_gate: expected silu(gate) * up, got a gate of its own; {OTHERWISE}")
 
 
+def _weights_of(experts: nn.Module) -> tuple[Tensor, Tensor]:
+    w1 = experts.gate_up_proj if getattr(experts, "has_gate", True) else experts.up_proj
+    return cast(Tensor, w1), cast(Tensor, experts.down_proj)
+
+
+def _expect_weights(experts: nn.Module, path: str) -> None:
+    """Raise unless the weights are plain, bfloat16, and of sizes that the kernels take."""
+    w1, w2 = _weights_of(experts)
+    _expect_plain(path, {_W1: w1, "down_proj": w2})
+    if any(size % DIM_MULTIPLE for size in w2.shape[1:]):
+        raise ValueError(
+            f"{path}: expected hidden and intermediate sizes that are multiples of {DIM_MULTIPLE}, got down_proj "
+            f"{list(w2.shape)}; {OTHERWISE}"
+        )
+
+
 def _expect_tensors(path: str, hidden_states: Tensor, w1: Tensor, w2: Tensor) -> None:
     """Raise unless the tensors are plain, bfloat16, and need no gradient."""
-    tensors = {"hidden_states": hidden_states, "weights (gate_up_proj or up_proj)": w1, "down_proj": w2}
+    tensors = {"hidden_states": hidden_states, _W1: w1, "down_proj": w2}
+    _expect_plain(path, tensors)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
+        name = next(name for name, tensor in tensors.items() if tensor.requires_grad)
+        raise ValueError(
+            f"{path}: forward only: expected no gradient, but {name} asks for one and gradients are enabled (the "
+            "parameters of every freshly loaded model do); run the model under torch.no_grad() or "
+            "torch.inference_mode(), and train with experts_implementation='grouped_mm'"
+        )
+
+
+def _expect_plain(path: str, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype != torch.bfloat16:
             raise ValueError(
@@ -202,13 +264,6 @@ def _expect_tensors(path: str, hidden_states: Tensor, w1: Tensor, w2: Tensor) ->
                 f"{path}: expected {name} to be a plain tensor, got {type(tensor).__name__}; load the model without "
                 f"quantisation and without tensor parallelism of its experts, or {OTHERWISE}"
             )
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
-        name = next(name for name, tensor in tensors.items() if tensor.requires_grad)
-        raise ValueError(
-            f"{path}: forward only: expected no gradient, but {name} asks for one and gradients are enabled (the "
-            "parameters of every freshly loaded model do); run the model under torch.no_grad() or "
-            "torch.inference_mode(), and train with experts_implementation='grouped_mm'"
-        )
 
 
 def _is_silu(activation: Any) -> bool:

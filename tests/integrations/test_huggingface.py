@@ -420,6 +420,53 @@ def test_a_model_whose_experts_we_cannot_run_is_refused_before_its_first_call() 
     assert model.config._experts_implementation == "eager"
 
 
+@pytest.mark.parametrize("check", [use_moe, check_model])
+@pytest.mark.parametrize(
+    ("settings", "dtype", "message"),
+    [
+        (
+            {},
+            torch.float32,
+            r"mlp\.experts: expected weights .* in bfloat16, got torch\.float32; .*dtype=torch\.bfloat16",
+        ),
+        ({}, torch.float16, r"mlp\.experts: expected weights .* in bfloat16, got torch\.float16"),
+        ({"intermediate_size": 50}, torch.bfloat16, r"sizes that are multiples of 8, got down_proj \[4, 64, 50\]"),
+    ],
+    ids=["fp32", "fp16", "sizes"],
+)
+def test_a_model_whose_weights_we_cannot_read_is_refused_before_its_first_call(settings, dtype, message, check) -> None:
+    register()
+    model = build_model("mixtral", **settings).to(dtype)
+    if check is check_model:
+        model.set_experts_implementation("moe")
+    with pytest.raises(ValueError, match=message):
+        check(model)
+    assert model.config._experts_implementation == ("moe" if check is check_model else "eager")
+
+
+@pytest.mark.parametrize("is_batch_invariant", [False, True])
+def test_batch_invariance_reaches_the_layers(is_batch_invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = []
+    tuned = huggingface.tuned_pipeline
+    monkeypatch.setattr(
+        huggingface, "tuned_pipeline", lambda config, device: configs.append(config) or tuned(config, device)
+    )
+    huggingface._pipeline.cache_clear()
+    name = f"moe-{is_batch_invariant}"
+    model = use_moe(build_model("mixtral"), name, is_batch_invariant=is_batch_invariant)
+    check_model(model, name)
+    with torch.no_grad():
+        model(tokens_for(model.device))
+    assert [config.few_tokens.max_tokens for config in configs] == [0 if is_batch_invariant else None]
+
+
+def test_a_name_stands_for_layers_of_one_kind() -> None:
+    register("moe-one-kind", is_batch_invariant=True)
+    register("moe-one-kind", is_batch_invariant=True)
+    with pytest.raises(ValueError, match="expected one that does not stand for layers with is_batch_invariant=True"):
+        register("moe-one-kind")
+
+
 def test_check_model_sees_another_implementation() -> None:
     model = use_moe(build_model("olmoe"))
     check_model(model)
