@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the user stopped it."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
     with torch.inference_mode():
         try:
             options.device = pick_device(options.device)
@@ -124,12 +127,12 @@ def info_command(options: argparse.Namespace) -> int:
 
 
 def tune_command(options: argparse.Namespace) -> int:
-    if not tunes_on(options.device):
-        raise UnfitMachine("tune: expected a GPU that torch can use, got none; see `python -m moe info`")
     # Here and not above: the other commands need no tables.
     from moe.cli.tune import expect_cache, export_table, layers_of, show_table, tune_layers
 
     layers = layers_of(options.model, options.config, options.format)
+    if not tunes_on(options.device):
+        raise UnfitMachine("tune: expected a GPU that torch can use, got none; see `python -m moe info`")
     if not (layers or options.show or options.export):
         raise UnfitMachine("tune: expected --model or --config, or --show or --export, got none; name a layer")
     is_complete = True
@@ -164,7 +167,8 @@ def _measure_peaks(options: argparse.Namespace, progress: Progress) -> Peaks:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m moe", description=__doc__)
     parser.add_argument("--version", action="version", version=f"moe-stages {installed_version('moe-stages')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     run = commands.add_parser("run", help="one layer of a model: time of each stage, load, error")
     run.set_defaults(command=run_command)
@@ -194,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         choices=range(9),
         default=TURNS,
-        help=f"with what is timed beside; 0: nothing; default: {TURNS}",
+        help=f"rounds in which dense, grouped_mm and eager are timed by turns; 0 leaves them out; default: {TURNS}",
     )
     _add_inputs(bench)
 

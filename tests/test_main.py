@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,7 +229,6 @@ def test_info_names_versions_and_stages(capsys: pytest.CaptureFixture[str]):
         (["bench", "--json", "/nonexistent/bench.json"], "--json /nonexistent/bench.json: expected a file"),
         (["bench", "--json", "/"], "expected a file in a folder that can be written"),
         (["bench", "--device", "cpu"], "name some"),
-        ([], "COMMAND"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
@@ -464,3 +464,15 @@ def test_tune_refuses_a_file_that_describes_no_layer(content: str, tmp_path, cap
     with pytest.raises(SystemExit):
         commands.main(["tune", "--config", str(file), "--device", "cpu"])
     assert "expected a MoEConfig or a Hugging Face config.json" in capsys.readouterr().err
+
+
+def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]):
+    assert commands.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"    {command} " in printed for command in ("run", "bench", "launches", "tune", "info"))
+
+
+def test_a_config_that_is_missing_is_named_before_a_missing_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    with pytest.raises(SystemExit):
+        commands.main(["tune", "--device", "cpu", "--config", str(tmp_path / "absent.json")])
+    assert "absent.json" in capsys.readouterr().err
