@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -142,6 +143,7 @@ SHARED_CASES = [
     case("no_local_experts", {"local_num_experts": 0}, "local_num_experts must be between 1 and num_experts", "0"),
     case("more_local_than_all", {"local_num_experts": 9}, "local_num_experts must be between 1 and num_experts", "9", "8"),
     case("intermediate_not_of_64", {"intermediate_size": 72}, "the second dimension of weights must be a multiple of 128.", "72"),
+    case("intermediate_not_of_a_block", {"intermediate_size": 96}, "the second dimension of weights must be a multiple of 128.", "96"),
     case("intermediate_zero", {"intermediate_size": 0}, "intermediate_size", "0"),
     case("tune_max_zero", {"tune_max_num_tokens": 0}, "tune_max_num_tokens", "0"),
     # enums
@@ -341,12 +343,35 @@ def test_routed_call_refuses_on_a_gpu(wrong: Case, cuda: torch.device) -> None:
     assert_refused(trtllm_bf16_routed_moe, routed_arguments(cuda), wrong)
 
 
-@pytest.mark.parametrize(
-    "argument", ["routing_logits", "gemm1_weights", "gemm2_weights", "output", "routing_replay_out"]
-)
+@by_name([c for c in SHARED_CASES + FLAT_CASES if not c.name.startswith("output")])
+def test_flat_call_that_stops_before_finalize_refuses(wrong: Case) -> None:
+    assert_refused(partial(trtllm_bf16_moe, do_finalize=False), flat_arguments(torch.device("cpu")), wrong)
+
+
+@by_name([c for c in SHARED_CASES + ROUTED_CASES if not c.name.startswith("output")])
+def test_routed_call_that_stops_before_finalize_refuses(wrong: Case) -> None:
+    assert_refused(partial(trtllm_bf16_routed_moe, do_finalize=False), routed_arguments(torch.device("cpu")), wrong)
+
+
+PLACED = ["routing_logits", "gemm1_weights", "gemm2_weights", "output", "routing_replay_out"]
+
+
+@pytest.mark.parametrize("argument", PLACED)
 def test_tensors_on_two_devices_are_refused(argument: str, cuda: torch.device) -> None:
     wrong = tensor_case(argument, argument, Tensor.cpu, "cpu", "cuda")
     assert_refused(trtllm_bf16_moe, flat_arguments(cuda), wrong)
+
+
+@pytest.mark.parametrize("argument", [*PLACED, "hidden_states"])
+def test_a_tensor_that_lies_nowhere_is_refused(argument: str) -> None:
+    wrong = tensor_case(argument, argument, lambda t: t.to("meta"), "meta", "cpu")
+    assert_refused(trtllm_bf16_moe, flat_arguments(torch.device("cpu")), wrong)
+
+
+def test_a_width_that_no_kernel_takes_goes_by_the_callers_name_for_it() -> None:
+    arguments = flat_arguments(torch.device("cpu")) | {"hidden_states": torch.zeros(T, 68, dtype=torch.bfloat16)}
+    with pytest.raises(ValueError, match=r"^hidden_size: input should be a multiple of 8, got 68$"):
+        trtllm_bf16_moe(**arguments)
 
 
 @pytest.mark.parametrize("arguments", [flat_arguments, routed_arguments])

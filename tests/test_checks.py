@@ -89,6 +89,13 @@ def test_shared_memory_is_refused_from_either_side(name):
             expect_separate("output", written, {"absent": None, "rows": read})
 
 
+def test_a_strided_tensor_reaches_to_its_last_element_and_no_further():
+    strided = MEMORY[:192].view(2, 96)[:, :1]  # elements 0 and 96
+    expect_separate("output", MEMORY[97:192], {"rows": strided})
+    with pytest.raises(ValueError, match="shares memory with rows"):
+        expect_separate("output", MEMORY[96:192], {"rows": strided})
+
+
 def test_neighbours_and_empty_tensors_share_nothing():
     read = {"before": MEMORY[:96], "after": MEMORY[192:], "empty": MEMORY[100:100], "absent": None}
     expect_separate("output", MEMORY[96:192], read)

@@ -123,13 +123,15 @@ def test_every_named_shape_is_a_valid_layer() -> None:
         assert layer.gemm1.weight_rows == shape.intermediate_size * (2 if shape.is_gated else 1)
 
 
-def test_the_slice_and_the_weight_format_are_the_callers() -> None:
+def test_slice_weight_format_and_batch_invariance_are_the_callers() -> None:
     layer = MoEConfig.from_hf_config(
         QWEN3_30B, weight_format=FLASHINFER, local_expert_offset=32, num_local_experts=16, tile_rows=64
     )
     assert (layer.permute.local_expert_offset, layer.permute.num_local_experts) == (32, 16)
     assert layer.gemm1.weight_shape == (16, 32, 1536, 64)
-    assert layer.permute.tile_rows == 64
+    assert (layer.permute.tile_rows, layer.few_tokens.max_tokens) == (64, None)
+    invariant = MoEConfig.from_hf_config(QWEN3_30B, is_batch_invariant=True)
+    assert (invariant.permute.tile_rows, invariant.few_tokens.max_tokens) == (16, 0)
 
 
 def test_the_text_part_of_a_multimodal_config_is_read() -> None:

@@ -23,10 +23,13 @@ from moe import (
     build_pipeline,
     reference_pipeline,
 )
+from moe.gemm.few_tokens_config import FewTokenConfig, FewTokenTiles, MatvecTile
+from moe.gemm.few_tokens_reference import few_token_experts_reference
 from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
 from moe.gemm.weight_format import pack_weights
 from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
 from moe.pipeline import FusedExperts
+from moe.routing.config import RoutingConfig
 from moe.routing.reference import select_experts_reference
 
 SMALL = {"hidden_size": 128, "intermediate_size": 64, "num_experts": 8, "top_k": 2}
@@ -329,15 +332,35 @@ def test_a_pipeline_without_checks_leaves_them_to_its_stages() -> None:
         pipeline(problem.logits, problem.hidden_states, problem.w1, problem.w2[:3])
 
 
-def test_stages_that_disagree_are_refused_with_both_values() -> None:
+@pytest.mark.parametrize(
+    ("stage", "change", "message"),
+    [
+        ("routing", {"num_experts": 9}, "routing.num_experts=9 but permute.num_experts=8"),
+        ("routing", {"top_k": 3}, "routing.top_k=3 but permute.top_k=2"),
+        ("gemm1", {"num_experts": 7}, "permute.num_local_experts=8 but gemm1.num_experts=7"),
+        ("gemm2", {"num_experts": 7}, "permute.num_local_experts=8 but gemm2.num_experts=7"),
+        ("gemm2", {"in_features": 72}, "gemm1.out_features=64 but gemm2.in_features=72"),
+        ("gemm2", {"out_features": 136}, "gemm1.in_features=128 but gemm2.out_features=136"),
+        ("gemm2", {"activation": "Relu2"}, "gemm2.activation: expected None, got Relu2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_stages_that_disagree_are_refused_with_both_values(stage: str, change: dict[str, object], message: str) -> None:
+    fields = MoEConfig.create(**SMALL).model_dump()
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(**fields | {stage: fields[stage] | change})
+
+
+def test_a_first_gemm_without_activation_is_refused() -> None:
+    fields = MoEConfig.create(**SMALL, activation="Relu2").model_dump()
+    with pytest.raises(ValueError, match=r"gemm1\.activation: expected Swiglu or Relu2, got None"):
+        MoEConfig(**fields | {"gemm1": fields["gemm1"] | {"activation": None}})
+
+
+def test_a_layer_of_four_numbers_renormalises_and_is_gated() -> None:
     config = MoEConfig.create(**SMALL)
-    with pytest.raises(ValueError, match=r"gemm1.out_features=64 but gemm2.in_features=72"):
-        MoEConfig(
-            routing=config.routing,
-            permute=config.permute,
-            gemm1=config.gemm1,
-            gemm2=config.gemm2.model_dump() | {"in_features": 72},
-        )
+    assert config.routing == RoutingConfig(num_experts=8, top_k=2, method="Renormalize")
+    assert config.gemm1.is_gated
 
 
 def test_config_survives_json() -> None:
@@ -402,6 +425,28 @@ def test_workspace_of_no_possible_batch_is_refused(num_tokens: int):
     config = MoEConfig.create(hidden_size=64, intermediate_size=64, num_experts=8, top_k=2)
     with pytest.raises(ValueError, match=f"num_tokens: expected .* got .*{num_tokens}"):
         build_pipeline(config, "cpu").workspace_bytes(num_tokens)
+
+
+def test_workspace_holds_what_passes_between_the_stages() -> None:
+    config = MoEConfig.create(**SMALL)
+    problem = make_problem(config, 3000)
+    pipeline = reference_pipeline(config)
+    topk = pipeline.route(problem.logits)
+    permutation = pipeline.permute(topk)
+    activation = pipeline.gemm1(problem.hidden_states, problem.w1, permutation)
+    rows = pipeline.gemm2(activation, problem.w2, permutation)
+    passed = [activation, rows, *vars(topk).values(), *vars(permutation).values()]
+    num_bytes = sum(value.nbytes for value in passed if isinstance(value, Tensor))
+    assert num_bytes <= pipeline.workspace_bytes(3000) <= 1.02 * num_bytes
+
+
+def test_more_tokens_than_rows_have_numbers_are_refused() -> None:
+    config, num_tokens = MoEConfig.create(**SMALL), 1 << 30
+    logits = torch.empty(num_tokens, 8, device="meta")
+    hidden_states = torch.empty(num_tokens, SMALL["hidden_size"], dtype=torch.bfloat16, device="meta")
+    w1, w2 = (torch.empty(g.weight_shape, dtype=torch.bfloat16, device="meta") for g in (config.gemm1, config.gemm2))
+    with pytest.raises(ValueError, match=r"num_tokens: expected fewer than 2\^31 rows"):
+        reference_pipeline(config)(logits, hidden_states, w1, w2)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 300, 5000])
@@ -501,6 +546,22 @@ def test_the_fused_callable_steps_aside_for_a_swapped_stage(stage: str) -> None:
     assert (replace(pipeline, route=SWAPS["route"](config))(*arguments) == 7).all()
 
 
+def test_the_fused_callable_gets_parameters_and_output_of_the_call() -> None:
+    config = MoEConfig.create(**SMALL)
+    plain = reference_pipeline(config)
+    few = FewTokenConfig(num_experts=8, top_k=2, gemm1=config.gemm1, gemm2=config.gemm2)
+    stages = (plain.permute, plain.gemm1, plain.gemm2, plain.finalize)
+    pipeline = replace(plain, fused=FusedExperts(partial(few_token_experts_reference, config=few), 8, stages))
+    problem = make_problem(config, 5)
+    experts = (problem.hidden_states, problem.w1, problem.w2)
+    swiglu = SwigluParams(alpha=torch.linspace(0.5, 2, 8), beta=torch.ones(8))
+    expected = plain(problem.logits, *experts, swiglu=swiglu)
+    for run, entry in ((pipeline, problem.logits), (pipeline.run_experts, plain.route(problem.logits))):
+        output = torch.empty_like(problem.hidden_states)
+        assert run(entry, *experts, swiglu=swiglu, output=output) is output
+        assert torch.equal(output, expected)
+
+
 def test_a_fused_callable_checks_again_only_what_the_pipeline_has_not() -> None:
     config, other = (MoEConfig.create(**SMALL | fields) for fields in ({}, {"norm_topk_prob": False}))
     plain = reference_pipeline(config)
@@ -526,6 +587,67 @@ def test_a_fused_callable_checks_again_only_what_the_pipeline_has_not() -> None:
         variant(problem.logits, *experts)
         variant.run_experts(topk, *experts)
         assert calls == expected, name
+
+
+@pytest.mark.parametrize("uses_pdl", [True, False])
+def test_all_stages_for_a_gpu_are_asked_alike_for_dependent_launches(uses_pdl: bool) -> None:
+    pytest.importorskip("triton")
+    pipeline = build_pipeline(MoEConfig.create(**SMALL), torch.device("cuda", 0), uses_pdl=uses_pdl)
+    asked = [getattr(pipeline, stage).keywords["uses_pdl"] for stage in SWAPS]
+    assert [*asked, pipeline.fused.run.keywords["config"].uses_pdl] == [uses_pdl] * 6
+
+
+def test_the_fused_callable_for_a_gpu_stands_for_the_stages_beside_it() -> None:
+    pytest.importorskip("triton")
+    config = MoEConfig.create(**SMALL)
+    pipeline = build_pipeline(config, "cuda")
+    few = pipeline.fused.run.keywords["config"]
+    assert few == FewTokenConfig(num_experts=8, top_k=2, gemm1=config.gemm1, gemm2=config.gemm2, uses_pdl=True)
+    assert pipeline.fused == FusedExperts(
+        pipeline.fused.run,
+        few.max_tokens,
+        stands_for=(pipeline.permute, pipeline.gemm1, pipeline.gemm2, pipeline.finalize),
+        launch=pipeline.fused.launch,
+        checked_by=config,
+        routed_by=pipeline.route,
+    )
+    assert pipeline.fused.launch.keywords["config"] is few
+
+
+def test_few_tokens_for_a_gpu_get_the_slice_and_what_the_config_names() -> None:
+    pytest.importorskip("triton")
+    tiles = FewTokenTiles(
+        max_tokens=5, slot_tile=MatvecTile(block_n=2, block_k=64), token_tile=MatvecTile(block_n=4, block_k=64)
+    )
+    config = MoEConfig.create(**SMALL, local_expert_offset=3, num_local_experts=4)
+    fused = build_pipeline(MoEConfig(**dict(config) | {"few_tokens": tiles}), "cuda").fused
+    few = fused.run.keywords["config"]
+    assert (fused.max_tokens, few.slot_tile, few.token_tile) == (5, tiles.slot_tile, tiles.token_tile)
+    assert (few.local_expert_offset, few.gemm1.num_experts, few.uses_pdl) == (3, 4, False)
+
+
+def test_what_the_kernels_for_a_gpu_do_not_take_is_left_to_what_does() -> None:
+    pytest.importorskip("triton")
+    from moe.permute.block_plan import plan_permutation_in_blocks
+    from moe.permute.plan import plan_permutation
+    from moe.routing.topk import select_experts
+
+    def stages(**changes: object) -> tuple[object, object, bool]:
+        pipeline = build_pipeline(MoEConfig.create(**SMALL | changes), "cuda")
+        return pipeline.route.func, pipeline.permute.func, pipeline.fused is not None
+
+    assert stages() == (select_experts, plan_permutation_in_blocks, True)
+    assert stages(num_experts=40, top_k=33)[0] is select_experts_reference
+    assert stages(num_experts=2049) == (select_experts_reference, plan_permutation, True)
+    assert not stages(weight_format=WeightFormat(layout=WeightLayout.MajorMn))[2]
+    assert not stages(is_batch_invariant=True)[2]
+
+
+def test_planning_for_a_gpu_is_told_what_units_its_gemms_take() -> None:
+    pytest.importorskip("triton")
+    config = MoEConfig.create(**SMALL)
+    unit_size = build_pipeline(config, "cuda").permute.keywords["unit_size"]
+    assert unit_size.keywords == {"gemm1": config.gemm1, "gemm2": config.gemm2}
 
 
 def test_a_pipeline_for_a_gpu_stands_on_kernels_for_few_tokens_too(cuda: torch.device) -> None:
@@ -612,7 +734,8 @@ def test_a_batch_invariant_layer_gives_a_token_alone_the_bits_of_any_batch(
 
 def test_a_batch_invariant_config_leaves_nothing_to_the_number_of_tokens() -> None:
     config = MoEConfig.create(**SMALL, is_batch_invariant=True)
-    assert config.permute.tile_rows is not None
+    assert config.permute.tile_rows == 16
+    assert MoEConfig.create(**SMALL, tile_rows=64, is_batch_invariant=True).permute.tile_rows == 64
     assert config.gemm1.kernel == config.gemm2.kernel == "swapped"
     assert config.few_tokens.max_tokens == 0
     assert MoEConfig.model_validate_json(config.model_dump_json()) == config

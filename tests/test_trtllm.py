@@ -98,6 +98,17 @@ def test_signature_is_flashinfers() -> None:
     assert extras == ["output", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "is_batch_invariant"]
 
 
+def test_signature_of_the_routed_call_is_flashinfers() -> None:
+    parameters = inspect.signature(trtllm_bf16_routed_moe).parameters
+    shared = {n: d for n, d in SIGNATURE.items() if n not in ("routing_logits", "routing_bias", "norm_topk_prob")}
+    names = ["topk_ids", *shared, "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "output"]
+    names.insert(names.index("tune_max_num_tokens"), "gemm1_lora_delta")
+    assert list(parameters) == [*names, "is_batch_invariant"]
+    assert parameters["is_batch_invariant"].kind is inspect.Parameter.KEYWORD_ONLY
+    defaults = dict.fromkeys(names) | shared | {"topk_ids": REQUIRED, "is_batch_invariant": False}
+    assert {n: p.default for n, p in parameters.items()} == defaults
+
+
 def test_enums_have_flashinfers_numbers() -> None:
     assert {m.name: int(m) for m in moe.RoutingMethodType} == {
         "Default": 0,
@@ -143,6 +154,7 @@ def test_groups_and_scale_are_honoured(device: torch.device) -> None:
     assert not torch.equal(output, ungrouped)
     unscaled = trtllm_bf16_moe(**arguments | {"routed_scaling_factor": None})
     torch.testing.assert_close(unscaled.float() * 2.5, output.float(), rtol=0.03, atol=0.02)
+    assert not trtllm_bf16_moe(**arguments | {"routed_scaling_factor": 0.0}).any()
 
 
 def test_norm_topk_prob_is_honoured_by_method_6_alone(device: torch.device) -> None:
@@ -259,7 +271,7 @@ def pack_topk(topk: TopK) -> Tensor:
     return (topk.expert_ids << 16) | bits
 
 
-def test_three_ways_to_name_the_experts_agree(device: torch.device) -> None:
+def test_four_ways_to_name_the_experts_agree(device: torch.device) -> None:
     config = layer()
     problem = make_problem(config, T, device=device)
     arguments = flat_arguments(config, problem)
@@ -267,6 +279,7 @@ def test_three_ways_to_name_the_experts_agree(device: torch.device) -> None:
     from_logits = trtllm_bf16_moe(**arguments)
     assert torch.equal(routed(arguments, pack_topk(topk)), from_logits)
     assert torch.equal(routed(arguments, (topk.expert_ids, topk.weights)), from_logits)
+    assert torch.equal(routed(arguments, [topk.expert_ids, topk.weights]), from_logits)
 
 
 @pytest.mark.parametrize("first", [1, 2, 3])
@@ -433,3 +446,21 @@ def test_enable_pdl_reaches_the_pipeline(enable_pdl: bool | None, uses_pdl: bool
     )
     trtllm._flat_pipeline.cache_clear()
     assert asked == [uses_pdl]
+
+
+def test_a_pipeline_is_built_where_the_hidden_states_lie(monkeypatch: pytest.MonkeyPatch):
+    from moe import trtllm
+
+    asked: list[tuple[torch.device, int]] = []
+
+    def tuned_pipeline(config: MoEConfig, device: torch.device, *, max_num_tokens: int, **more: Any) -> Any:
+        asked.append((device, max_num_tokens))
+        return lambda *tensors, **others: None
+
+    monkeypatch.setattr(trtllm, "tuned_pipeline", tuned_pipeline)
+    arguments = flat_arguments(layer(), make_problem(layer(), 3))
+    for device in ("cpu", "meta"):
+        on_device = arguments | {"hidden_states": arguments["hidden_states"].to(device)}
+        trtllm_bf16_moe(**on_device, tune_max_num_tokens=77)
+    trtllm._flat_pipeline.cache_clear()
+    assert asked == [(torch.device("cpu"), 77), (torch.device("meta"), 77)]

@@ -150,6 +150,11 @@ def test_wrong_tensors_are_refused_before_anything_is_written(finalize) -> None:
         (r"expert_weights: expected \[T=4, K=2\]", {"topk": replace(topk, weights=topk.weights[:3])}),
         (r"output: expected \[T=4, H=64\]", {"output": output[:3]}),
         ("output: expected memory of its own", {"output": rows[:4]}),
+        ("shares memory with expert_weights", {"topk": replace(topk, weights=output.view(-1)[:8].view(4, 2))}),
+        (
+            "row_of_slot: expected int32",
+            {"permutation": replace(permutation, row_of_slot=permutation.row_of_slot.long())},
+        ),
     ]
     for message, change in wrong:
         arguments = {"rows": rows, "topk": topk, "permutation": permutation, "output": output} | change

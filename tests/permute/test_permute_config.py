@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe.flow import TopK
+from moe.permute.chunks import NUMBA_CHUNKING, TRITON_CHUNKING
 from moe.permute.config import MAX_TILE_ROWS, MIN_TILE_ROWS, PermuteConfig
 
 
@@ -72,3 +75,31 @@ def test_a_tile_holds_the_mean_load_of_all_ranks_and_twice_its_root(config, num_
 def test_other_tile_sizes_are_refused(tile_rows) -> None:
     with pytest.raises(ValueError, match="tile_rows"):
         PermuteConfig(num_experts=8, num_local_experts=8, top_k=2, tile_rows=tile_rows)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "is_refused"), [((1 << 28) - 128, False), ((1 << 28) - 127, True), (1 << 40, True)]
+)
+def test_as_many_tokens_are_taken_as_rows_have_numbers_in_int32(num_tokens, is_refused) -> None:
+    config = PermuteConfig(num_experts=8, num_local_experts=8, top_k=8)
+    ids, weights = (torch.empty(num_tokens, 8, dtype=dtype, device="meta") for dtype in (torch.int32, torch.bfloat16))
+    assert (config.max_rows(num_tokens) >= 1 << 31) == is_refused
+    if not is_refused:
+        config.check(TopK(ids, weights))
+        return
+    with pytest.raises(ValueError, match=rf"num_tokens: expected fewer than 2\^31 rows, got num_tokens={num_tokens}"):
+        config.check(TopK(ids, weights))
+
+
+def test_scratch_holds_the_counts_of_either_planner() -> None:
+    config = PermuteConfig(num_experts=256, num_local_experts=256, top_k=8)
+    in_triton = 4 * (256 * 256 + 257 * 256)  # counts and slots_before, of 256 chunks
+    assert config.scratch_bytes(8192) == in_triton
+
+
+@pytest.mark.parametrize("num_experts", [1, 13, 256, 2048])
+@pytest.mark.parametrize("num_slots", [16385, 1 << 20, 1 << 28])
+def test_there_are_no_more_chunks_and_counts_than_a_launch_is_made_for(num_slots, num_experts) -> None:
+    assert TRITON_CHUNKING.num_chunks(num_slots, num_experts) <= 512
+    assert NUMBA_CHUNKING.num_chunks(num_slots, num_experts) <= 128
+    assert NUMBA_CHUNKING.num_counts(num_slots, num_experts) <= 65536

@@ -77,7 +77,7 @@ def lists_by_hand(expert_ids: list[list[int]], config: PermuteConfig) -> dict[st
 
 
 def assert_same(actual: Permutation, expected: Permutation) -> None:
-    assert actual.tile_rows == expected.tile_rows
+    assert (actual.tile_rows, actual.mean_rows) == (expected.tile_rows, expected.mean_rows)
     num_rows, num_tiles = int(expected.num_rows), int(expected.num_tiles)
     assert (int(actual.num_rows), int(actual.num_tiles)) == (num_rows, num_tiles)
     for name, num_defined in (
@@ -148,6 +148,7 @@ def test_reference_follows_the_definition(data: st.DataObject) -> None:
     expert_ids = torch.tensor(rows, dtype=torch.int32).view(len(rows), top_k)
     permutation = plan_permutation_reference(topk_of(expert_ids), config=config)
     assert lists_of(permutation) == lists_by_hand(rows, config)
+    assert permutation.mean_rows == config.mean_rows(len(rows))
     assert int(permutation.num_rows) <= permutation.max_rows == config.max_rows(len(rows))
 
 
@@ -216,9 +217,10 @@ def test_units_made_on_the_way_are_those_of_the_reference(
 
 
 def test_more_experts_than_fit_in_shared_memory_are_refused(numba_device) -> None:
-    from moe.permute.block_plan import plan_permutation_in_blocks
+    from moe.permute.block_plan import plan_permutation_in_blocks, takes
 
     topk = topk_of(torch.zeros(3, 2, device=numba_device))
+    assert takes(config_of(4096, 2, num_local_experts=2048))
     with pytest.raises(ValueError, match="expected num_local_experts <= 2048, got num_local_experts=2049"):
         plan_permutation_in_blocks(topk, config=config_of(2049, 2))
 
@@ -293,13 +295,16 @@ def test_no_tokens_give_empty_maps(plan, poisoned_memory) -> None:
     assert permutation.num_rows.dtype == permutation.row_of_slot.dtype == torch.int32
 
 
-def test_wrong_ids_are_refused_alike(plan) -> None:
+def test_wrong_ids_and_weights_are_refused_alike(plan) -> None:
     expert_ids = torch.zeros(3, 2, dtype=torch.int64, device=plan.device)
     topk = TopK(expert_ids, torch.ones(3, 2, device=plan.device))
     with pytest.raises(ValueError, match="expert_indices must be int32"):
         plan.run(topk, config=config_of(8, 2))
     with pytest.raises(ValueError, match="expert_indices dim1 must match top_k"):
         plan.run(topk_of(expert_ids), config=config_of(8, 3))
+    topk = TopK(expert_ids.int(), torch.ones(4, 2, device=plan.device))
+    with pytest.raises(ValueError, match=r"expert_weights: expected \[T=3, K=2\], got \[4, 2\]"):
+        plan.run(topk, config=config_of(8, 2))
 
 
 @pytest.mark.parametrize(

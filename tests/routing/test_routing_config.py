@@ -32,9 +32,11 @@ def test_a_config_that_cannot_work_is_refused(fields, message):
         RoutingConfig(**{"num_experts": 8, "top_k": 2} | fields)
 
 
-def test_defaults_are_those_of_the_flat_call():
-    config = RoutingConfig(num_experts=8, top_k=2)
-    assert (config.n_group, config.topk_group, config.routed_scaling_factor, config.norm_topk_prob) == (0, 0, 1.0, True)
+def test_what_is_left_out_is_renormalised_without_groups_or_scale():
+    fields = {"n_group": 0, "topk_group": 0, "routed_scaling_factor": 1.0, "norm_topk_prob": True}
+    assert RoutingConfig(num_experts=8, top_k=2) == RoutingConfig(
+        num_experts=8, top_k=2, method="Renormalize", **fields
+    )
 
 
 @pytest.mark.parametrize("method", ["DeepSeekV3", "Renormalize"])
