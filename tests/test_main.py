@@ -27,7 +27,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(NAMED_SHAPES, shape.name, shape)
     monkeypatch.setattr(commands, "measure_peaks", lambda device: Peaks(1e11, "float32", 1e10))
     for budget in ("BUDGET_S", "TURN_BUDGET_S"):
-        monkeypatch.setattr(f"moe.cli.run.{budget}", {"cpu": 0.01})
+        monkeypatch.setattr(f"moe.cli.run.{budget}", {"cpu": 0.01, "cuda": 0.01})
 
 
 @pytest.mark.parametrize("weights", ["hf", "flashinfer"])
