@@ -51,6 +51,22 @@ def bits_of_float(typing_context: Any, value: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
+@intrinsic
+def nearest_bfloat16(typing_context: Any, value: Any) -> Any:
+    """float32 -> the bits of the nearest bfloat16 in the upper half of a uint32, ties to even; of a NaN any NaN. sm_80 and later."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        assembly = ir.InlineAsm(
+            ir.FunctionType(word, [ir.FloatType()]),
+            "{ .reg .b16 rounded, zero; mov.b16 zero, 0; cvt.rn.bf16.f32 rounded, $1; mov.b32 $0, {zero, rounded}; }",
+            "=r,f",
+        )
+        return builder.call(assembly, [arguments[0]])
+
+    return types.uint32(types.float32), generate
+
+
 def _reduction(instruction: str) -> Any:
     """One instruction, of sm_80 and later, in place of five shuffles and compares."""
 
@@ -117,6 +133,24 @@ def _load(width: int) -> Any:
 
 load_two = _load(2)  # pointer, index of the first -> tuple
 load_four = _load(4)
+
+
+@intrinsic
+def load_word_of_gpu(typing_context: Any, pointer: Any, index: Any) -> Any:
+    """pointer[index] of int32 as it is in the L2 cache, which all multiprocessors share: never an older one from L1. sm_70 and later."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        address = builder.ptrtoint(builder.gep(arguments[0], [arguments[1]]), ir.IntType(64))
+        assembly = ir.InlineAsm(
+            ir.FunctionType(word, [ir.IntType(64)]),
+            "ld.relaxed.gpu.b32 $0, [$1];",
+            "=r,l,~{memory}",
+            side_effect=True,
+        )
+        return builder.call(assembly, [address])
+
+    return types.int32(pointer, types.int64), generate
 
 
 def build_sum_of_first(count: int) -> Any:

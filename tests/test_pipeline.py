@@ -660,8 +660,8 @@ def test_a_pipeline_for_a_gpu_stands_on_kernels_for_few_tokens_too(cuda: torch.d
 
 
 @pytest.mark.parametrize(
-    "num_tokens", [5, 24, 300, 1000], ids="T{}".format
-)  # few tokens; portable, swapped, wide GEMMs
+    "num_tokens", [5, 24, 300, 1000, 5000], ids="T{}".format
+)  # few tokens; portable, swapped, wide GEMMs; two launches that plan
 def test_dependent_launches_of_a_whole_layer_race_with_nothing(num_tokens: int, cuda: torch.device) -> None:
     """A captured chain of dependent layers, replayed over random inputs beside a noisy stream, has the plain chain's bits.
 

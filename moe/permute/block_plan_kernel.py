@@ -18,7 +18,15 @@ import numpy as np
 from numba import cuda
 
 from moe.flow import UnitSize
-from moe.warp import FULL_MASK, WARP_SIZE, device_function, gdc_launch_dependents, gdc_wait, warp_add
+from moe.warp import (
+    FULL_MASK,
+    WARP_SIZE,
+    device_function,
+    gdc_launch_dependents,
+    gdc_wait,
+    load_word_of_gpu,
+    warp_add,
+)
 
 NOT_LOCAL = np.int32(-1)
 BATCH = 8  # loads that a thread has in flight
@@ -91,7 +99,7 @@ def build_plan_kernel(
         num_warps: warps of a block, a power of two.
         top_k: slots of a token.
         totals: with Totals.CHUNK there is one chunk, of up to 32 * mark_rows(...) slots.
-        uses_pdl: wait for the kernel before, then let the one after start.
+        uses_pdl: wait for the kernel before, then let the one after start. With Totals.COUNTS the kernel before has done so too.
         unit_size: also cut each expert's rows into such units; None: leave the last three arguments alone.
     """
     BINS = num_bins
@@ -115,6 +123,7 @@ def build_plan_kernel(
     ROWS_A_PART = ROWS // PARTS
     BIN_STEPS = WARP_SIZE.bit_length() - 1 - PART_STEPS
     NUMBERS = BINS_A_THREAD * ROWS_A_PART
+    sum_counts = build_sum_counts(PARTS)
 
     @device_function
     def up_to_part(number: np.int32, part: np.int32) -> np.int32:
@@ -193,20 +202,25 @@ def build_plan_kernel(
         if COUNTED_BINS == BINS:
             clear(before, COUNTED_BINS, THREADS)
             clear(after, COUNTED_BINS, THREADS)
-        if USES_PDL:
+        if USES_PDL and not READS_COUNTS:
             gdc_wait()
             gdc_launch_dependents()
         cuda.syncthreads()
 
+        # With counts to read, the ids are there already: this kernel starts when all blocks of the one that counts have
+        # waited for the ids. Only the counts are waited for.
         expert = mark_expert(expert_ids_ptr, start + thread, end, first_expert, num_experts, marks, warp, ROWS, WORDS)
         rank = rank_in_warp(marks, expert, warp, WORDS)
+        if USES_PDL and READS_COUNTS:
+            gdc_wait()
+            gdc_launch_dependents()
         next_rows = cuda.local.array(BINS_A_THREAD, np.int32)  # slots in earlier chunks, then the next slot's row
         totals = cuda.local.array(BINS_A_THREAD, np.int32)
         if COUNTED_BINS == BINS:
             count_slots(expert_ids_ptr, 0, num_slots, start, THREADS, first_expert, num_experts, before, after)
         if READS_COUNTS:
             for index in range(BINS_A_THREAD):
-                num_before, num_after = sum_counts(counts_ptr, first_bin + index, part, PARTS, num_experts)
+                num_before, num_after = sum_counts(counts_ptr, first_bin + index, part, num_experts)
                 next_rows[index] = over_parts(num_before)
                 totals[index] = next_rows[index] + over_parts(num_after)
         cuda.syncthreads()
@@ -322,7 +336,7 @@ def mark_expert(
     """The local expert of a slot, marked, or NOT_LOCAL."""
     expert = NOT_LOCAL
     if slot < end and warp < num_rows:
-        expert = local_id(expert_ids_ptr[slot], first_expert, num_experts)
+        expert = local_id(load_word_of_gpu(expert_ids_ptr, slot), first_expert, num_experts)
     if expert != NOT_LOCAL:
         lane = np.uint32(cuda.threadIdx.x & (WARP_SIZE - 1))
         cuda.atomic.or_(marks, warp * np.int32(row_words) + expert, np.uint32(_ONE << lane))
@@ -403,28 +417,34 @@ def count_slots(
         slot += BATCH * num_threads
 
 
-@device_function
-def sum_counts(
-    counts_ptr: Any, expert: np.int32, part: np.int32, num_parts: int, num_experts: np.int32
-) -> tuple[np.int32, np.int32]:
-    """Slots of an expert in every num_parts-th chunk: in those before this block's chunk, and in the others."""
-    this_chunk, num_chunks = np.int32(cuda.blockIdx.x), np.int32(cuda.gridDim.x)
-    counts = cuda.local.array(BATCH, np.int32)
-    num_before = np.int32(0)
-    num_after = np.int32(0)
-    chunk = part
-    while chunk < num_chunks and expert < num_experts:
-        for index in range(BATCH):
-            counts[index] = 0
-            if chunk + index * num_parts < num_chunks:
-                counts[index] = counts_ptr[(chunk + index * num_parts) * num_experts + expert]
-        for index in range(BATCH):
-            if chunk + index * num_parts < this_chunk:
-                num_before += counts[index]
-            else:
-                num_after += counts[index]
-        chunk += BATCH * num_parts
-    return np.int32(num_before), np.int32(num_after)
+def build_sum_counts(num_parts: int) -> Any:
+    """(counts_ptr, expert, part, num_experts) -> slots of an expert in every num_parts-th chunk: before this block's, and the others."""
+    PARTS = num_parts
+    LOADS = min(max(64 // num_parts, 4), 16)  # in flight; at once what 64 chunks hold, as far as registers reach
+
+    @device_function
+    def sum_counts(
+        counts_ptr: Any, expert: np.int32, part: np.int32, num_experts: np.int32
+    ) -> tuple[np.int32, np.int32]:
+        this_chunk, num_chunks = np.int32(cuda.blockIdx.x), np.int32(cuda.gridDim.x)
+        counts = cuda.local.array(LOADS, np.int32)
+        num_before = np.int32(0)
+        num_after = np.int32(0)
+        chunk = part
+        while chunk < num_chunks and expert < num_experts:
+            for index in range(LOADS):
+                counts[index] = 0
+                if chunk + index * PARTS < num_chunks:
+                    counts[index] = counts_ptr[(chunk + index * PARTS) * num_experts + expert]
+            for index in range(LOADS):
+                if chunk + index * PARTS < this_chunk:
+                    num_before += counts[index]
+                else:
+                    num_after += counts[index]
+            chunk += LOADS * PARTS
+        return np.int32(num_before), np.int32(num_after)
+
+    return sum_counts
 
 
 @device_function

@@ -3,6 +3,9 @@
 A group's score is the sum of its two best. Of equal groups the lower comes first.
 """
 
+# numba's modules say of warp functions only how they are compiled.
+# mypy: disable-error-code="operator,call-arg,arg-type"
+
 from __future__ import annotations
 
 from typing import Any
@@ -11,61 +14,66 @@ import numpy as np
 from numba import cuda
 
 from moe.routing.keys import NO_KEY, key_of_score, score_of_key
-from moe.warp import WARP_SIZE, device_function, warp_max, warp_min, word_across, word_of_lane
+from moe.warp import FULL_MASK, WARP_SIZE, device_function, warp_max, warp_min, word_across, word_of_lane
 
 
-def build_keep_best_groups(*, num_experts: int, num_slots: int, n_group: int, topk_group: int, num_warps: int) -> Any:
-    """(keys, lane, warp): the keys of all but the topk_group best groups become NO_KEY.
+def fill_lanes(num_experts: int, num_slots: int, n_group: int) -> bool:
+    """Whether each group has all slots of a power of two of lanes: lane l has experts l * num_slots and up."""
+    lanes_a_group, rest = divmod(num_experts // n_group, num_slots)
+    return not rest and lanes_a_group & (lanes_a_group - 1) == 0
+
+
+def build_keep_lanes_of_best_groups(*, num_experts: int, num_slots: int, n_group: int, topk_group: int) -> Any:
+    """(best_keys, lane): the keys of lanes whose group is none of the topk_group best become NO_KEY, where groups fill lanes.
+
+    Lanes exchange their best, then share the comparisons of their group with the others.
 
     Args:
         num_experts: of which n_group groups of neighbours have equally many, two at least.
-        num_slots: length of `keys`: lane l has those of experts l * num_slots and up.
-        num_warps: warps of a block, `warp` being one of them.
+        num_slots: experts of a lane. `best_keys` are the best of them, descending, two at least if there are two.
     """
-    group_size = num_experts // n_group
-    lanes_a_group = group_size // num_slots
-    is_power_of_two = lanes_a_group & (lanes_a_group - 1) == 0
-    if group_size % num_slots == 0 and is_power_of_two:
-        return _groups_of_lanes(num_slots, lanes_a_group, n_group, topk_group)
-    return _groups_of_any_size(num_slots, group_size, n_group, topk_group, num_warps)
-
-
-def _groups_of_lanes(num_slots: int, lanes_a_group: int, n_group: int, topk_group: int) -> Any:
-    """Where a group has all slots of a power of two of lanes: they exchange their best, then groups their scores."""
-    SLOTS = num_slots
-    LANES = lanes_a_group
-    STEPS = lanes_a_group.bit_length() - 1
+    LANES = num_experts // n_group // num_slots
+    STEPS = LANES.bit_length() - 1
     NUM_GROUPS = n_group
     TOPK_GROUP = topk_group
+    HAS_SECOND = num_slots > 1
+    LANES_OF_FIRST_GROUP = np.uint32((1 << LANES) - 1)
 
     @device_function
-    def keep_best_groups(keys: Any, lane: np.int32, warp: np.int32) -> None:
-        first = keys[0]
-        second = NO_KEY
-        for slot in range(1, SLOTS):
-            second = max(second, min(first, keys[slot]))
-            first = max(first, keys[slot])
+    def keep_lanes_of_best_groups(best_keys: Any, lane: np.int32) -> None:
+        first = best_keys[0]
+        second = best_keys[1] if HAS_SECOND else NO_KEY
         for step in range(STEPS):
             other_first = word_across(first, 1 << step)
             other_second = word_across(second, 1 << step)
             second = max(min(first, other_first), max(second, other_second))
             first = max(first, other_first)
         mine = key_of_score(score_of_key(first) + score_of_key(second))
+        group = np.int32(lane >> STEPS)
+        group_lanes = np.uint32(LANES_OF_FIRST_GROUP << np.uint32(group << STEPS))
         num_better = 0
-        for group in range(NUM_GROUPS):
-            other = word_of_lane(mine, np.int32(group * LANES))
-            is_better = other > mine or (other == mine and group < lane // np.int32(LANES))
-            num_better += 1 if is_better else 0
-        for slot in range(SLOTS):
-            keys[slot] = keys[slot] if num_better < TOPK_GROUP else NO_KEY
+        for first_other in range(0, NUM_GROUPS, LANES):
+            other_group = np.int32(np.int32(first_other) + (lane & np.int32(LANES - 1)))
+            other = word_of_lane(mine, np.int32(other_group << STEPS) & np.int32(WARP_SIZE - 1))
+            is_better = other > mine or (other == mine and other_group < group)
+            better_lanes = np.uint32(cuda.ballot_sync(FULL_MASK, is_better and other_group < NUM_GROUPS))
+            num_better += np.int32(cuda.popc(np.uint32(better_lanes & group_lanes)))
+        for slot in range(len(best_keys)):
+            best_keys[slot] = best_keys[slot] if num_better < TOPK_GROUP else NO_KEY
 
-    return keep_best_groups
+    return keep_lanes_of_best_groups
 
 
-def _groups_of_any_size(num_slots: int, group_size: int, n_group: int, topk_group: int, num_warps: int) -> Any:
-    """The warp takes one group after another."""
+def build_keep_best_groups(*, num_experts: int, num_slots: int, n_group: int, topk_group: int, num_warps: int) -> Any:
+    """(keys, lane, warp): the keys of all but the topk_group best groups become NO_KEY. The warp takes one group after another.
+
+    Args:
+        num_experts: of which n_group groups of neighbours have equally many, two at least.
+        num_slots: length of `keys`: lane l has those of experts l * num_slots and up.
+        num_warps: warps of a block, `warp` being one of them.
+    """
     SLOTS = num_slots
-    GROUP_SIZE = group_size
+    GROUP_SIZE = num_experts // n_group
     NUM_GROUPS = n_group
     TOPK_GROUP = topk_group
     GROUP_KEYS = num_warps * n_group

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe.warp import bits_of_float, device_function, float_of_bits
+from moe.warp import bits_of_float, device_function, float_of_bits, nearest_bfloat16
 
 NO_KEY = np.uint32(0)
 _LOWEST_KEY = np.uint32(1)  # the one number whose image would be 0, the NaN of all ones, takes its neighbour's
@@ -69,4 +69,4 @@ def float_of_bfloat16(bits: np.uint16) -> np.float32:
 @device_function
 def rounded_to_bfloat16(value: np.float32) -> np.float32:
     """The nearest number that bfloat16 has."""
-    return float_of_bits(np.uint32(np.uint32(bfloat16_of_float(value)) << _SHIFT))
+    return float_of_bits(nearest_bfloat16(value))

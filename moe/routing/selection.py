@@ -24,28 +24,26 @@ def slots_per_lane(num_candidates: int) -> int:
     return needed if needed <= 2 else -(-needed // 4) * 4
 
 
-def build_choose_best(*, num_slots: int, count: int) -> Any:
-    """(keys, lane) -> key and number of the candidate that is the lane-th best; NO_KEY and 0 from lane `count` on.
+def num_sorted(num_slots: int, count: int) -> int:
+    """Of its best keys, those that a lane sorts to give away: a power of two."""
+    return 1 << (min(num_slots, count) - 1).bit_length()
 
-    Each lane sorts as many of its best keys as may be chosen, without their slots, so that a choice takes one reduction and
-    one vote. In the end each lane looks up in which slot its key was. Among equal keys the lower number comes first.
+
+def build_sort_best(*, num_slots: int, length: int) -> Any:
+    """(keys, best_keys): the largest of a lane's keys, descending, NO_KEY where there are fewer.
 
     Args:
-        num_slots: length of `keys`, up to 64.
-        count: how many to choose, up to 32; so many have a key at least.
+        num_slots: length of `keys`, which stay as they are.
+        length: of `best_keys`, a power of two.
     """
     SLOTS = num_slots
-    COUNT = count
-    MOST = min(num_slots, count)  # that one lane may give away
-    LENGTH = 1 << (MOST - 1).bit_length()
+    LENGTH = length
     LAST = LENGTH - 1
     BLOCKS = -(-num_slots // LENGTH)
     sort, sort_wave = build_sort(LENGTH), _build_sort_wave(LENGTH)
-    slot_of_key = _build_slot_of_key(num_slots)
 
     @device_function
-    def choose_best(keys: Any, lane: np.int32) -> tuple[np.uint32, np.int32]:
-        best_keys = cuda.local.array(LENGTH, np.uint32)
+    def sort_best(keys: Any, best_keys: Any) -> None:
         for slot in range(LENGTH):
             best_keys[slot] = keys[slot] if slot < SLOTS else NO_KEY
         sort(best_keys)
@@ -59,6 +57,27 @@ def build_choose_best(*, num_slots: int, count: int) -> Any:
                     best_keys[slot] = max(best_keys[slot], others[LAST - slot])
                 sort_wave(best_keys)
 
+    return sort_best
+
+
+def build_choose_best(*, num_slots: int, count: int) -> Any:
+    """(best_keys, keys, lane) -> key and number of the candidate that is the lane-th best; NO_KEY and 0 from lane `count` on.
+
+    Each lane has sorted as many of its best keys as may be chosen, without their slots, so that a choice takes one reduction
+    and one vote. In the end each lane looks up in which slot its key was. Among equal keys the lower number comes first.
+
+    Args:
+        num_slots: length of `keys`, up to 64.
+        count: how many to choose, up to 32; so many have a key at least. `best_keys` are num_sorted(num_slots, count), and
+            are used up.
+    """
+    SLOTS = num_slots
+    COUNT = count
+    MOST = min(num_slots, count)  # that one lane may give away
+    slot_of_key = _build_slot_of_key(num_slots)
+
+    @device_function
+    def choose_best(best_keys: Any, keys: Any, lane: np.int32) -> tuple[np.uint32, np.int32]:
         lower_lanes = cuda.lanemask_lt()
         my_key = NO_KEY
         my_holders = np.uint32(1)
@@ -97,13 +116,13 @@ def _build_slot_of_key(num_slots: int) -> Any:
     def slot_of_key(keys: Any, key: np.uint32, holder: np.int32, lane: np.int32, is_chosen: bool) -> np.int32:
         slots = NONE  # with this key, a bit each
         for slot in range(SLOTS):
-            slots |= WORD(ONE << WORD(slot)) if word_of_lane(keys[slot], holder) == key else NONE
+            slots = WORD(slots | (WORD(ONE << WORD(slot)) if word_of_lane(keys[slot], holder) == key else NONE))
         has_equals = is_chosen and slots & WORD(slots - ONE) != 0
         if cuda.ballot_sync(FULL_MASK, has_equals) != 0:
-            num_before = lane - first_of_equals(key, holder, lane)
+            num_before = np.int32(lane - first_of_equals(key, holder, lane))
             while cuda.ballot_sync(FULL_MASK, is_chosen and num_before > 0) != 0:
                 slots = WORD(slots & WORD(slots - ONE)) if num_before > 0 else slots
-                num_before -= 1
+                num_before = np.int32(num_before - 1)
         return lowest_bit(slots)
 
     return slot_of_key
@@ -136,28 +155,25 @@ def first_of_equals(key: np.uint32, holder: np.int32, lane: np.int32) -> np.int3
 def build_sort(length: int) -> Any:
     """(keys): sort so many, a power of two, descending. Equal keys are alike: nothing tells which came first.
 
-    A bitonic sort whose comparisons all put the larger key first: parts of 1, 2, 4, .. keys are joined, first each key of one
-    with its mirror image in the other, which leaves two waves, then each wave with itself (`_build_sort_wave`).
+    Batcher's odd-even merge sort, of 19 comparisons for 8 keys, 63 for 16. Parts of 1, 2, 4, .. neighbours are joined: keys at
+    a distance are compared, from a whole part down to 1, and between the first such turn and the last those of the second half
+    of one pair with the first half of the next.
     """
     PAIRS, STEPS = length // 2, length.bit_length() - 1
 
     @device_function
     def sort(keys: Any) -> None:
         for step in range(STEPS):
-            for pair in range(PAIRS):
-                offset = pair & ((1 << step) - 1)
-                low = ((pair >> step) << (step + 1)) + offset
-                high = low + (2 << step) - 1 - 2 * offset
-                here, there = keys[low], keys[high]
-                keys[low] = max(here, there)
-                keys[high] = min(here, there)
-            for turn in range(step):
-                distance = 1 << (step - 1 - turn)
+            for turn in range(step + 1):
+                distance = 1 << (step - turn)
+                first = 0 if turn == 0 else distance
                 for pair in range(PAIRS):
-                    low = 2 * pair - (pair & (distance - 1))
-                    here, there = keys[low], keys[low + distance]
+                    low = first + 2 * pair - (pair & (distance - 1))
+                    is_joined = low >> (step + 1) == (low + distance) >> (step + 1)
+                    high = low + distance if is_joined else low  # a key beside itself stays
+                    here, there = keys[low], keys[high]
                     keys[low] = max(here, there)
-                    keys[low + distance] = min(here, there)
+                    keys[high] = min(here, there)
 
     return sort
 

@@ -11,7 +11,7 @@ from moe.dependent_launch import launches_dependents
 from moe.flow import TopK
 from moe.launch import NumbaKernel
 from moe.routing.config import RoutingConfig
-from moe.routing.groups import build_keep_best_groups
+from moe.routing.groups import build_keep_best_groups, build_keep_lanes_of_best_groups, fill_lanes
 from moe.routing.keys import float_of_bfloat16, float_of_float32, rounded_to_bfloat16
 from moe.routing.rules import rule_of
 from moe.routing.selection import slots_per_lane
@@ -87,15 +87,18 @@ def kernel_of(
     uses_pdl: bool = False,
 ) -> NumbaKernel:
     """The kernel of a config, for logits and bias (None: without) of these dtypes. See `build_topk_kernel`."""
-    keep_best_groups = None
-    if config.is_grouped:
-        keep_best_groups = build_keep_best_groups(
-            num_experts=config.num_experts,
-            num_slots=slots_per_lane(config.num_experts),
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            num_warps=WARPS_PER_BLOCK,
-        )
+    keep_best_groups = keep_lanes_of_best_groups = None
+    num_slots = slots_per_lane(config.num_experts)
+    groups = {
+        "num_experts": config.num_experts,
+        "num_slots": num_slots,
+        "n_group": config.n_group,
+        "topk_group": config.topk_group,
+    }
+    if config.is_grouped and fill_lanes(config.num_experts, num_slots, config.n_group):
+        keep_lanes_of_best_groups = build_keep_lanes_of_best_groups(**groups)
+    elif config.is_grouped:
+        keep_best_groups = build_keep_best_groups(**groups, num_warps=WARPS_PER_BLOCK)
     bias_of = _FLOAT_OF[bias_dtype] if bias_dtype else None
     function = build_topk_kernel(
         rule_of(config),
@@ -106,6 +109,7 @@ def kernel_of(
         logit_of=_FLOAT_OF[logits_dtype],
         bias_of=rounded_to_bfloat16 if config.is_grouped and bias_dtype is torch.float32 else bias_of,
         keep_best_groups=keep_best_groups,
+        keep_lanes_of_best_groups=keep_lanes_of_best_groups,
         writes_replay=writes_replay,
         uses_pdl=uses_pdl,
     )

@@ -10,8 +10,9 @@ from numba import cuda
 
 from moe.routing.keys import NO_KEY, bfloat16_of_float, score_of_key
 from moe.routing.rules import Rule
-from moe.routing.selection import build_choose_best, slots_per_lane
+from moe.routing.selection import build_choose_best, build_sort_best, num_sorted, slots_per_lane
 from moe.warp import (
+    WARP_SIZE,
     device_function,
     gdc_launch_dependents,
     lane_in_warp,
@@ -34,6 +35,7 @@ def build_topk_kernel(
     logit_of: Any,
     bias_of: Any,
     keep_best_groups: Any,
+    keep_lanes_of_best_groups: Any,
     writes_replay: bool,
     uses_pdl: bool,
 ) -> Callable[..., None]:
@@ -44,6 +46,7 @@ def build_topk_kernel(
         load_width: neighbours that one load reads, 1, 2 or 4, from addresses that are multiples of their size.
         logit_of, bias_of: device functions from an element in memory to float32. bias_of is None without bias.
         keep_best_groups: device function (keys, lane, warp) that rules experts out, or None.
+        keep_lanes_of_best_groups: device function (best_keys, lane) that rules lanes out, or None.
         writes_replay: whether ids also go to replay_ptr.
         uses_pdl: let the next kernel start at once; it waits for this one itself.
     """
@@ -52,14 +55,17 @@ def build_topk_kernel(
     NUM_WARPS = num_warps
     SLOTS = slots_per_lane(num_experts)
     HAS_BIAS = bias_of is not None
-    HAS_GROUPS = keep_best_groups is not None
+    LANES_ARE_FULL = num_experts == SLOTS * WARP_SIZE
+    NUM_SORTED = num_sorted(SLOTS, top_k if keep_lanes_of_best_groups is None else max(top_k, 2))
     WRITES_REPLAY = writes_replay
     USES_PDL = uses_pdl
     NEEDS_LOGIT = rule.weighs_logit
     score_of, normalize, key_of, weight_of = rule.score, rule.normalize, rule.key, rule.weight
     load_logits = build_row_load(logit_of, load_width, SLOTS, num_experts)
     load_biases = build_row_load(bias_of, load_width, SLOTS, num_experts) if HAS_BIAS else leave_zeros
-    keep = keep_best_groups if HAS_GROUPS else leave_keys
+    keep = keep_best_groups or leave_keys
+    sort_best = build_sort_best(num_slots=SLOTS, length=NUM_SORTED)
+    keep_lanes = keep_lanes_of_best_groups or leave_lanes
     choose_best = build_choose_best(num_slots=SLOTS, count=top_k)
 
     def topk_kernel(
@@ -82,16 +88,19 @@ def build_topk_kernel(
             load_logits(logits_ptr, row, lane, scores)
             load_biases(bias_ptr, 0, lane, biases)
             for slot in range(SLOTS):
-                is_expert = lane * np.int32(SLOTS) + np.int32(slot) < NUM_EXPERTS
+                is_expert = LANES_ARE_FULL or lane * np.int32(SLOTS) + np.int32(slot) < NUM_EXPERTS
                 scores[slot] = score_of(scores[slot], biases[slot]) if is_expert else _MINUS_INFINITY
             normalize(scores)
             keys = cuda.local.array(SLOTS, np.uint32)
             for slot in range(SLOTS):
-                is_expert = lane * np.int32(SLOTS) + np.int32(slot) < NUM_EXPERTS
+                is_expert = LANES_ARE_FULL or lane * np.int32(SLOTS) + np.int32(slot) < NUM_EXPERTS
                 keys[slot] = key_of(scores[slot]) if is_expert else NO_KEY
             keep(keys, lane, warp)
 
-            key, expert = choose_best(keys, lane)
+            best_keys = cuda.local.array(NUM_SORTED, np.uint32)
+            sort_best(keys, best_keys)
+            keep_lanes(best_keys, lane)
+            key, expert = choose_best(best_keys, keys, lane)
             is_chosen = lane < TOP_K
             value = score_of_key(key)
             if NEEDS_LOGIT and is_chosen:
@@ -112,6 +121,7 @@ def build_row_load(number_of: Any, width: int, num_slots: int, num_experts: int)
     WIDTH = width
     SLOTS = num_slots
     NUM_EXPERTS = num_experts
+    LANES_ARE_FULL = num_experts == num_slots * WARP_SIZE
 
     @device_function
     def load_row(pointer: Any, first: Any, lane: np.int32, values: Any) -> None:
@@ -119,7 +129,7 @@ def build_row_load(number_of: Any, width: int, num_slots: int, num_experts: int)
             expert = lane * np.int32(SLOTS) + np.int32(slot)
             for index in range(WIDTH):
                 values[slot + index] = _ZERO
-            if expert < NUM_EXPERTS:
+            if LANES_ARE_FULL or expert < NUM_EXPERTS:
                 if WIDTH == 4:
                     a, b, c, d = load_four(pointer, first + expert)
                     values[slot] = number_of(a)
@@ -144,4 +154,9 @@ def leave_zeros(pointer: Any, first: Any, lane: np.int32, values: Any) -> None:
 
 @device_function
 def leave_keys(keys: Any, lane: np.int32, warp: np.int32) -> None:
+    pass
+
+
+@device_function
+def leave_lanes(best_keys: Any, lane: np.int32) -> None:
     pass

@@ -112,7 +112,8 @@ def record_routing(request: pytest.FixtureRequest) -> Record:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     numbers = ("device_us", "tflops", "gb_per_s", "share_of_roof", "dense_us", "share_of_dense")
     layer_names = ("model", "num_tokens", "routing", *numbers, "timed")
-    routing_names = ("num_tokens", "num_experts", "top_k", "route_us", "experts_us", "whole_us", "added_us", "rule")
+    routing_names = ("num_tokens", "num_experts", "top_k", "route_us", "route_permute_us")
+    routing_names = (*routing_names, "experts_us", "whole_us", "added_us", "rule")
     for title, key, names in (
         ("on the device", LAYER_RECORDS, layer_names),
         ("routing, on the device", ROUTING_RECORDS, routing_names),

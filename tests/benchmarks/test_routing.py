@@ -90,6 +90,7 @@ def test_time_of_routing(
     benchmark.group = f"routing T{num_tokens}"
     benchmark.extra_info |= {"rule": rule, "num_experts": config.num_experts, "top_k": config.top_k}
     benchmark.extra_info |= {"num_tokens": num_tokens, "route_us": us["route"], "added_us": added}
+    benchmark.extra_info |= {"route_permute_us": us["route_permute"]}
     benchmark.extra_info |= {"experts_us": us["experts"], "whole_us": us["whole"]}
     record_routing(benchmark.extra_info)
 
@@ -100,11 +101,16 @@ def calls_of(
     weights: tuple[torch.Tensor, torch.Tensor],
     bias: torch.Tensor | None,
 ) -> dict[str, list[Callable[[], object]]]:
-    """Routing alone, the layer without it, and the layer: one call an input set."""
-    calls: dict[str, list[Callable[[], object]]] = {"route": [], "experts": [], "whole": []}
+    """Routing alone and with permutation, the layer without routing, and the layer: one call an input set."""
+
+    def route_permute(logits: torch.Tensor) -> object:
+        return pipeline.permute(pipeline.route(logits, bias))
+
+    calls: dict[str, list[Callable[[], object]]] = {"route": [], "route_permute": [], "experts": [], "whole": []}
     for logits, hidden_states in sets:
         topk = pipeline.route(logits, bias)
         calls["route"].append(partial(pipeline.route, logits, bias))
+        calls["route_permute"].append(partial(route_permute, logits))
         calls["experts"].append(partial(pipeline.run_experts, topk, hidden_states, *weights))
         calls["whole"].append(partial(pipeline, logits, hidden_states, *weights, bias=bias))
     return calls

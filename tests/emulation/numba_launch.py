@@ -25,6 +25,12 @@ def bits_of_float(value: np.float32) -> np.uint32:
     return np.float32(value).view(np.uint32)
 
 
+def nearest_bfloat16(value: np.float32) -> np.uint32:
+    bits = int(bits_of_float(value))
+    lowest_kept = (bits >> 16) & 1
+    return np.uint32((bits + 0x7FFF + lowest_kept) & 0xFFFF0000) if value == value else np.uint32(0x7FFF0000)
+
+
 def warp_max(value: np.uint32) -> np.uint32:
     return max(simulator.meet_warp(value))
 
@@ -45,6 +51,10 @@ def load_four(pointer: np.ndarray, index: int) -> tuple[np.generic, ...]:
     return tuple(pointer[index : index + 4])
 
 
+def load_word_of_gpu(pointer: np.ndarray, index: int) -> np.int32:
+    return pointer[index]
+
+
 def gdc_wait() -> None:
     pass
 
@@ -56,11 +66,13 @@ def gdc_launch_dependents() -> None:
 for stand_in in (
     float_of_bits,
     bits_of_float,
+    nearest_bfloat16,
     warp_add,
     warp_max,
     warp_min,
     load_two,
     load_four,
+    load_word_of_gpu,
     gdc_wait,
     gdc_launch_dependents,
 ):

@@ -382,20 +382,19 @@ def test_weights_with_neighbours_along_rows_are_refused():
         ((4096, 14336, 8, 2), 2, 4),
         ((5120, 8192, 16, 1), 4, 8),
         ((1536, 256, 128, 8), 12, 16),
+        ((2688, 1856, 128, 6, "Relu2"), 2, 4),
     ],
-    ids=["qwen3_30b", "qwen3_235b", "olmoe", "mixtral", "scout", "sonic_7b"],
+    ids=["qwen3_30b", "qwen3_235b", "olmoe", "mixtral", "scout", "sonic_7b", "nemotron_3_nano"],
 )
 def test_few_tokens_end_where_an_h200_was_faster_by_grouping(dims, fastest_at, slower_at):
-    hidden_size, intermediate_size, num_experts, top_k = dims
-    layer = MoEConfig.create(
-        hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, top_k=top_k
-    )
+    names = ("hidden_size", "intermediate_size", "num_experts", "top_k", "activation")
+    layer = MoEConfig.create(**dict(zip(names, dims)))
     assert fastest_at <= few_token_config(layer).max_tokens < slower_at
 
 
 def test_a_slice_groups_its_tokens_earlier():
     layer = MoEConfig.create(hidden_size=7168, intermediate_size=2048, num_experts=256, top_k=8, num_local_experts=32)
-    assert few_token_config(layer).max_tokens == 4
+    assert few_token_config(layer).max_tokens == 2
 
 
 def test_a_token_alone_is_always_few():

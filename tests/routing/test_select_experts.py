@@ -24,7 +24,13 @@ from moe.routing.reference import select_experts_reference
 
 SHAPES = [(1, 1, 1), (7, 13, 5), (2, 40, 32), (3, 257, 8), (2, 330, 9), (1, 600, 4), (2, 6, 6)]  # T, E, K
 LARGE_SHAPES = [(1025, 128, 8), (300, 2048, 32), (513, 384, 6), (257, 896, 16)]
-LARGE_GROUPED = [grouped(256, 8, 8, 4), grouped(128, 4, 4, 2), grouped(2048, 32, 64, 5), grouped(1024, 7, 512, 9)]
+LARGE_GROUPED = [
+    grouped(256, 8, 8, 4),
+    grouped(64, 1, 4, 2),
+    grouped(128, 4, 4, 2),
+    grouped(2048, 32, 64, 5),
+    grouped(1024, 7, 512, 9),
+]
 
 
 def run(
