@@ -25,8 +25,8 @@ MAX_REREAD_BYTES = 240e6
 # faster at 16 tokens and 23% at 24, where the rule above alone goes on to 25; at 12 it was slower.
 MIN_REREAD_BYTES = 6.4e6
 # Where steps of 256 elements do not cut a contraction evenly, loads are masked and that gain is smaller: with experts of 20 MB
-# (nemotron-3-nano-30b-a3b, 2688 and 1856 elements) the chain was 10% faster at 4 tokens, 17% at 8.
-MAX_REREAD_BYTES_OF_UNEVEN = 30e6
+# (nemotron-3-nano-30b-a3b, 2688 and 1856 elements) these kernels were 4% faster at 4 tokens, the chain 15% at 8.
+MAX_REREAD_BYTES_OF_UNEVEN = 60e6
 # With a slice of the experts, programs of absent slots have nothing to do and the others too little: at 32 slots the chain was
 # 6 to 37% faster (deepseek-v3-ep8), at 16 as fast.
 MAX_SLOTS_OF_SLICE = 16
@@ -203,14 +203,15 @@ def default_slot_tile(config: GemmConfig) -> MatvecTile:
 
 @functools.cache
 def default_token_tile(config: GemmConfig, top_k: int) -> MatvecTile:
-    """gemm2: two columns a program, of one warp where there are several slots to sum.
+    """gemm2: two columns a program, of one warp where there are several slots to sum; one where loads are masked.
 
     Each slot's row is summed and rounded by itself. Within a warp that takes no barrier, so loads of the next slots go on.
     Besides, dependent programs pile up on the first multiprocessors that gemm1 leaves unless there are enough small ones
     for all: in trials before these kernels, wider blocks lost 3 to 9 us of qwen3-30b's 22 on an H200.
     """
     block_k = _block_k(config.in_features, MAX_BLOCK_K if top_k <= 2 else ELEMENTS_A_WARP)
-    return MatvecTile(block_n=2, block_k=block_k, num_warps=_num_warps(block_k), num_prefetched=8)
+    block_n = 1 if config.in_features % block_k else 2  # 1856 elements a row: 6% of the layer's time at 1 and 4 tokens
+    return MatvecTile(block_n=block_n, block_k=block_k, num_warps=_num_warps(block_k), num_prefetched=8)
 
 
 def _num_warps(block_k: int) -> int:

@@ -382,7 +382,7 @@ def test_weights_with_neighbours_along_rows_are_refused():
         ((4096, 14336, 8, 2), 2, 4),
         ((5120, 8192, 16, 1), 4, 8),
         ((1536, 256, 128, 8), 12, 16),
-        ((2688, 1856, 128, 6, "Relu2"), 2, 4),
+        ((2688, 1856, 128, 6, "Relu2"), 4, 8),
     ],
     ids=["qwen3_30b", "qwen3_235b", "olmoe", "mixtral", "scout", "sonic_7b", "nemotron_3_nano"],
 )
