@@ -52,6 +52,27 @@ def bits_of_float(typing_context: Any, value: Any) -> Any:
 
 
 @intrinsic
+def one_or_more(typing_context: Any, word: Any) -> Any:
+    """max(word, 1) of a uint32: one instruction, where LLVM makes a comparison and a select of it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = ir.IntType(32)
+        assembly = ir.InlineAsm(ir.FunctionType(number, [number]), "max.u32 $0, $1, 1;", "=r,r")
+        return builder.call(assembly, [arguments[0]])
+
+    return types.uint32(types.uint32), generate
+
+
+@device_function
+def computed(value: np.float32) -> np.float32:
+    """The result of float32 arithmetic. Where it is NaN a GPU gives it the bits 0x7FFFFFFF; other machines keep an operand's.
+
+    Source: CUDA C++ Programming Guide, floating-point standard.
+    """
+    return value
+
+
+@intrinsic
 def nearest_bfloat16(typing_context: Any, value: Any) -> Any:
     """float32 -> the bits of the nearest bfloat16 in the upper half of a uint32, ties to even; of a NaN any NaN. sm_80 and later."""
 

@@ -24,7 +24,7 @@ def fill_lanes(num_experts: int, num_slots: int, n_group: int) -> bool:
 
 
 def build_keep_lanes_of_best_groups(*, num_experts: int, num_slots: int, n_group: int, topk_group: int) -> Any:
-    """(best_keys, lane): the keys of lanes whose group is none of the topk_group best become NO_KEY, where groups fill lanes.
+    """(best_keys, lane): the first key of lanes whose group is none of the topk_group best becomes NO_KEY, where groups fill lanes.
 
     Lanes exchange their best, then share the comparisons of their group with the others.
 
@@ -37,6 +37,7 @@ def build_keep_lanes_of_best_groups(*, num_experts: int, num_slots: int, n_group
     NUM_GROUPS = n_group
     TOPK_GROUP = topk_group
     HAS_SECOND = num_slots > 1
+    HAS_EVEN_TURNS = n_group % LANES == 0
     LANES_OF_FIRST_GROUP = np.uint32((1 << LANES) - 1)
 
     @device_function
@@ -55,11 +56,12 @@ def build_keep_lanes_of_best_groups(*, num_experts: int, num_slots: int, n_group
         for first_other in range(0, NUM_GROUPS, LANES):
             other_group = np.int32(np.int32(first_other) + (lane & np.int32(LANES - 1)))
             other = word_of_lane(mine, np.int32(other_group << STEPS) & np.int32(WARP_SIZE - 1))
-            is_better = other > mine or (other == mine and other_group < group)
-            better_lanes = np.uint32(cuda.ballot_sync(FULL_MASK, is_better and other_group < NUM_GROUPS))
+            bar = np.uint32(mine - (np.uint32(1) if other_group < group else np.uint32(0)))  # no score has key 0
+            is_better = other > bar and (HAS_EVEN_TURNS or other_group < NUM_GROUPS)
+            better_lanes = np.uint32(cuda.ballot_sync(FULL_MASK, is_better))
             num_better += np.int32(cuda.popc(np.uint32(better_lanes & group_lanes)))
-        for slot in range(len(best_keys)):
-            best_keys[slot] = best_keys[slot] if num_better < TOPK_GROUP else NO_KEY
+        # A lane's best is all that is looked at until it is taken.
+        best_keys[0] = best_keys[0] if num_better < TOPK_GROUP else NO_KEY
 
     return keep_lanes_of_best_groups
 

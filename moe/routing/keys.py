@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe.warp import bits_of_float, device_function, float_of_bits, nearest_bfloat16
+from moe.warp import bits_of_float, computed, device_function, float_of_bits, nearest_bfloat16, one_or_more
 
 NO_KEY = np.uint32(0)
-_LOWEST_KEY = np.uint32(1)  # the one number whose image would be 0, the NaN of all ones, takes its neighbour's
 _SIGN = np.uint32(0x80000000)
 _SIGN_BIT = np.int32(31)
-_ALL_BITS = np.uint32(0xFFFFFFFF)
-_NAN_KEY = np.uint32(0xFFC00000)  # of the positive quiet NaN 0x7FC00000
 _NAN_BFLOAT16 = np.uint32(0x7FC0)
 _HALF_ULP_BFLOAT16 = np.uint32(0x7FFF)  # less one, which the lowest kept bit adds: ties go to even
 _SHIFT = np.uint32(16)
@@ -29,20 +26,20 @@ def _image(bits: np.uint32) -> np.uint32:
 
 @device_function
 def key_of_logit(logit: np.float32) -> np.uint32:
-    """Key of a number as it came: NaNs keep their sign and payload."""
-    return max(_image(bits_of_float(logit)), _LOWEST_KEY)
+    """Key of a number as it came: NaNs keep their sign and payload, but the NaN of all ones, whose image is 0, which takes key 1."""
+    return one_or_more(_image(bits_of_float(logit)))
 
 
 @device_function
 def key_of_score(score: np.float32) -> np.uint32:
-    """Key of a computed number: every NaN is the same, since arithmetic leaves its sign and payload open."""
-    return _image(bits_of_float(score)) if score == score else _NAN_KEY
+    """Key of a computed number, or of one that is no NaN. A computed NaN sorts above all."""
+    return _image(bits_of_float(computed(score)))
 
 
 @device_function
 def score_of_key(key: np.uint32) -> np.float32:
     """The number that has this key."""
-    return float_of_bits(np.uint32(key ^ _SIGN) if key & _SIGN else np.uint32(key ^ _ALL_BITS))
+    return float_of_bits(np.uint32(key ^ (_SIGN | ~np.uint32(np.int32(key) >> _SIGN_BIT))))
 
 
 @device_function

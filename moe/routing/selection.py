@@ -60,43 +60,54 @@ def build_sort_best(*, num_slots: int, length: int) -> Any:
     return sort_best
 
 
-def build_choose_best(*, num_slots: int, count: int) -> Any:
-    """(best_keys, keys, lane) -> key and number of the candidate that is the lane-th best; NO_KEY and 0 from lane `count` on.
+def build_choose_best(*, num_slots: int, count: int, num_warps: int) -> Any:
+    """(best_keys, keys, lane, warp) -> key and number of the candidate that is the lane-th best; NO_KEY and 0 from lane `count` on.
 
     Each lane has sorted as many of its best keys as may be chosen, without their slots, so that a choice takes one reduction
     and one vote. In the end each lane looks up in which slot its key was. Among equal keys the lower number comes first.
 
     Args:
-        num_slots: length of `keys`, up to 64.
+        num_slots: length of `keys`.
         count: how many to choose, up to 32; so many have a key at least. `best_keys` are num_sorted(num_slots, count), and
             are used up.
+        num_warps: warps of a block, `warp` being one of them.
     """
     SLOTS = num_slots
     COUNT = count
     MOST = min(num_slots, count)  # that one lane may give away
+    WORDS = 2 * count  # of a warp: the keys, then the lanes that hold them
+    ALL_WORDS = num_warps * WORDS
     slot_of_key = _build_slot_of_key(num_slots)
 
     @device_function
-    def choose_best(best_keys: Any, keys: Any, lane: np.int32) -> tuple[np.uint32, np.int32]:
+    def choose_best(best_keys: Any, keys: Any, lane: np.int32, warp: np.int32) -> tuple[np.uint32, np.int32]:
+        # Choice by choice into memory, whence each lane takes its own: fewer instructions than a select a choice.
+        chosen = cuda.shared.array(ALL_WORDS, np.uint32)
+        first_word = np.uint32(warp * np.int32(WORDS))
         lower_lanes = cuda.lanemask_lt()
-        my_key = NO_KEY
-        my_holders = np.uint32(1)
         for choice in range(COUNT):
             best = warp_max(best_keys[0])
             is_best = best_keys[0] == best
             holders = np.uint32(cuda.ballot_sync(FULL_MASK, is_best))
             is_taken = is_best and holders & lower_lanes == 0
-            my_key = best if choice == lane else my_key
-            my_holders = holders if choice == lane else my_holders
+            chosen[np.uint32(first_word + np.uint32(choice))] = best  # all lanes the same
+            chosen[np.uint32(first_word + np.uint32(COUNT + choice))] = holders
             for slot in range(MOST - 1):
                 best_keys[slot] = best_keys[slot + 1] if is_taken else best_keys[slot]
             best_keys[MOST - 1] = NO_KEY if is_taken else best_keys[MOST - 1]
+        cuda.syncwarp()
 
-        holder = _lowest_bit_of_word(my_holders)  # the lane that gave the key away
         is_chosen = lane < COUNT
-        candidate = holder
+        my_key = NO_KEY
+        my_holders = np.uint32(1)
+        if is_chosen:
+            my_word = np.uint32(first_word + np.uint32(lane))
+            my_key = chosen[my_word]
+            my_holders = chosen[np.uint32(my_word + np.uint32(COUNT))]
+        candidate = np.int32(cuda.ffs(my_holders) - 1)  # the lane that gave the key away
         if SLOTS > 1:
-            candidate = np.int32(holder * np.int32(SLOTS) + slot_of_key(keys, my_key, holder, lane, is_chosen))
+            slot = slot_of_key(keys, my_key, candidate, lane, is_chosen)
+            candidate = np.int32(candidate * np.int32(SLOTS) + slot)
         return my_key, candidate if is_chosen else np.int32(0)
 
     return choose_best
@@ -108,48 +119,36 @@ def _build_slot_of_key(num_slots: int) -> Any:
     Of equal keys of one holder, which neighbouring lanes have chosen, the first lane has the first slot, and so on.
     """
     SLOTS = num_slots
-    WORD = np.uint32 if num_slots <= 32 else np.uint64
-    ONE, NONE = WORD(1), WORD(0)
-    lowest_bit = _lowest_bit_of_word if num_slots <= 32 else _lowest_bit_of_two_words
+    LAST = num_slots - 1
 
     @device_function
     def slot_of_key(keys: Any, key: np.uint32, holder: np.int32, lane: np.int32, is_chosen: bool) -> np.int32:
-        slots = NONE  # with this key, a bit each
-        for slot in range(SLOTS):
-            slots = WORD(slots | (WORD(ONE << WORD(slot)) if word_of_lane(keys[slot], holder) == key else NONE))
-        has_equals = is_chosen and slots & WORD(slots - ONE) != 0
-        if cuda.ballot_sync(FULL_MASK, has_equals) != 0:
-            num_before = np.int32(lane - first_of_equals(key, holder, lane))
-            while cuda.ballot_sync(FULL_MASK, is_chosen and num_before > 0) != 0:
-                slots = WORD(slots & WORD(slots - ONE)) if num_before > 0 else slots
-                num_before = np.int32(num_before - 1)
-        return lowest_bit(slots)
+        lower = max(np.int32(lane - 1), np.int32(0))
+        lower_key = word_of_lane(key, lower)  # all lanes take part
+        lower_holder = word_of_lane(np.uint32(holder), lower)
+        repeats = is_chosen and lane > 0 and lower_key == key and lower_holder == np.uint32(holder)
+        repeating = np.uint32(cuda.ballot_sync(FULL_MASK, repeats))
+        found = np.int32(0)
+        if repeating == 0:
+            for index in range(SLOTS):
+                is_equal = word_of_lane(keys[LAST - index], holder) == key
+                found = np.int32(LAST - index) if is_equal else found  # the first slot is looked at last
+        else:
+            num_before = np.int32(lane - first_of_run(repeating, lane))
+            for slot in range(SLOTS):
+                is_equal = word_of_lane(keys[slot], holder) == key
+                found = np.int32(slot) if is_equal and num_before == 0 else found
+                num_before = np.int32(num_before - (1 if is_equal else 0))
+        return found
 
     return slot_of_key
 
 
 @device_function
-def _lowest_bit_of_word(word: np.uint32) -> np.int32:
-    return np.int32(cuda.ffs(word) - 1)
-
-
-@device_function
-def _lowest_bit_of_two_words(words: np.uint64) -> np.int32:
-    lower = np.uint32(words & np.uint64(0xFFFFFFFF))
-    higher = np.uint32(words >> np.uint64(32))
-    return np.int32(cuda.ffs(lower) - 1) if lower != 0 else np.int32(cuda.ffs(higher) + 31)
-
-
-@device_function
-def first_of_equals(key: np.uint32, holder: np.int32, lane: np.int32) -> np.int32:
-    """The first of the neighbouring lanes that have the key and the holder of this one."""
-    lower = max(lane - np.int32(1), np.int32(0))
-    lower_key = word_of_lane(key, lower)  # all lanes take part
-    lower_holder = word_of_lane(np.uint32(holder), lower)
-    is_first = lane == 0 or lower_key != key or lower_holder != np.uint32(holder)
-    firsts = np.uint32(cuda.ballot_sync(FULL_MASK, is_first))
-    up_to_here = np.uint32(firsts & np.uint32(np.uint32(cuda.lanemask_lt() << np.uint32(1)) | np.uint32(1)))
-    return np.int32(31 - cuda.clz(up_to_here))
+def first_of_run(repeating: np.uint32, lane: np.int32) -> np.int32:
+    """The nearest lane, from this one down, whose bit is not set: all after it repeat it."""
+    up_to_here = np.uint32(np.uint32(cuda.lanemask_lt() << np.uint32(1)) | np.uint32(1))
+    return np.int32(31 - cuda.clz(np.uint32(np.uint32(~repeating) & up_to_here)))
 
 
 def build_sort(length: int) -> Any:

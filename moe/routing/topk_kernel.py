@@ -66,7 +66,7 @@ def build_topk_kernel(
     keep = keep_best_groups or leave_keys
     sort_best = build_sort_best(num_slots=SLOTS, length=NUM_SORTED)
     keep_lanes = keep_lanes_of_best_groups or leave_lanes
-    choose_best = build_choose_best(num_slots=SLOTS, count=top_k)
+    choose_best = build_choose_best(num_slots=SLOTS, count=top_k, num_warps=num_warps)
 
     def topk_kernel(
         logits_ptr: Any,  # [T, E] float32, or uint16 with the bits of bfloat16
@@ -80,8 +80,10 @@ def build_topk_kernel(
             gdc_launch_dependents()
         lane = lane_in_warp()
         warp = warp_in_block()
-        token = np.int64(cuda.blockIdx.x) * NUM_WARPS + warp  # type: ignore[arg-type]  # int64: token * E passes 2^31
-        if token < num_tokens:
+        block = np.uint32(cuda.blockIdx.x)  # type: ignore[arg-type]
+        token_in_grid = np.uint32(block * np.uint32(NUM_WARPS) + np.uint32(warp))
+        if token_in_grid < np.uint32(num_tokens):
+            token = np.int64(token_in_grid)  # token * E passes 2^31
             row = token * NUM_EXPERTS
             scores = cuda.local.array(SLOTS, np.float32)
             biases = cuda.local.array(SLOTS, np.float32)
@@ -100,7 +102,7 @@ def build_topk_kernel(
             best_keys = cuda.local.array(NUM_SORTED, np.uint32)
             sort_best(keys, best_keys)
             keep_lanes(best_keys, lane)
-            key, expert = choose_best(best_keys, keys, lane)
+            key, expert = choose_best(best_keys, keys, lane, warp)
             is_chosen = lane < TOP_K
             value = score_of_key(key)
             if NEEDS_LOGIT and is_chosen:

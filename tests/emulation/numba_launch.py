@@ -25,6 +25,14 @@ def bits_of_float(value: np.float32) -> np.uint32:
     return np.float32(value).view(np.uint32)
 
 
+def computed(value: np.float32) -> np.float32:
+    return value if value == value else float_of_bits(np.uint32(0x7FFFFFFF))
+
+
+def one_or_more(word: np.uint32) -> np.uint32:
+    return max(word, np.uint32(1))
+
+
 def nearest_bfloat16(value: np.float32) -> np.uint32:
     bits = int(bits_of_float(value))
     lowest_kept = (bits >> 16) & 1
@@ -66,7 +74,9 @@ def gdc_launch_dependents() -> None:
 for stand_in in (
     float_of_bits,
     bits_of_float,
+    computed,
     nearest_bfloat16,
+    one_or_more,
     warp_add,
     warp_max,
     warp_min,
