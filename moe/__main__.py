@@ -12,7 +12,7 @@ import torch
 
 from moe.cli.bench import measure_all, print_bench
 from moe.cli.beside import TURNS, tuned_layer
-from moe.cli.layer import FORMATS, ROUTINGS, make_layer
+from moe.cli.layer import FORMATS, ROUTINGS, NamedLayer, layers_of, make_layer
 from moe.cli.machine import (
     UnfitMachine,
     describe_machine,
@@ -30,6 +30,7 @@ from moe.shapes import NAMED_SHAPES
 from moe.tuning.buckets import BUCKETS
 from moe.tuning.measure import Peaks, measure_peaks
 
+DEFAULT_MODEL = "qwen3-30b-a3b"
 CPU_TOKENS, CUDA_TOKENS = 64, 2048
 BENCH_TOKENS = (1, 128, 2048, 8192)
 LAUNCH_TOKENS = (1, 64)
@@ -57,16 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(options: argparse.Namespace) -> int:
     progress = Progress()
-    expect_memory(NAMED_SHAPES[options.model], options.device)
+    named = _layer_of(options)
+    expect_memory(named.shape, options.device)
     num_tokens = options.tokens or (CUDA_TOKENS if options.device.type == "cuda" else CPU_TOKENS)
     peaks = _measure_peaks(options, progress)
-    layer = make_layer(
-        NAMED_SHAPES[options.model],
-        options.device,
-        weight_format=FORMATS[options.weights],
-        seed=options.seed,
-        progress=progress,
-    )
+    layer = make_layer(named, options.device, seed=options.seed, progress=progress)
     if not options.untuned:
         layer = tuned_layer(layer, num_tokens)
     measurement = measure_layer(layer, num_tokens, routing=options.routing, seed=options.seed, progress=progress)
@@ -85,15 +81,17 @@ def bench_command(options: argparse.Namespace) -> int:
         expect_plot(options.plot)
     if options.json is not None:
         expect_writable("--json", options.json)
-    if options.model is None and options.device.type != "cuda":
-        raise UnfitMachine("bench: expected --model on a CPU, got none; all of them would take hours, so name some")
+    layers = layers_of(options.model or [], options.config, options.format)
+    if not layers and options.device.type != "cuda":
+        raise UnfitMachine(
+            "bench: expected --model or --config on a CPU, got none; all models would take hours, so name some"
+        )
     progress = Progress(shows_details=False)
     peaks = _measure_peaks(options, progress)
     lines = measure_all(
-        options.model or list(NAMED_SHAPES),
+        layers or layers_of(list(NAMED_SHAPES), None, options.format),
         options.tokens,
         options.device,
-        weight_format=options.weights,
         routing=options.routing,
         seed=options.seed,
         progress=progress,
@@ -108,15 +106,13 @@ def launches_command(options: argparse.Namespace) -> int:
         raise UnfitMachine("launches: expected a GPU that torch can use, got none; see `python -m moe info`")
     from moe.cli.launches import launches_text, measure_launches
 
-    shape = NAMED_SHAPES[options.model]
-    expect_memory(shape, options.device)
-    layer = make_layer(
-        shape, options.device, weight_format=FORMATS[options.weights], seed=options.seed, progress=Progress()
-    )
+    named = _layer_of(options)
+    expect_memory(named.shape, options.device)
+    layer = make_layer(named, options.device, seed=options.seed, progress=Progress())
     for num_tokens in options.tokens:
         chosen = layer if options.untuned else tuned_layer(layer, num_tokens)
         report = measure_launches(chosen, num_tokens, routing=options.routing, seed=options.seed)
-        print(f"\n{launches_text(shape.name, report)}", flush=True)
+        print(f"\n{launches_text(named.name, report)}", flush=True)
     return 0
 
 
@@ -128,7 +124,7 @@ def info_command(options: argparse.Namespace) -> int:
 
 def tune_command(options: argparse.Namespace) -> int:
     # Here and not above: the other commands need no tables.
-    from moe.cli.tune import expect_cache, export_table, layers_of, show_table, tune_layers
+    from moe.cli.tune import expect_cache, export_table, show_table, tune_layers
 
     layers = layers_of(options.model, options.config, options.format)
     if not tunes_on(options.device):
@@ -154,6 +150,11 @@ def tune_command(options: argparse.Namespace) -> int:
     return 0 if is_complete else 1
 
 
+def _layer_of(options: argparse.Namespace) -> NamedLayer:
+    (layer,) = layers_of([] if options.config else [options.model or DEFAULT_MODEL], options.config, options.format)
+    return layer
+
+
 def tunes_on(device: torch.device) -> bool:
     """Whether there is anything to choose: the references of a CPU have no tiles."""
     return device.type == "cuda"
@@ -172,9 +173,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="one layer of a model: time of each stage, load, error")
     run.set_defaults(command=run_command)
-    run.add_argument(
-        "--model", choices=NAMED_SHAPES, default="qwen3-30b-a3b", metavar="NAME", help=", ".join(NAMED_SHAPES)
-    )
+    _add_one_layer(run)
     run.add_argument(
         "--tokens", type=_count, metavar="N", help=f"default: {CPU_TOKENS} on a CPU, {CUDA_TOKENS} on a GPU"
     )
@@ -186,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--model", choices=NAMED_SHAPES, nargs="+", metavar="NAME", help="default: all; to be named on a CPU"
     )
+    _add_config(bench)
     bench.add_argument(
         "--tokens", type=_count, nargs="+", default=BENCH_TOKENS, metavar="N", help=f"default: {BENCH_TOKENS}"
     )
@@ -204,9 +204,7 @@ def _parser() -> argparse.ArgumentParser:
 
     launches = commands.add_parser("launches", help="every kernel launch of a call, and its time")
     launches.set_defaults(command=launches_command)
-    launches.add_argument(
-        "--model", choices=NAMED_SHAPES, default="qwen3-30b-a3b", metavar="NAME", help=", ".join(NAMED_SHAPES)
-    )
+    _add_one_layer(launches)
     launches.add_argument("--tokens", type=_count, nargs="+", default=LAUNCH_TOKENS, metavar="N", help="default: 1 64")
     _add_inputs(launches)
 
@@ -224,12 +222,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", choices=NAMED_SHAPES, nargs="+", default=[], metavar="NAME", help=", ".join(NAMED_SHAPES)
     )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="JSON of a MoEConfig, or a Hugging Face config.json"
-    )
-    parser.add_argument(
-        "--format", choices=FORMATS, help="format of the weights in memory; default: hf (MajorK), or what --config says"
-    )
+    _add_config(parser)
     parser.add_argument(
         "--tokens", type=_tunable_count, nargs="+", metavar="N", help="default: all buckets up to --max-tokens"
     )
@@ -243,14 +236,27 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
 
 
+def _add_one_layer(parser: argparse.ArgumentParser) -> None:
+    layer = parser.add_mutually_exclusive_group()
+    models = ", ".join(NAMED_SHAPES)
+    layer.add_argument("--model", choices=NAMED_SHAPES, metavar="NAME", help=f"{models}; default: {DEFAULT_MODEL}")
+    _add_config(layer, to_format=parser)
+
+
+def _add_config(parser: argparse._ActionsContainer, to_format: argparse.ArgumentParser | None = None) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="JSON of a MoEConfig, or a Hugging Face config.json"
+    )
+    (to_format or parser).add_argument(
+        "--format", choices=FORMATS, help="format of the weights in memory; default: hf (MajorK), or what --config says"
+    )
+
+
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
     parser.add_argument("--untuned", action="store_true", help="use no tuning table")
     parser.add_argument(
         "--routing", choices=ROUTINGS, default="uniform", help="how the load spreads over experts; default: uniform"
-    )
-    parser.add_argument(
-        "--weights", choices=FORMATS, default="hf", help="format of the weights in memory; default: hf (MajorK)"
     )
     parser.add_argument("--seed", type=_seed, default=0)
 

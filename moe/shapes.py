@@ -26,6 +26,11 @@ class MoEShape:
         """Elements of W1 and W2 of one expert."""
         return (3 if self.is_gated else 2) * self.hidden_size * self.intermediate_size
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of all experts that lie here, bf16."""
+        return 2 * self.num_local_experts * self.expert_weights
+
     def flops(self, num_rows: int) -> int:
         """Operations of both GEMMs over `num_rows` (token, expert) pairs, 2 a multiply-add."""
         return 2 * num_rows * self.expert_weights

@@ -35,7 +35,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_run_reports_every_stage_and_a_good_error(
     model: str, weights: str, device: torch.device, capsys: pytest.CaptureFixture[str]
 ):
-    status = commands.main(["run", "--model", model, "--tokens", "40", "--weights", weights, "--device", device.type])
+    status = commands.main(["run", "--model", model, "--tokens", "40", "--format", weights, "--device", device.type])
     report = capsys.readouterr().out
     assert status == 0, report
     for stage in ("route", "permute", "gemm1", "gemm2", "finalize", "whole"):
@@ -260,7 +260,9 @@ def test_routing_draws_experts_by_the_distribution_it_names(routing: str):
 
 def test_input_sets_of_few_tokens_avoid_each_others_experts():
     shape = MoEShape("sparse", 64, 64, 64, 4, "Renormalize", 64)
-    made = layer.make_layer(shape, torch.device("cpu"), weight_format=layer.FORMATS["hf"], seed=0, progress=Progress())
+    made = layer.make_layer(
+        layer.layer_of_shape(shape, layer.FORMATS["hf"]), torch.device("cpu"), seed=0, progress=Progress()
+    )
     sets = layer.make_inputs(made, 1, 9, routing="uniform", seed=0)
     chosen = torch.cat([inputs.topk.expert_ids.flatten() for inputs in sets[:8]])
     assert len(chosen.unique()) == 8 * 4
@@ -287,7 +289,7 @@ def test_histogram_shows_every_expert_once_whatever_the_width(monkeypatch: pytes
 
 def test_accuracy_is_of_the_layer_from_its_own_choices(capsys: pytest.CaptureFixture[str]):
     made = layer.make_layer(
-        TINY, torch.device("cpu"), weight_format=layer.FORMATS["flashinfer"], seed=0, progress=Progress()
+        layer.layer_of_shape(TINY, layer.FORMATS["flashinfer"]), torch.device("cpu"), seed=0, progress=Progress()
     )
     inputs = layer.make_inputs(made, 30, 1, routing="uniform", seed=0)[0]
     accuracy = exact.check_accuracy(made, inputs, 7, Progress())
@@ -339,13 +341,43 @@ def test_tune_shows_each_bucket_before_and_after(tmp_path, capsys: pytest.Captur
 @pytest.mark.usefixtures("_pretends_to_have_a_gpu")
 def test_tune_reads_our_config_and_a_hugging_face_one(tmp_path, capsys: pytest.CaptureFixture[str]):
     ours, theirs = tmp_path / "ours.json", tmp_path / "config.json"
-    ours.write_text(layer.config_of_shape(TINY, layer.FORMATS["hf"]).model_dump_json())
+    ours.write_text(layer.layer_of_shape(TINY, layer.FORMATS["hf"]).config.model_dump_json())
     numbers = {"hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4}
     theirs.write_text(json.dumps({"model_type": "qwen3_moe", "hidden_act": "silu", "norm_topk_prob": True} | numbers))
     assert commands.main(["tune", "--config", str(ours), "--tokens", "40", "--device", "cpu"]) == 0
     assert "\nours.json\n" in capsys.readouterr().out
     assert commands.main(["tune", "--config", str(theirs), "--tokens", "40", "--device", "cpu"]) == 0
     assert "config.json: nothing was left to tune" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["run", "bench"])
+def test_a_config_in_a_file_is_run_like_a_named_model(command: str, tmp_path, capsys: pytest.CaptureFixture[str]):
+    theirs = tmp_path / "mine.json"
+    fields = {"model_type": "deepseek_v3", "hidden_size": 64, "moe_intermediate_size": 128, "hidden_act": "silu"}
+    fields |= {"n_routed_experts": 16, "num_experts_per_tok": 2, "n_group": 8, "topk_group": 4}
+    theirs.write_text(json.dumps(fields | {"norm_topk_prob": True, "routed_scaling_factor": 2.5}))
+    more = ["--turns", "0"] if command == "bench" else []
+    assert commands.main([command, "--config", str(theirs), "--tokens", "40", "--device", "cpu", *more]) == 0
+    report = capsys.readouterr().out
+    assert "mine.json" in report
+    if command == "run":
+        assert "16 experts, top-2, DeepSeekV3 routing" in report
+
+
+def test_one_layer_is_named_once(tmp_path, capsys: pytest.CaptureFixture[str]):
+    for command in ("run", "launches"):
+        with pytest.raises(SystemExit) as stopped:
+            commands.main([command, "--config", str(tmp_path / "mine.json"), "--model", "tiny"])
+        assert stopped.value.code == 2
+        assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_config_is_named(tmp_path, capsys: pytest.CaptureFixture[str]):
+    for command in ("run", "bench"):
+        with pytest.raises(SystemExit) as stopped:
+            commands.main([command, "--config", str(tmp_path / "none.json"), "--device", "cpu"])
+        assert stopped.value.code == 2
+        assert "expected a MoEConfig or a Hugging Face config.json" in capsys.readouterr().err
 
 
 def tune_tiny(*more: str) -> int:
@@ -397,11 +429,11 @@ def test_a_layer_that_does_not_fit_fails_the_command_and_the_next_is_tuned(
 ):
     from moe.cli import tune
 
-    def expect_free_bytes(name: str, num_bytes: int, device: torch.device) -> None:
-        if name == "tiny":
+    def expect_memory(shape: MoEShape, device: torch.device) -> None:
+        if shape.name == "tiny":
             raise tune.UnfitMachine("tiny: expected more memory")
 
-    monkeypatch.setattr(tune, "expect_free_bytes", expect_free_bytes)
+    monkeypatch.setattr(tune, "expect_memory", expect_memory)
     assert tune_tiny("--model", "tiny", "tiny-grouped") == 1
     streams = capsys.readouterr()
     assert "left out: tiny: expected more memory" in streams.err

@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 
 from moe.cli.beside import TURNS, measure_beside, tuned_layer
-from moe.cli.layer import FORMATS, make_inputs, make_layer
+from moe.cli.layer import NamedLayer, make_inputs, make_layer
 from moe.cli.machine import STAGES, UnfitMachine, describe_machine, expect_memory, info_json
 from moe.cli.plot import plot_bench
 from moe.cli.progress import Progress
 from moe.cli.run import Measurement, measure_layer, report_json
 from moe.cli.text import decimal
-from moe.shapes import NAMED_SHAPES
 from moe.tuning.measure import Peaks
 
 NAME_WIDTH = 17
@@ -45,34 +44,31 @@ class BenchLine:
 
 
 def measure_all(
-    models: Sequence[str],
+    named_layers: Iterable[NamedLayer],
     token_counts: Sequence[int],
     device: torch.device,
     *,
-    weight_format: str,
     routing: str,
     seed: int,
     progress: Progress,
     uses_tables: bool = True,
     num_turns: int = TURNS,
 ) -> Iterator[BenchLine]:
-    """One line a model and token count; a model's weights are made once and dropped before the next model's.
+    """One line a layer and token count; a layer's weights are made once and dropped before the next one's.
 
-    A model that does not fit the device's memory is left out, and said to be.
+    A layer that does not fit the device's memory is left out, and said to be.
 
     Args:
         uses_tables: run what the tuning tables say, and the model's own choices beside it where they differ.
         num_turns: of what is timed beside the layer; 0 leaves that out.
     """
-    for model in models:
+    for named in named_layers:
         try:
-            expect_memory(NAMED_SHAPES[model], device)
+            expect_memory(named.shape, device)
         except UnfitMachine as error:
             progress.step(f"left out: {error}")
             continue
-        layer = make_layer(
-            NAMED_SHAPES[model], device, weight_format=FORMATS[weight_format], seed=seed, progress=progress
-        )
+        layer = make_layer(named, device, seed=seed, progress=progress)
         for num_tokens in token_counts:
             chosen = tuned_layer(layer, num_tokens) if uses_tables else layer
             measurement = measure_layer(

@@ -1,22 +1,52 @@
-"""One layer of a named model: config, random weights and inputs, and pipeline, on the device that is there."""
+"""One layer of a named model or of a config: random weights and inputs, and pipeline, on the device that is there."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from moe.cli.machine import UnfitMachine
 from moe.cli.progress import Progress
 from moe.config import MoEConfig
 from moe.flow import Permutation, TopK
 from moe.gemm.config import FLASHINFER, ActivationType, WeightFormat
 from moe.pipeline import MoEPipeline, build_pipeline
-from moe.shapes import MoEShape
+from moe.shapes import NAMED_SHAPES, MoEShape
 
 FORMATS = {"hf": WeightFormat(), "flashinfer": FLASHINFER}
 ROUTINGS = ("uniform", "zipf")
 UNWANTED = 50.0  # taken off a logit, keeps its expert from being chosen
+
+
+@dataclass(frozen=True)
+class NamedLayer:
+    """A layer's config, and what to call it."""
+
+    name: str
+    config: MoEConfig
+
+    @property
+    def shape(self) -> MoEShape:
+        routing = self.config.routing
+        return MoEShape(
+            name=self.name,
+            hidden_size=self.config.hidden_size,
+            intermediate_size=self.config.intermediate_size,
+            num_experts=routing.num_experts,
+            top_k=routing.top_k,
+            method=routing.method.value,
+            num_local_experts=self.config.permute.num_local_experts,
+            n_group=routing.n_group,
+            topk_group=routing.topk_group,
+            routed_scaling_factor=routing.routed_scaling_factor,
+            is_gated=self.config.gemm1.is_gated,
+        )
 
 
 @dataclass(frozen=True)
@@ -45,9 +75,24 @@ class Inputs:
     output: Tensor  # [T, H] bfloat16
 
 
-def config_of_shape(shape: MoEShape, weight_format: WeightFormat) -> MoEConfig:
-    """The config of a named model's layer; a shape that holds fewer experts than it routes over has the first of them."""
-    return MoEConfig.create(
+def layers_of(models: Sequence[str], file: Path | None, weight_format: str | None) -> list[NamedLayer]:
+    """The layers of named models, and that of a JSON file: a MoEConfig, or a Hugging Face config.json.
+
+    Args:
+        weight_format: a name of FORMATS; None: MajorK for named models, and what the file says or its model has.
+
+    Raises:
+        UnfitMachine: a file that cannot be read, or that describes no layer, or names its format beside another.
+    """
+    layers = [layer_of_shape(NAMED_SHAPES[name], FORMATS[weight_format or "hf"]) for name in dict.fromkeys(models)]
+    if file is not None:
+        layers.append(NamedLayer(file.name, _read_config(file, weight_format)))
+    return layers
+
+
+def layer_of_shape(shape: MoEShape, weight_format: WeightFormat) -> NamedLayer:
+    """A named model's layer; a shape that holds fewer experts than it routes over has the first of them."""
+    config = MoEConfig.create(
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_experts=shape.num_experts,
@@ -60,16 +105,40 @@ def config_of_shape(shape: MoEShape, weight_format: WeightFormat) -> MoEConfig:
         weight_format=weight_format,
         num_local_experts=shape.num_local_experts,
     )
+    return NamedLayer(shape.name, config)
 
 
-def make_layer(
-    shape: MoEShape, device: torch.device, *, weight_format: WeightFormat, seed: int, progress: Progress
-) -> Layer:
+def _read_config(file: Path, weight_format: str | None) -> MoEConfig:
+    try:
+        fields = json.loads(file.read_text())
+        if isinstance(fields, dict) and "routing" in fields:
+            config = MoEConfig.model_validate(fields)
+            if weight_format is not None:
+                raise UnfitMachine(
+                    f"--format {weight_format}: {file} names its own; leave --format out, or edit the file"
+                )
+            return config
+        return MoEConfig.from_hf_config(fields, weight_format=None if weight_format is None else FORMATS[weight_format])
+    except UnfitMachine:
+        raise
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UnfitMachine(
+            f"--config {file}: expected a MoEConfig or a Hugging Face config.json, got one that does not read as either: "
+            f"{_line_of(error)}"
+        ) from error
+
+
+def _line_of(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return " ".join(str(error).split())
+
+
+def make_layer(named: NamedLayer, device: torch.device, *, seed: int, progress: Progress) -> Layer:
     """Fill the weights, an expert at a time, and build the pipeline."""
-    config = config_of_shape(shape, weight_format)
-    progress.step(
-        f"making {2e-9 * shape.num_local_experts * shape.expert_weights:.2f} GB of random bf16 weights on {device}"
-    )
+    config, shape = named.config, named.shape
+    progress.step(f"making {1e-9 * shape.weight_bytes:.2f} GB of random bf16 weights on {device}")
     generator = torch.Generator(device=device).manual_seed(seed)
     bias = None
     if config.routing.method.uses_bias:

@@ -46,11 +46,6 @@ class Cost:
     num_bytes: float
 
 
-def weight_bytes(shape: MoEShape) -> int:
-    """Of both weights of all local experts."""
-    return BF16 * shape.num_local_experts * shape.expert_weights
-
-
 def measure_load(layer: Layer, inputs: Inputs) -> Load:
     """Counted from the chosen ids, not from the permutation, which a faulty stage could have wrong."""
     first, num_local = layer.config.permute.local_expert_offset, layer.shape.num_local_experts

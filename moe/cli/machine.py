@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from moe.cli.load import weight_bytes
 from moe.config import MoEConfig
 from moe.pipeline import MoEPipeline, build_pipeline
 from moe.shapes import MoEShape
@@ -49,15 +48,10 @@ def pick_device(wanted: str) -> torch.device:
 
 def expect_memory(shape: MoEShape, device: torch.device) -> None:
     """Raise UnfitMachine where the layer's weights are larger than the device's free memory."""
-    expect_free_bytes(shape.name, weight_bytes(shape), device)
-
-
-def expect_free_bytes(layer_name: str, num_bytes: int, device: torch.device) -> None:
-    """Raise UnfitMachine where weights of so many bytes are larger than the device's free memory."""
     free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_bytes()
-    if free_bytes is not None and num_bytes >= free_bytes:
+    if free_bytes is not None and shape.weight_bytes >= free_bytes:
         raise UnfitMachine(
-            f"{layer_name}: expected {num_bytes / 1e9:.1f} GB of free memory on {device} for its weights, "
+            f"{shape.name}: expected {shape.weight_bytes / 1e9:.1f} GB of free memory on {device} for its weights, "
             f"got {free_bytes / 1e9:.1f} GB; pick a smaller model"
         )
 

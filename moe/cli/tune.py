@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from moe.cache_folder import can_write
-from moe.cli.layer import FORMATS, config_of_shape
-from moe.cli.machine import UnfitMachine, expect_free_bytes
+from moe.cli.layer import NamedLayer
+from moe.cli.machine import UnfitMachine, expect_memory
 from moe.cli.progress import Progress
 from moe.cli.text import decimal, table
-from moe.config import MoEConfig
-from moe.shapes import NAMED_SHAPES
 from moe.tuning.gpu import GpuModel
 from moe.tuning.lookup import is_tuned
 from moe.tuning.search import buckets_of, describe, tune
@@ -30,59 +24,6 @@ from moe.tuning.table import (
     shipped_table_path,
     user_table_path,
 )
-
-
-@dataclass(frozen=True)
-class NamedLayer:
-    """A layer to tune, and what to call it."""
-
-    name: str
-    config: MoEConfig
-
-
-def layers_of(models: Sequence[str], file: Path | None, weight_format: str | None) -> list[NamedLayer]:
-    """The layers of named models, and that of a JSON file: a MoEConfig, or a Hugging Face config.json.
-
-    Args:
-        weight_format: a name of FORMATS; None: MajorK for named models, and what the file says or its model has.
-
-    Raises:
-        UnfitMachine: a file that cannot be read, or that describes no layer, or names its format beside another.
-    """
-    layers = [
-        NamedLayer(name, config_of_shape(NAMED_SHAPES[name], FORMATS[weight_format or "hf"]))
-        for name in dict.fromkeys(models)
-    ]
-    if file is not None:
-        layers.append(NamedLayer(file.name, _read_config(file, weight_format)))
-    return layers
-
-
-def _read_config(file: Path, weight_format: str | None) -> MoEConfig:
-    try:
-        fields = json.loads(file.read_text())
-        if isinstance(fields, dict) and "routing" in fields:
-            config = MoEConfig.model_validate(fields)
-            if weight_format is not None:
-                raise UnfitMachine(
-                    f"--format {weight_format}: {file} names its own; leave --format out, or edit the file"
-                )
-            return config
-        return MoEConfig.from_hf_config(fields, weight_format=None if weight_format is None else FORMATS[weight_format])
-    except UnfitMachine:
-        raise
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UnfitMachine(
-            f"--config {file}: expected a MoEConfig or a Hugging Face config.json, got one that does not read as either: "
-            f"{_line_of(error)}"
-        ) from error
-
-
-def _line_of(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return " ".join(str(error).split())
 
 
 def expect_cache(device: torch.device) -> None:
@@ -115,9 +56,8 @@ def tune_layers(
         buckets = buckets_of(token_counts, max_num_tokens)
         entries: list[TableEntry] = []
         if force or not all(is_tuned(layer.config, bucket, gpu) for bucket in buckets):
-            gemms = (layer.config.gemm1, layer.config.gemm2)
             try:
-                expect_free_bytes(layer.name, sum(2 * math.prod(gemm.weight_shape) for gemm in gemms), device)
+                expect_memory(layer.shape, device)
             except UnfitMachine as error:
                 progress.step(f"left out: {error}")
                 is_complete = False
@@ -178,7 +118,7 @@ def export_table(file: Path, device: torch.device) -> None:
         table = export_into(file, gpu, entries)
     except (UnusableTable, OSError) as error:
         raise UnfitMachine(
-            f"--export {file}: expected a new file, or a table for {gpu.name} and the versions here, got {_line_of(error)}; "
+            f"--export {file}: expected a new file, or a table for {gpu.name} and the versions here, got {' '.join(str(error).split())}; "
             "name another file"
         ) from error
     print(f"{file}: {len(table.entries)} entries for {gpu.name}, {len(entries)} of them from {path}")

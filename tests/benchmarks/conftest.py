@@ -1,7 +1,7 @@
 """Which layers the benchmarks time, made once and held against float64 before anything is timed.
 
 pytest tests/benchmarks                                    layers with published peers, four token counts; tiny on a CPU
-pytest tests/benchmarks --tokens all --routing uniform,zipf --weights flashinfer
+pytest tests/benchmarks --tokens all --routing uniform,zipf --format flashinfer
 pytest tests/benchmarks --benchmark-disable                a tiny layer, each benchmark once: a smoke test
 """
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe.cli.exact import check_accuracy
-from moe.cli.layer import FORMATS, ROUTINGS, Inputs, Layer, make_inputs, make_layer
+from moe.cli.layer import FORMATS, ROUTINGS, Inputs, Layer, layer_of_shape, make_inputs, make_layer
 from moe.cli.machine import UnfitMachine, expect_memory, pick_device
 from moe.cli.progress import Progress
 from moe.cli.run import MAX_CHECKED_TOKENS
@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shapes", help=f"names with commas between, or all: {', '.join(SHAPES)}")
     group.addoption("--tokens", help="counts with commas between, or all: 1, 2, 4, .. 16384")
     group.addoption("--routing", default="uniform", help=f"names with commas between: {', '.join(ROUTINGS)}")
-    group.addoption("--weights", choices=FORMATS, default="hf", help="format of the weights in memory")
+    group.addoption("--format", choices=FORMATS, default="hf", help="format of the weights in memory")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -83,8 +83,8 @@ def layer(request: pytest.FixtureRequest) -> Iterator[Layer]:
         expect_memory(shape, device)
     except UnfitMachine as error:
         pytest.skip(str(error))
-    weight_format = FORMATS[request.config.getoption("--weights")]
-    yield make_layer(shape, device, weight_format=weight_format, seed=SEED, progress=Progress())
+    weight_format = FORMATS[request.config.getoption("--format")]
+    yield make_layer(layer_of_shape(shape, weight_format), device, seed=SEED, progress=Progress())
     torch.cuda.empty_cache()
 
 

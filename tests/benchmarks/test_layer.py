@@ -52,7 +52,7 @@ def test_time_of(
         timed["dense"] = [dense]
     benchmark.group = f"{layer.shape.name} T{num_tokens} {routing}"
     benchmark.extra_info |= {"model": layer.shape.name, "num_tokens": num_tokens, "routing": routing, "timed": name}
-    benchmark.extra_info |= {"weights": request.config.getoption("--weights"), "num_input_sets": len(sets)}
+    benchmark.extra_info |= {"weights": request.config.getoption("--format"), "num_input_sets": len(sets)}
     timings = measure_in_turns(timed, device=layer.device, budget_s=BUDGET_S[layer.device.type], num_turns=TURNS)
     benchmark.extra_info |= report(timings, cost, peaks_of(layer.device))
     record(benchmark.extra_info)

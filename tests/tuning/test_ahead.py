@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("numba.cuda")
 
-from moe.cli.layer import FORMATS, config_of_shape
+from moe.cli.layer import FORMATS, layer_of_shape
 from moe.gemm import (
     dispatch,
     hopper_gather_gemm,
@@ -36,7 +36,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 @pytest.mark.parametrize("model", ["qwen3-30b-a3b", "mixtral-8x7b", "nemotron-3-nano-30b-a3b"])
 def test_units_of_every_choice_are_among_the_jobs(model: str, hopper: torch.device):
-    config = config_of_shape(NAMED_SHAPES[model], FORMATS["hf"])
+    config = layer_of_shape(NAMED_SHAPES[model], FORMATS["hf"]).config
     for num_tokens in buckets_up_to(2048)[4:]:
         candidates = Candidates(config, num_tokens, kernels_on(hopper))
         sizes = {job.unit_size for job in planning_jobs(config, [candidates], hopper)}
@@ -50,7 +50,7 @@ def test_units_of_every_choice_are_among_the_jobs(model: str, hopper: torch.devi
 
 
 def test_buckets_of_few_tokens_plan_nothing(hopper: torch.device):
-    config = config_of_shape(NAMED_SHAPES["qwen3-30b-a3b"], FORMATS["hf"])
+    config = layer_of_shape(NAMED_SHAPES["qwen3-30b-a3b"], FORMATS["hf"]).config
     candidates = Candidates(config, 1, kernels_on(hopper))
     assert not candidates.runs_grouped
     assert planning_jobs(config, [candidates], hopper) == []

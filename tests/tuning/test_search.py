@@ -10,7 +10,7 @@ import torch
 from filelock import FileLock
 
 from moe.cache_folder import cache_folder
-from moe.cli.layer import FORMATS, config_of_shape
+from moe.cli.layer import FORMATS, layer_of_shape
 from moe.config import MoEConfig
 from moe.pipeline import MoEPipeline, build_pipeline
 from moe.shapes import NAMED_SHAPES
@@ -347,7 +347,7 @@ def test_input_sets_of_few_tokens_avoid_each_others_experts(monkeypatch: pytest.
 )
 def test_input_sets_are_as_many_as_it_takes_to_leave_the_cache(name: str, sets_of_tokens: dict[int, int]):
     shape = NAMED_SHAPES[name]
-    config = config_of_shape(shape, FORMATS["hf"])
+    config = layer_of_shape(shape, FORMATS["hf"]).config
     found = {num_tokens: num_sets_of(config, num_tokens, torch.device("cuda")) for num_tokens in sets_of_tokens}
     assert found == sets_of_tokens
 
