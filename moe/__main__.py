@@ -124,7 +124,7 @@ def info_command(options: argparse.Namespace) -> int:
 
 def tune_command(options: argparse.Namespace) -> int:
     # Here and not above: the other commands need no tables.
-    from moe.cli.tune import expect_cache, export_table, show_table, tune_layers
+    from moe.cli.tune import expect_cache, export_table, print_stages, show_table, tune_layers
 
     layers = layers_of(options.model, options.config, options.format)
     if not tunes_on(options.device):
@@ -145,6 +145,15 @@ def tune_command(options: argparse.Namespace) -> int:
             force=options.force,
             progress=Progress(),
         )
+        if options.stages:
+            print_stages(
+                layers,
+                options.tokens,
+                options.device,
+                max_num_tokens=options.max_tokens,
+                seed=options.seed,
+                progress=Progress(),
+            )
     if options.export:
         export_table(options.export, options.device)
     return 0 if is_complete else 1
@@ -230,6 +239,9 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=_count, default=MAX_TUNED_TOKENS, metavar="N", help=f"default: {MAX_TUNED_TOKENS}"
     )
     parser.add_argument("--force", action="store_true", help="tune also what the tables hold")
+    parser.add_argument(
+        "--stages", action="store_true", help="then time each stage before and after, where a table changes something"
+    )
     parser.add_argument("--show", action="store_true", help="tune nothing: print what the user's table holds")
     parser.add_argument("--export", type=Path, metavar="FILE", help="add the entries of the user's table to this one")
     parser.add_argument("--seed", type=_seed, default=0)

@@ -339,6 +339,31 @@ def test_tune_shows_each_bucket_before_and_after(tmp_path, capsys: pytest.Captur
 
 
 @pytest.mark.usefixtures("_pretends_to_have_a_gpu")
+def test_tune_times_each_stage_before_and_after_where_it_is_asked_to(capsys: pytest.CaptureFixture[str]):
+    assert tune_tiny("--stages") == 0
+    report = capsys.readouterr().out
+    lines = report[report.index("\ntiny, stages\n") :].splitlines()
+    assert lines[2].split() == ["tokens", "stage", "model", "us", "tuned", "us", "gain"]
+    rows = [line.split() for line in lines[4:]]
+    assert rows[0].pop(0) == "48"
+    assert [row[0] for row in rows] == ["permute", "gemm1", "gemm2", "finalize", "experts"]
+    assert all(float(us.replace(",", "")) > 0 for row in rows for us in row[1:3])
+    assert all(row[3].endswith("%") for row in rows)
+
+
+@pytest.mark.usefixtures("_pretends_to_have_a_gpu")
+def test_stages_that_no_table_changes_are_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from moe.cli import tune
+
+    monkeypatch.setattr(tune, "tuned_config", lambda config, num_tokens, device: config)
+    monkeypatch.setattr(tune, "make_layer", lambda *_, **__: pytest.fail("made"))
+    assert tune_tiny("--stages") == 0
+    assert "tiny, stages: the model's choice in every bucket" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_pretends_to_have_a_gpu")
 def test_tune_reads_our_config_and_a_hugging_face_one(tmp_path, capsys: pytest.CaptureFixture[str]):
     ours, theirs = tmp_path / "ours.json", tmp_path / "config.json"
     ours.write_text(layer.layer_of_shape(TINY, layer.FORMATS["hf"]).config.model_dump_json())

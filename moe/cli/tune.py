@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from moe.cache_folder import can_write
-from moe.cli.layer import NamedLayer
-from moe.cli.machine import UnfitMachine, expect_memory
+from moe.cli.layer import Layer, NamedLayer, make_inputs, make_layer
+from moe.cli.machine import STAGES, UnfitMachine, expect_memory
 from moe.cli.progress import Progress
+from moe.cli.run import stage_calls
 from moe.cli.text import decimal, table
+from moe.pipeline import build_pipeline
 from moe.tuning.gpu import GpuModel
 from moe.tuning.lookup import is_tuned
+from moe.tuning.measure import measure_us
+from moe.tuning.problem import sets_for
 from moe.tuning.search import buckets_of, describe, tune
 from moe.tuning.table import (
     LayerKey,
@@ -24,6 +30,10 @@ from moe.tuning.table import (
     shipped_table_path,
     user_table_path,
 )
+from moe.tuning.tuned import tuned_config
+
+STAGE_S = 0.02  # a timing of a stage
+EXPERTS_STAGES = (*STAGES[1:], "experts")
 
 
 def expect_cache(device: torch.device) -> None:
@@ -82,6 +92,51 @@ def tune_layers(
         lines += [f"left out, see above: {', '.join(left_out)} tokens"] if left_out else []
         print("\n".join(lines), flush=True)
     return is_complete
+
+
+def print_stages(
+    layers: Iterable[NamedLayer],
+    token_counts: Sequence[int] | None,
+    device: torch.device,
+    *,
+    max_num_tokens: int,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Time each stage of the buckets for which a table names another choice, with the model's choice and with that one."""
+    gpu = GpuModel.of(device)
+    for named in layers:
+        tuned = {bucket: tuned_config(named.config, bucket, gpu) for bucket in buckets_of(token_counts, max_num_tokens)}
+        changed = {bucket: config for bucket, config in tuned.items() if config != named.config}
+        if not changed:
+            print(f"\n{named.name}, stages: the model's choice in every bucket", flush=True)
+            continue
+        layer = make_layer(named, device, seed=seed, progress=progress)
+        rows: list[tuple[str, ...]] = []
+        for bucket, config in changed.items():
+            progress.step(f"{named.name}, {bucket:,} tokens: stages")
+            before = _stage_us(layer, bucket, seed)
+            after = _stage_us(replace(layer, config=config, pipeline=build_pipeline(config, device)), bucket, seed)
+            for stage in EXPERTS_STAGES:
+                model_us, tuned_us = before.get(stage), after.get(stage)
+                cells = ("-" if us is None else decimal(us) for us in (model_us, tuned_us))
+                gain = "-" if model_us is None or tuned_us is None else f"{100 * (model_us / tuned_us - 1):.1f}%"
+                rows.append((f"{bucket:,}" if stage == EXPERTS_STAGES[0] else "", stage, *cells, gain))
+        print(f"\n{named.name}, stages\n{table(('tokens', 'stage', 'model us', 'tuned us', 'gain'), rows)}", flush=True)
+
+
+def _stage_us(layer: Layer, num_tokens: int, seed: int) -> dict[str, float]:
+    """Microseconds of each stage but routing, and of all of them; of those alone where the few-token kernels stand for them."""
+    sets = make_inputs(layer, num_tokens, sets_for(num_tokens, layer.device), routing="uniform", seed=seed)
+    calls = stage_calls(layer, with_experts=True)
+    fused = layer.pipeline.fused
+    is_fused = fused is not None and num_tokens <= fused.max_tokens
+    return {
+        name: measure_us(
+            [partial(calls[name], inputs) for inputs in sets], device=layer.device, budget_s=STAGE_S
+        ).median_us
+        for name in (EXPERTS_STAGES[-1:] if is_fused else EXPERTS_STAGES)
+    }
 
 
 def show_table(layers: Sequence[NamedLayer], device: torch.device) -> None:
