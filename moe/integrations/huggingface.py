@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from moe.config import MoEConfig
 from moe.flow import TopK
@@ -164,7 +164,7 @@ def _run_experts(
 
 
 # What a compiled model calls, so that dynamo need not look into the pipeline.
-_run_experts_op = torch.library.custom_op("moe::run_experts", _run_experts, mutates_args=())
+_run_experts_op = library.custom_op("moe::run_experts", _run_experts, mutates_args=())
 
 
 @_run_experts_op.register_fake
