@@ -389,20 +389,23 @@ def test_a_config_in_a_file_is_run_like_a_named_model(command: str, tmp_path, ca
         assert "16 experts, top-2, DeepSeekV3 routing" in report
 
 
-def test_one_layer_is_named_once(tmp_path, capsys: pytest.CaptureFixture[str]):
-    for command in ("run", "launches"):
-        with pytest.raises(SystemExit) as stopped:
-            commands.main([command, "--config", str(tmp_path / "mine.json"), "--model", "tiny"])
-        assert stopped.value.code == 2
-        assert "not allowed with argument" in capsys.readouterr().err
-
-
-def test_a_file_that_is_no_config_is_named(tmp_path, capsys: pytest.CaptureFixture[str]):
-    for command in ("run", "bench"):
-        with pytest.raises(SystemExit) as stopped:
-            commands.main([command, "--config", str(tmp_path / "none.json"), "--device", "cpu"])
-        assert stopped.value.code == 2
-        assert "expected a MoEConfig or a Hugging Face config.json" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        ("run", ("--model", "tiny"), "not allowed with argument"),
+        ("launches", ("--model", "tiny"), "not allowed with argument"),
+        ("run", (), "expected a MoEConfig or a Hugging Face config.json"),
+        ("bench", (), "expected a MoEConfig or a Hugging Face config.json"),
+    ],
+    ids=["run-two-layers", "launches-two-layers", "run-no-file", "bench-no-file"],
+)
+def test_two_layers_where_one_runs_and_a_file_that_is_missing_are_refused(
+    command: str, more: tuple[str, ...], message: str, tmp_path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stopped:
+        commands.main([command, "--config", str(tmp_path / "none.json"), "--device", "cpu", *more])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def tune_tiny(*more: str) -> int:
