@@ -24,9 +24,9 @@ MAX_REREAD_BYTES = 240e6
 # A second read of a small expert costs as much as one of so many bytes: with experts of 2.4 MB (sonic-7b) the chain was 4 to 7%
 # faster at 16 tokens and 23% at 24, where the rule above alone goes on to 25; at 12 it was slower.
 MIN_REREAD_BYTES = 6.4e6
-# Where steps of 256 elements do not cut a contraction evenly, loads are masked and that gain is smaller: with experts of 20 MB
-# (nemotron-3-nano-30b-a3b, 2688 and 1856 elements) these kernels were 4% faster at 4 tokens, the chain 15% at 8.
-MAX_REREAD_BYTES_OF_UNEVEN = 60e6
+# Where loads are masked that gain is smaller: with experts of 20 MB (nemotron-3-nano-30b-a3b, contractions of 2688 and 1856
+# elements) these kernels were 4% faster at 4 tokens, the chain 17% at 8.
+MAX_REREAD_BYTES_OF_MASKED = 60e6
 # With a slice of the experts, programs of absent slots have nothing to do and the others too little: at 32 slots the chain was
 # 6 to 37% faster (deepseek-v3-ep8), at 16 as fast.
 MAX_SLOTS_OF_SLICE = 16
@@ -95,8 +95,8 @@ class FewTokenConfig(FrozenConfig):
         """Most tokens for which this is faster than permuting them: one at the least."""
         if self.is_slice:
             return max(1, MAX_SLOTS_OF_SLICE // self.top_k)
-        is_even = not any(gemm.in_features % ELEMENTS_A_WARP for gemm in (self.gemm1, self.gemm2))
-        max_reread_bytes = MAX_REREAD_BYTES if is_even else MAX_REREAD_BYTES_OF_UNEVEN
+        is_masked = _masks_loads(self.gemm1) or _masks_loads(self.gemm2)
+        max_reread_bytes = MAX_REREAD_BYTES_OF_MASKED if is_masked else MAX_REREAD_BYTES
         num_tokens = 1
         while (
             self._reread_bytes(num_tokens + 1) <= max_reread_bytes
@@ -196,8 +196,9 @@ def default_slot_tile(config: GemmConfig) -> MatvecTile:
     part in it, so a token alone has the bits that it has in a batch.
     """
     block_k = _block_k(config.in_features, MAX_BLOCK_K)
-    rows_a_column = 2 if config.is_gated else 1
-    block_n = max(1, MAX_BLOCK_K // block_k) * 2 // rows_a_column
+    block_n = max(1, MAX_BLOCK_K // block_k)
+    if not config.is_gated:
+        block_n *= 2  # a column has one row of weights, not two
     return MatvecTile(block_n=block_n, block_k=block_k, num_warps=_num_warps(block_k))
 
 
@@ -210,8 +211,13 @@ def default_token_tile(config: GemmConfig, top_k: int) -> MatvecTile:
     for all: in trials before these kernels, wider blocks lost 3 to 9 us of qwen3-30b's 22 on an H200.
     """
     block_k = _block_k(config.in_features, MAX_BLOCK_K if top_k <= 2 else ELEMENTS_A_WARP)
-    block_n = 1 if config.in_features % block_k else 2  # 1856 elements a row: 6% of the layer's time at 1 and 4 tokens
+    block_n = 1 if _masks_loads(config) else 2  # 1856 elements a row: 6% of the layer's time at 1 and 4 tokens
     return MatvecTile(block_n=block_n, block_k=block_k, num_warps=_num_warps(block_k), num_prefetched=8)
+
+
+def _masks_loads(config: GemmConfig) -> bool:
+    """Whether the last step of a contraction is cut short."""
+    return config.in_features % _block_k(config.in_features, ELEMENTS_A_WARP) != 0
 
 
 def _num_warps(block_k: int) -> int:

@@ -14,7 +14,13 @@ from torch import Tensor
 from moe.config import MoEConfig
 from moe.flow import SwigluParams, TopK
 from moe.gemm.config import FLASHINFER, WeightFormat, WeightLayout
-from moe.gemm.few_tokens_config import FewTokenConfig, MatvecTile
+from moe.gemm.few_tokens_config import (
+    MAX_REREAD_BYTES,
+    MAX_REREAD_BYTES_OF_MASKED,
+    FewTokenConfig,
+    MatvecTile,
+    default_token_tile,
+)
 from moe.gemm.few_tokens_reference import few_token_experts_reference, slot_gemm_reference, token_gemm_reference
 from moe.gemm.reference import activate_reference
 from moe.gemm.weight_format import pack_weights
@@ -390,6 +396,15 @@ def test_few_tokens_end_where_an_h200_was_faster_by_grouping(dims, fastest_at, s
     names = ("hidden_size", "intermediate_size", "num_experts", "top_k", "activation")
     layer = MoEConfig.create(**dict(zip(names, dims)))
     assert fastest_at <= few_token_config(layer).max_tokens < slower_at
+
+
+@pytest.mark.parametrize(("dim", "is_masked"), [(64, False), (128, False), (768, False), (200, True), (1856, True)])
+def test_masked_loads_end_few_tokens_earlier_and_take_a_column_a_program(dim: int, is_masked: bool):
+    layer = MoEConfig.create(hidden_size=4096, intermediate_size=dim, num_experts=128, top_k=8)
+    config = few_token_config(layer)
+    limit = MAX_REREAD_BYTES_OF_MASKED if is_masked else MAX_REREAD_BYTES
+    assert config._reread_bytes(config.max_tokens) <= limit < config._reread_bytes(config.max_tokens + 1)
+    assert default_token_tile(config.gemm2, 8).block_n == (1 if is_masked else 2)
 
 
 def test_a_slice_groups_its_tokens_earlier():
