@@ -44,8 +44,8 @@ def select_experts(
         bias: [E] bfloat16 or float32, or None for zero. Methods without a bias check and ignore it.
         config: the rule; E up to 2048 and K up to 32.
         replay_out: [>=T, K] int16; rows [0, T) receive the chosen ids.
-        uses_pdl: let a dependent launch that follows start early (`moe.dependent_launch`). This launch is none itself, since
-            the one before it may be anyone's.
+        uses_pdl: the launch is a dependent one of the launch before it, and lets one that follows start early
+            (`moe.dependent_launch`), where the GPU has them.
     Returns:
         expert_ids [T, K] int32, distinct, best first; weights [T, K] bfloat16.
     Raises:
@@ -64,16 +64,19 @@ def select_experts(
         weights=logits.new_empty(shape, dtype=torch.bfloat16),
     )
     if num_tokens:
+        uses_pdl = uses_pdl and launches_dependents(logits.device)
         used_bias = bias if config.method.uses_bias else None
         kernel = kernel_of(
             config,
             logits.dtype,
             None if used_bias is None else used_bias.dtype,
             replay_out is not None,
-            uses_pdl=uses_pdl and launches_dependents(logits.device),
+            uses_pdl=uses_pdl,
         )
         num_blocks = -(-num_tokens // WARPS_PER_BLOCK)
-        kernel.launch(num_blocks, logits, used_bias, topk.expert_ids, topk.weights, replay_out, num_tokens)
+        kernel.launch(
+            num_blocks, logits, used_bias, topk.expert_ids, topk.weights, replay_out, num_tokens, uses_pdl=uses_pdl
+        )
     return topk
 
 

@@ -15,6 +15,7 @@ from moe.warp import (
     WARP_SIZE,
     device_function,
     gdc_launch_dependents,
+    gdc_wait,
     lane_in_warp,
     load_four,
     load_two,
@@ -48,7 +49,7 @@ def build_topk_kernel(
         keep_best_groups: device function (keys, lane, warp) that rules experts out, or None.
         keep_lanes_of_best_groups: device function (best_keys, lane) that rules lanes out, or None.
         writes_replay: whether ids also go to replay_ptr.
-        uses_pdl: let the next kernel start at once; it waits for this one itself.
+        uses_pdl: wait for the kernel before, then let the one after start.
     """
     NUM_EXPERTS = num_experts
     TOP_K = top_k
@@ -77,6 +78,7 @@ def build_topk_kernel(
         num_tokens: np.int32,
     ) -> None:
         if USES_PDL:
+            gdc_wait()
             gdc_launch_dependents()
         lane = lane_in_warp()
         warp = warp_in_block()

@@ -91,14 +91,17 @@ def test_replay_is_left_out_of_a_kernel_that_does_not_write_it():
 
 
 @pytest.mark.parametrize("config", [config_of(METHODS[1], 128, 8), grouped(256, 8, 8, 4)], ids=["plain", "groups"])
-def test_the_kernel_lets_the_next_one_start_where_it_is_asked_to(config):
+def test_the_kernel_waits_before_it_touches_memory_and_lets_the_next_one_start_where_it_is_asked_to(config):
     from moe.routing.topk import kernel_of
 
     for uses_pdl in (False, True):
         kernel = kernel_of(config, torch.float32, None, False, uses_pdl=uses_pdl)
         ptx = kernel.compile_ptx(HOPPER)
-        assert ptx.count("griddepcontrol.launch_dependents") == uses_pdl
-        assert "griddepcontrol.wait" not in ptx  # it is no dependent launch itself
+        assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch_dependents") == uses_pdl
+        if uses_pdl:
+            before_wait, after_wait = ptx.split("griddepcontrol.wait")
+            assert "ld.global" not in before_wait
+            assert "griddepcontrol.launch_dependents" in after_wait
     assert "griddepcontrol" not in kernel_of(config, torch.float32, None, False).compile_ptx((8, 0))
 
 
