@@ -111,10 +111,10 @@ def _plan_in_two_launches(topk: TopK, permutation: Permutation, config: PermuteC
     num_slots, num_experts = topk.expert_ids.numel(), config.num_local_experts
     count_kernel, plan_kernel = kernels_for(config, num_slots, _size_of(permutation), uses_pdl)
     chunk_slots = CHUNKING.chunk_slots(num_slots, num_experts)
-    num_chunks = -(-num_slots // chunk_slots)
-    counts = topk.expert_ids.new_empty((num_chunks, num_experts))
+    num_columns = CHUNKING.num_columns(num_slots, num_experts)
+    counts = topk.expert_ids.new_empty((num_experts, num_columns))
     count_kernel.launch(
-        num_chunks,
+        num_columns,
         topk.expert_ids,
         counts,
         num_slots,

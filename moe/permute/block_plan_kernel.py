@@ -18,19 +18,21 @@ import numpy as np
 from numba import cuda
 
 from moe.flow import UnitSize
+from moe.permute.chunks import NUMBA_CHUNKING
 from moe.warp import (
     FULL_MASK,
     WARP_SIZE,
     device_function,
     gdc_launch_dependents,
     gdc_wait,
+    load_four,
     load_word_of_gpu,
     warp_add,
 )
 
 NOT_LOCAL = np.int32(-1)
-BATCH = 8  # loads that a thread has in flight
-SHARED_BYTES = 48 * 1024 - 256  # a block, without asking for more; 128 of them for the tiles of each warp
+COUNTS_A_LOAD = NUMBA_CHUNKING.columns_a_load
+SHARED_BYTES = 48 * 1024 - 256  # a block, without asking for more, beside the sums of each warp
 _ONE = np.uint32(1)
 
 
@@ -45,7 +47,7 @@ class Totals(Enum):
 def mark_rows(num_bins: int, num_warps: int) -> int:
     """Warps that mark at once, a power of two: all, or as many as have room in shared memory for a word of each expert."""
     num_rows = num_warps
-    while 4 * num_rows * row_words(num_bins, num_rows) + 8 * num_bins > SHARED_BYTES:
+    while 4 * num_rows * row_words(num_bins, num_rows) + 12 * num_bins > SHARED_BYTES:
         num_rows //= 2
     return num_rows
 
@@ -60,31 +62,32 @@ def build_count_kernel(*, num_bins: int, num_warps: int, uses_pdl: bool) -> Call
     BINS = num_bins
     THREADS = num_warps * WARP_SIZE
     USES_PDL = uses_pdl
+    count_slots = build_count_slots(THREADS, 0)
 
     def count_kernel(
         expert_ids_ptr: Any,  # [T, K] int32
-        counts_ptr: Any,  # [num_chunks, num_experts] int32
+        counts_ptr: Any,  # [num_experts, blocks] int32: blocks beyond the last chunk write zeros
         num_slots: np.int32,
         chunk_slots: np.int32,
         first_expert: np.int32,
         num_experts: np.int32,
     ) -> None:
-        thread = cuda.threadIdx.x
-        count = cuda.shared.array(BINS, np.int32)
-        for expert in range(thread, num_experts, THREADS):
-            count[expert] = 0
+        thread = np.int32(cuda.threadIdx.x)
+        counts = cuda.shared.array(BINS, np.int32)
+        clear(counts, BINS, THREADS)
         if USES_PDL:
             gdc_wait()
             gdc_launch_dependents()
         cuda.syncthreads()
-        start = np.int64(cuda.blockIdx.x) * chunk_slots
-        end = min(start + chunk_slots, np.int64(num_slots))
-        # All of them lie before `end`, so nothing is added to the second array.
-        count_slots(expert_ids_ptr, start, end, end, THREADS, first_expert, num_experts, count, count)
+        start = np.uint32(np.uint32(cuda.blockIdx.x) * np.uint32(chunk_slots))
+        end = np.uint32(min(np.uint32(start + np.uint32(chunk_slots)), np.uint32(num_slots)))
+        count_slots(expert_ids_ptr, start, end, end, first_expert, num_experts, counts)
         cuda.syncthreads()
-        row = cuda.blockIdx.x * num_experts
-        for expert in range(thread, num_experts, THREADS):
-            counts_ptr[row + expert] = count[expert]
+        expert = thread
+        while expert < num_experts:
+            place = np.int32(expert * np.int32(cuda.gridDim.x) + np.int32(cuda.blockIdx.x))
+            counts_ptr[place] = counts[np.uint32(expert)]
+            expert = np.int32(expert + THREADS)
 
     return count_kernel
 
@@ -116,22 +119,29 @@ def build_plan_kernel(
     TOP_K = np.uint32(top_k)
     IS_WHOLE = totals is Totals.CHUNK
     READS_COUNTS = totals is Totals.COUNTS
-    COUNTED_BINS = num_bins if totals is Totals.SLOTS else 1
+    COUNTS_SLOTS = totals is Totals.SLOTS
     BINS_A_THREAD = max(BINS // THREADS, 1)
     PARTS = max(THREADS // BINS, 1)  # neighbouring lanes that share an expert, and the rows of marks among them
     PART_STEPS = PARTS.bit_length() - 1
     ROWS_A_PART = ROWS // PARTS
     BIN_STEPS = WARP_SIZE.bit_length() - 1 - PART_STEPS
     NUMBERS = BINS_A_THREAD * ROWS_A_PART
+    # One block has all experts' rows to write around, and many blocks a few each.
+    WRITERS = PARTS if IS_WHOLE else WARP_SIZE // 2
+    RECORDS = 1 if IS_WHOLE else BINS
+    TWO_RECORDS = 2 * RECORDS
+    UNIT_RECORDS = RECORDS if WRITES_UNITS else 1
     sum_counts = build_sum_counts(PARTS)
+    count_slots = build_count_slots(THREADS, BINS)
 
     @device_function
-    def up_to_part(number: np.int32, part: np.int32) -> np.int32:
-        """Sum over the parts of an expert up to this one."""
+    def before_part(number: np.int32, part: np.int32) -> np.int32:
+        """Sum over the lower parts of an expert."""
+        up_to = number
         for step in range(PART_STEPS):
-            of_lower = cuda.shfl_up_sync(FULL_MASK, number, 1 << step)
-            number += of_lower if part >= 1 << step else 0
-        return np.int32(number)
+            of_lower = cuda.shfl_up_sync(FULL_MASK, up_to, 1 << step)
+            up_to += of_lower if part >= 1 << step else 0
+        return np.int32(up_to - number)
 
     @device_function
     def over_parts(number: np.int32) -> np.int32:
@@ -141,36 +151,41 @@ def build_plan_kernel(
         return np.int32(number)
 
     @device_function
-    def count_marks(marks: Any, bin: np.int32, part: np.int32, numbers: Any, first: int) -> np.int32:
-        """To numbers[first:]: slots of an expert in earlier rows than each of this part's. Returns them of all rows."""
+    def count_marks(marks: Any, first_word: np.uint32, numbers: Any, first: int) -> np.int32:
+        """To numbers[first:]: slots of an expert in earlier rows of this part than each. Returns them of all its rows."""
         total = np.int32(0)
         for row in range(ROWS_A_PART):
             numbers[first + row] = total
-            total += np.int32(cuda.popc(marks[(part * np.int32(ROWS_A_PART) + np.int32(row)) * np.int32(WORDS) + bin]))
-        up_to = up_to_part(total, part)
-        for row in range(ROWS_A_PART):
-            numbers[first + row] += up_to - total
-        return over_parts(total)
+            total += np.int32(cuda.popc(marks[np.uint32(first_word + np.uint32(row * WORDS))]))
+        return total
 
     @device_function
-    def sum_before_bins(number: np.int32, number_of_warp: Any) -> np.int32:
-        """A number of the experts of each thread -> its sum over all experts before them. Waits for the block."""
-        thread = np.int32(cuda.threadIdx.x)
-        lane = thread & np.int32(WARP_SIZE - 1)
-        up_to = number
+    def replace_marks(marks: Any, first_word: np.uint32, numbers: Any, first: int, next_row: np.int32) -> None:
+        """By the row that the first slot marked in each word goes to."""
+        for row in range(ROWS_A_PART):
+            marks[np.uint32(first_word + np.uint32(row * WORDS))] = np.uint32(next_row + numbers[first + row])
+
+    @device_function
+    def sum_in_warp(number: np.int32) -> np.int32:
+        """A number of the experts of each thread -> its sum over those of this warp up to this thread's."""
+        lane = np.int32(cuda.threadIdx.x & (WARP_SIZE - 1))
         for step in range(BIN_STEPS):
             distance = PARTS << step
-            of_lower = cuda.shfl_up_sync(FULL_MASK, up_to, distance)
-            up_to += of_lower if lane >= distance else 0
-        if lane == WARP_SIZE - 1:
-            number_of_warp[thread // WARP_SIZE] = up_to
-        cuda.syncthreads()
-        of_lower_warps = number_of_warp[lane] if lane < thread // WARP_SIZE else np.int32(0)
-        return np.int32(np.int32(warp_add(np.uint32(of_lower_warps))) + up_to - number)
+            of_lower = cuda.shfl_up_sync(FULL_MASK, number, distance)
+            number += of_lower if lane >= distance else 0
+        return np.int32(number)
+
+    @device_function
+    def sum_of_lower_warps(number_of_warp: Any) -> np.int32:
+        lane = np.uint32(cuda.threadIdx.x & (WARP_SIZE - 1))
+        of_lower = np.int32(0)
+        if lane < np.uint32(cuda.threadIdx.x >> 5):
+            of_lower = number_of_warp[lane]
+        return np.int32(warp_add(np.uint32(of_lower)))
 
     def plan_kernel(
         expert_ids_ptr: Any,  # [T, K] int32
-        counts_ptr: Any,  # [num_chunks, num_experts] int32; null unless they are read
+        counts_ptr: Any,  # [num_experts, num_chunks made up to a multiple of 4] int32; null unless they are read
         row_of_slot_ptr: Any,  # [T, K] int32
         token_of_row_ptr: Any,  # [P] int32
         expert_of_tile_ptr: Any,  # [P / tile_rows] int32
@@ -186,22 +201,23 @@ def build_plan_kernel(
         unit_counts_ptr: Any,  # [2] int32
         max_units: np.int32,
     ) -> None:
-        thread = np.int32(cuda.threadIdx.x)
-        warp = np.int32(thread >> 5)
-        part = np.int32(thread & np.int32(PARTS - 1))
-        first_bin = np.int32(np.int32(thread >> PART_STEPS) * np.int32(BINS_A_THREAD))
-        start = np.int64(cuda.blockIdx.x) * chunk_slots
-        end = min(start + chunk_slots, np.int64(num_slots))
+        thread = np.uint32(cuda.threadIdx.x)
+        warp = np.uint32(thread >> np.uint32(5))
+        part = np.int32(thread & np.uint32(PARTS - 1))
+        first_bin = np.int32(np.uint32(thread >> np.uint32(PART_STEPS)) * np.uint32(BINS_A_THREAD))
+        first_word = np.uint32(np.uint32(part) * np.uint32(ROWS_A_PART * WORDS) + np.uint32(first_bin))
+        start = np.uint32(np.uint32(cuda.blockIdx.x) * np.uint32(chunk_slots))
+        end = np.uint32(min(np.uint32(start + np.uint32(chunk_slots)), np.uint32(num_slots)))
 
         marks = cuda.shared.array(MARKS, np.uint32)
         tiles_of_warp = cuda.shared.array(WARP_SIZE, np.int32)
         units_of_warp = cuda.shared.array(WARP_SIZE if WRITES_UNITS else 1, np.int32)
-        before = cuda.shared.array(COUNTED_BINS, np.int32)
-        after = cuda.shared.array(COUNTED_BINS, np.int32)
+        # Of each expert, and BINS further on: slots in earlier chunks and the others; later, first tile and all slots.
+        counts = cuda.shared.array(TWO_RECORDS, np.int32)
+        first_units = cuda.shared.array(UNIT_RECORDS, np.int32)
         clear(marks, MARKS, THREADS)
-        if COUNTED_BINS == BINS:
-            clear(before, COUNTED_BINS, THREADS)
-            clear(after, COUNTED_BINS, THREADS)
+        if COUNTS_SLOTS:
+            clear(counts, TWO_RECORDS, THREADS)
         if USES_PDL and not READS_COUNTS:
             gdc_wait()
             gdc_launch_dependents()
@@ -209,77 +225,94 @@ def build_plan_kernel(
 
         # With counts to read, the ids are there already: this kernel starts when all blocks of the one that counts have
         # waited for the ids. Only the counts are waited for.
-        expert = mark_expert(expert_ids_ptr, start + thread, end, first_expert, num_experts, marks, warp, ROWS, WORDS)
-        rank = rank_in_warp(marks, expert, warp, WORDS)
+        slot = np.uint32(start + thread)
+        word = mark_slot(expert_ids_ptr, slot, end, first_expert, num_experts, marks, warp, ROWS, WORDS)
+        rank = rank_in_warp(marks, word)
         if USES_PDL and READS_COUNTS:
             gdc_wait()
             gdc_launch_dependents()
         next_rows = cuda.local.array(BINS_A_THREAD, np.int32)  # slots in earlier chunks, then the next slot's row
         totals = cuda.local.array(BINS_A_THREAD, np.int32)
-        if COUNTED_BINS == BINS:
-            count_slots(expert_ids_ptr, 0, num_slots, start, THREADS, first_expert, num_experts, before, after)
+        if COUNTS_SLOTS:
+            count_slots(expert_ids_ptr, np.uint32(0), np.uint32(num_slots), start, first_expert, num_experts, counts)
         if READS_COUNTS:
             for index in range(BINS_A_THREAD):
-                num_before, num_after = sum_counts(counts_ptr, first_bin + index, part, num_experts)
+                num_before, num_in_all = sum_counts(counts_ptr, first_bin + index, part, num_experts)
                 next_rows[index] = over_parts(num_before)
-                totals[index] = next_rows[index] + over_parts(num_after)
+                totals[index] = over_parts(num_in_all)
         cuda.syncthreads()
 
         numbers = cuda.local.array(NUMBERS, np.int32)
         in_round = cuda.local.array(BINS_A_THREAD, np.int32)
+        in_lower_parts = cuda.local.array(BINS_A_THREAD, np.int32)
         num_tiles = np.int32(0)
         num_units = np.int32(0)
         for index in range(BINS_A_THREAD):
-            in_round[index] = count_marks(marks, first_bin + index, part, numbers, index * ROWS_A_PART)
+            bin = np.uint32(np.uint32(first_bin) + np.uint32(index))
+            in_part = count_marks(marks, np.uint32(first_word + np.uint32(index)), numbers, index * ROWS_A_PART)
+            in_lower_parts[index] = before_part(in_part, part)
+            in_round[index] = over_parts(in_part)
             if IS_WHOLE:
                 next_rows[index] = 0
                 totals[index] = in_round[index]
-            elif COUNTED_BINS == BINS:
-                next_rows[index] = before[first_bin + index]
-                totals[index] = next_rows[index] + after[first_bin + index]
+            if COUNTS_SLOTS:
+                next_rows[index] = counts[bin]
+                totals[index] = next_rows[index] + counts[np.uint32(bin + np.uint32(BINS))]
             num_tiles += num_tiles_of(totals[index], tile_shift)
             if WRITES_UNITS:
                 num_units += num_units_of(totals[index], UNIT_ROWS)
-        tile = sum_before_bins(num_tiles, tiles_of_warp)
-        unit = sum_before_bins(num_units, units_of_warp) if WRITES_UNITS else np.int32(0)
+        tiles_up_to = sum_in_warp(num_tiles)
+        units_up_to = sum_in_warp(num_units) if WRITES_UNITS else np.int32(0)
+        if thread & np.uint32(WARP_SIZE - 1) == WARP_SIZE - 1:
+            tiles_of_warp[warp] = tiles_up_to
+            if WRITES_UNITS:
+                units_of_warp[warp] = units_up_to
+        cuda.syncthreads()
+        tile = np.int32(sum_of_lower_warps(tiles_of_warp) + tiles_up_to - num_tiles)
+        unit = np.int32(0)
+        if WRITES_UNITS:
+            unit = np.int32(sum_of_lower_warps(units_of_warp) + units_up_to - num_units)
         for index in range(BINS_A_THREAD):
-            bin = first_bin + index
+            bin = np.uint32(np.uint32(first_bin) + np.uint32(index))
             next_rows[index] += tile << tile_shift
-            for row in range(ROWS_A_PART):
-                place = (part * np.int32(ROWS_A_PART) + np.int32(row)) * np.int32(WORDS) + bin
-                marks[place] = np.uint32(next_rows[index] + numbers[index * ROWS_A_PART + row])
+            word_of_bin = np.uint32(first_word + np.uint32(index))
+            first_row = np.int32(next_rows[index] + in_lower_parts[index])
+            replace_marks(marks, word_of_bin, numbers, index * ROWS_A_PART, first_row)
             next_rows[index] += in_round[index]
-            is_own = np.uint32(bin) % np.uint32(cuda.gridDim.x) == np.uint32(cuda.blockIdx.x)
-            if is_own:
+            if IS_WHOLE:
                 write_tiles_and_padding(
                     token_of_row_ptr,
                     expert_of_tile_ptr,
                     row_limit_of_tile_ptr,
-                    bin,
+                    np.int32(bin),
                     tile,
                     totals[index],
                     part,
-                    PARTS,
+                    WRITERS,
                     tile_shift,
                 )
-            if WRITES_UNITS:
-                num_units = num_units_of(totals[index], UNIT_ROWS)
-                if is_own:
+                if WRITES_UNITS:
                     write_units(
                         unit_records_ptr,
                         max_units,
-                        bin,
+                        np.int32(bin),
                         tile << tile_shift,
                         totals[index],
                         unit,
-                        num_units,
+                        part,
+                        WRITERS,
+                        UNIT_ROWS,
                         MULTIPLE,
                         GROUP,
-                        part,
-                        PARTS,
                     )
-                unit += num_units
+            elif part == 0:
+                counts[bin] = tile
+                counts[np.uint32(bin + np.uint32(BINS))] = totals[index]
+                if WRITES_UNITS:
+                    first_units[bin] = unit
             tile += num_tiles_of(totals[index], tile_shift)
+            if WRITES_UNITS:
+                unit += num_units_of(totals[index], UNIT_ROWS)
         if cuda.blockIdx.x == 0 and thread == THREADS - 1:
             num_tiles_ptr[0] = tile
             num_rows_ptr[0] = tile << tile_shift
@@ -287,71 +320,108 @@ def build_plan_kernel(
                 unit_counts_ptr[0] = unit
                 unit_counts_ptr[1] = 0
         cuda.syncthreads()
-        if start + thread < end and warp < ROWS:
-            place_slot(row_of_slot_ptr, token_of_row_ptr, start + thread, expert, rank, marks, warp, WORDS, TOP_K)
+        if slot < end and warp < ROWS:
+            place_slot(row_of_slot_ptr, token_of_row_ptr, slot, word, rank, marks, TOP_K)
 
-        start += ROUND
-        while start < end:
-            cuda.syncthreads()
-            clear(marks, MARKS, THREADS)
-            cuda.syncthreads()
-            expert = mark_expert(
-                expert_ids_ptr, start + thread, end, first_expert, num_experts, marks, warp, ROWS, WORDS
-            )
-            rank = rank_in_warp(marks, expert, warp, WORDS)
-            cuda.syncthreads()
-            for index in range(BINS_A_THREAD):
-                bin = first_bin + index
-                num_placed = count_marks(marks, bin, part, numbers, 0)
-                for row in range(ROWS_A_PART):
-                    place = (part * np.int32(ROWS_A_PART) + np.int32(row)) * np.int32(WORDS) + bin
-                    marks[place] = np.uint32(next_rows[index] + numbers[row])
-                next_rows[index] += num_placed
-            cuda.syncthreads()
-            if start + thread < end and warp < ROWS:
-                place_slot(row_of_slot_ptr, token_of_row_ptr, start + thread, expert, rank, marks, warp, WORDS, TOP_K)
-            start += ROUND
+        if not IS_WHOLE:
+            # The blocks share the experts among them, and so many threads of a block write what each needs.
+            num_blocks = np.int32(cuda.gridDim.x)
+            expert = np.int32(np.int32(thread // np.uint32(WRITERS)) * num_blocks + np.int32(cuda.blockIdx.x))
+            writer = np.int32(thread & np.uint32(WRITERS - 1))
+            while expert < num_experts:
+                first_tile = counts[np.uint32(expert)]
+                total = counts[np.uint32(np.uint32(expert) + np.uint32(BINS))]
+                write_tiles_and_padding(
+                    token_of_row_ptr,
+                    expert_of_tile_ptr,
+                    row_limit_of_tile_ptr,
+                    expert,
+                    first_tile,
+                    total,
+                    writer,
+                    WRITERS,
+                    tile_shift,
+                )
+                if WRITES_UNITS:
+                    write_units(
+                        unit_records_ptr,
+                        max_units,
+                        expert,
+                        first_tile << tile_shift,
+                        total,
+                        first_units[np.uint32(expert)],
+                        writer,
+                        WRITERS,
+                        UNIT_ROWS,
+                        MULTIPLE,
+                        GROUP,
+                    )
+                expert = np.int32(expert + np.int32(THREADS // WRITERS) * num_blocks)
+
+            start = np.uint32(start + np.uint32(ROUND))
+            while start < end:
+                cuda.syncthreads()
+                clear(marks, MARKS, THREADS)
+                cuda.syncthreads()
+                slot = np.uint32(start + thread)
+                word = mark_slot(expert_ids_ptr, slot, end, first_expert, num_experts, marks, warp, ROWS, WORDS)
+                rank = rank_in_warp(marks, word)
+                cuda.syncthreads()
+                for index in range(BINS_A_THREAD):
+                    word_of_bin = np.uint32(first_word + np.uint32(index))
+                    in_part = count_marks(marks, word_of_bin, numbers, 0)
+                    first_row = np.int32(next_rows[index] + before_part(in_part, part))
+                    replace_marks(marks, word_of_bin, numbers, 0, first_row)
+                    next_rows[index] += over_parts(in_part)
+                cuda.syncthreads()
+                if slot < end and warp < ROWS:
+                    place_slot(row_of_slot_ptr, token_of_row_ptr, slot, word, rank, marks, TOP_K)
+                start = np.uint32(start + np.uint32(ROUND))
 
     return plan_kernel
 
 
 @device_function
 def clear(words: Any, num_words: int, num_threads: int) -> None:
-    for index in range(cuda.threadIdx.x, num_words, num_threads):
-        words[index] = 0
+    thread = np.uint32(cuda.threadIdx.x)
+    for turn in range(num_words // num_threads):
+        words[np.uint32(thread + np.uint32(turn * num_threads))] = 0
+    last = np.uint32(thread + np.uint32(num_words // num_threads * num_threads))
+    if last < np.uint32(num_words):
+        words[last] = 0
 
 
 @device_function
-def mark_expert(
+def mark_slot(
     expert_ids_ptr: Any,
-    slot: np.int64,
-    end: np.int64,
+    slot: np.uint32,
+    end: np.uint32,
     first_expert: np.int32,
     num_experts: np.int32,
     marks: Any,
-    warp: np.int32,
+    warp: np.uint32,
     num_rows: int,
     row_words: int,
 ) -> np.int32:
-    """The local expert of a slot, marked, or NOT_LOCAL."""
+    """In which word of marks a slot set the bit of its lane, or NOT_LOCAL."""
     expert = NOT_LOCAL
-    if slot < end and warp < num_rows:
-        expert = local_id(load_word_of_gpu(expert_ids_ptr, slot), first_expert, num_experts)
+    if slot < end and warp < np.uint32(num_rows):
+        expert = local_id(load_word_of_gpu(expert_ids_ptr, np.int64(slot)), first_expert, num_experts)
+    word = NOT_LOCAL
     if expert != NOT_LOCAL:
+        word = np.int32(np.int32(warp) * np.int32(row_words) + expert)
         lane = np.uint32(cuda.threadIdx.x & (WARP_SIZE - 1))
-        cuda.atomic.or_(marks, warp * np.int32(row_words) + expert, np.uint32(_ONE << lane))
+        cuda.atomic.or_(marks, np.uint32(word), np.uint32(_ONE << lane))
     cuda.syncwarp()
-    return expert
+    return word
 
 
 @device_function
-def rank_in_warp(marks: Any, expert: np.int32, warp: np.int32, row_words: int) -> np.int32:
+def rank_in_warp(marks: Any, word: np.int32) -> np.int32:
     """Slots of the same expert in lower lanes."""
     rank = np.int32(0)
-    if expert != NOT_LOCAL:
-        rank = np.int32(
-            cuda.popc(np.uint32(marks[warp * np.int32(row_words) + expert] & np.uint32(cuda.lanemask_lt())))
-        )
+    if word != NOT_LOCAL:
+        rank = np.int32(cuda.popc(np.uint32(marks[np.uint32(word)] & np.uint32(cuda.lanemask_lt()))))
     return rank
 
 
@@ -359,17 +429,15 @@ def rank_in_warp(marks: Any, expert: np.int32, warp: np.int32, row_words: int) -
 def place_slot(
     row_of_slot_ptr: Any,
     token_of_row_ptr: Any,
-    slot: np.int64,
-    expert: np.int32,
+    slot: np.uint32,
+    word: np.int32,
     rank: np.int32,
     rows: Any,
-    warp: np.int32,
-    row_words: int,
     top_k: np.uint32,
 ) -> None:
     row = NOT_LOCAL
-    if expert != NOT_LOCAL:
-        row = np.int32(np.int32(rows[warp * np.int32(row_words) + expert]) + rank)
+    if word != NOT_LOCAL:
+        row = np.int32(np.int32(rows[np.uint32(word)]) + rank)
         token_of_row_ptr[row] = np.uint32(slot) // top_k
     row_of_slot_ptr[slot] = row
 
@@ -377,72 +445,115 @@ def place_slot(
 @device_function
 def local_id(expert_id: np.int32, first_expert: np.int32, num_experts: np.int32) -> np.int32:
     """Number of an expert among those that lie here, or NOT_LOCAL."""
-    # Compared before the subtraction, which may wrap for a garbage id.
-    is_local = expert_id >= first_expert and expert_id < first_expert + num_experts
-    return np.int32(expert_id - first_expert) if is_local else NOT_LOCAL
+    number = np.uint32(np.uint32(expert_id) - np.uint32(first_expert))  # wraps: a lower id becomes a large one
+    return np.int32(number) if number < np.uint32(num_experts) else NOT_LOCAL
 
 
 @device_function
 def num_tiles_of(num_slots: np.int32, tile_shift: np.int32) -> np.int32:
-    return np.int32((num_slots + (1 << tile_shift) - 1) >> tile_shift)
+    most_added = np.int32(np.int32(np.int32(1) << tile_shift) - np.int32(1))
+    return np.int32(np.int32(num_slots + most_added) >> tile_shift)
 
 
-@device_function
-def count_slots(
-    expert_ids_ptr: Any,
-    first: np.int64,
-    end: np.int64,
-    border: np.int64,
-    num_threads: int,
-    first_expert: np.int32,
-    num_experts: np.int32,
-    before: Any,
-    after: Any,
-) -> None:
-    """Add slots [first, end) to the counts of their experts: to `before` those below `border`, to `after` the others."""
-    slot = first + cuda.threadIdx.x
-    experts = cuda.local.array(BATCH, np.int32)
-    while slot < end:
-        for index in range(BATCH):
-            experts[index] = NOT_LOCAL
-            if slot + index * num_threads < end:
-                experts[index] = expert_ids_ptr[slot + index * num_threads]
-        for index in range(BATCH):
-            expert = local_id(experts[index], first_expert, num_experts)
+def build_count_slots(num_threads: int, num_bins: int) -> Any:
+    """(expert_ids_ptr, first, end, border, first_expert, num_experts, counts): count slots [first, end) of each expert.
+
+    Those from `border` on are added to counts[num_bins:].
+    """
+    THREADS = num_threads
+    count_eight, count_four = _build_count_batch(8, num_threads, num_bins), _build_count_batch(4, num_threads, num_bins)
+    count_two, count_one = _build_count_batch(2, num_threads, num_bins), _build_count_batch(1, num_threads, num_bins)
+
+    @device_function
+    def count_slots(
+        expert_ids_ptr: Any,
+        first: np.uint32,
+        end: np.uint32,
+        border: np.uint32,
+        first_expert: np.int32,
+        num_experts: np.int32,
+        counts: Any,
+    ) -> None:
+        slot = np.uint32(first + np.uint32(cuda.threadIdx.x))
+        while np.uint32(slot + np.uint32(7 * THREADS)) < end:
+            count_eight(expert_ids_ptr, slot, border, first_expert, num_experts, counts)
+            slot = np.uint32(slot + np.uint32(8 * THREADS))
+        if np.uint32(slot + np.uint32(3 * THREADS)) < end:
+            count_four(expert_ids_ptr, slot, border, first_expert, num_experts, counts)
+            slot = np.uint32(slot + np.uint32(4 * THREADS))
+        if np.uint32(slot + np.uint32(THREADS)) < end:
+            count_two(expert_ids_ptr, slot, border, first_expert, num_experts, counts)
+            slot = np.uint32(slot + np.uint32(2 * THREADS))
+        if slot < end:
+            count_one(expert_ids_ptr, slot, border, first_expert, num_experts, counts)
+
+    return count_slots
+
+
+def _build_count_batch(size: int, num_threads: int, num_bins: int) -> Any:
+    """Count a slot and each num_threads-th after it, `size` in all, whose ids are loaded together."""
+    SIZE = size
+    THREADS = num_threads
+    SECOND = np.uint32(num_bins)
+
+    @device_function
+    def count_batch(
+        expert_ids_ptr: Any,
+        slot: np.uint32,
+        border: np.uint32,
+        first_expert: np.int32,
+        num_experts: np.int32,
+        counts: Any,
+    ) -> None:
+        ids = cuda.local.array(SIZE, np.int32)
+        for index in range(SIZE):
+            ids[index] = expert_ids_ptr[np.uint32(slot + np.uint32(index * THREADS))]
+        for index in range(SIZE):
+            expert = local_id(ids[index], first_expert, num_experts)
             if expert != NOT_LOCAL:
-                if slot + index * num_threads < border:
-                    cuda.atomic.add(before, expert, 1)
-                else:
-                    cuda.atomic.add(after, expert, 1)
-        slot += BATCH * num_threads
+                place = np.uint32(expert)
+                if np.uint32(slot + np.uint32(index * THREADS)) >= border:
+                    place = np.uint32(place + SECOND)
+                cuda.atomic.add(counts, place, 1)
+
+    return count_batch
 
 
 def build_sum_counts(num_parts: int) -> Any:
-    """(counts_ptr, expert, part, num_experts) -> slots of an expert in every num_parts-th chunk: before this block's, and the others."""
+    """(counts_ptr, expert, part, num_experts) -> slots of an expert in every num_parts-th four chunks: before this block's, and in all."""
     PARTS = num_parts
-    LOADS = min(max(64 // num_parts, 4), 16)  # in flight; at once what 64 chunks hold, as far as registers reach
+    LOADS = 4  # in flight
+    WIDTH = COUNTS_A_LOAD
+    COUNTS = LOADS * WIDTH
 
     @device_function
     def sum_counts(
         counts_ptr: Any, expert: np.int32, part: np.int32, num_experts: np.int32
     ) -> tuple[np.int32, np.int32]:
-        this_chunk, num_chunks = np.int32(cuda.blockIdx.x), np.int32(cuda.gridDim.x)
-        counts = cuda.local.array(LOADS, np.int32)
+        num_loads = np.uint32(np.uint32(np.uint32(cuda.gridDim.x) + np.uint32(WIDTH - 1)) // np.uint32(WIDTH))
+        counts = cuda.local.array(COUNTS, np.int32)
         num_before = np.int32(0)
-        num_after = np.int32(0)
-        chunk = part
-        while chunk < num_chunks and expert < num_experts:
+        num_in_all = np.int32(0)
+        load = np.uint32(part)
+        while load < num_loads and np.int32(expert) < num_experts:
+            place = np.uint32(np.uint32(np.uint32(expert) * num_loads + load) * np.uint32(WIDTH))
             for index in range(LOADS):
-                counts[index] = 0
-                if chunk + index * PARTS < num_chunks:
-                    counts[index] = counts_ptr[(chunk + index * PARTS) * num_experts + expert]
+                for word in range(WIDTH):
+                    counts[index * WIDTH + word] = 0
+                if np.uint32(load + np.uint32(index * PARTS)) < num_loads:
+                    a, b, c, d = load_four(counts_ptr, np.int64(place) + index * PARTS * WIDTH)
+                    counts[index * WIDTH] = a
+                    counts[index * WIDTH + 1] = b
+                    counts[index * WIDTH + 2] = c
+                    counts[index * WIDTH + 3] = d
+            chunks_before = np.int32(np.int32(cuda.blockIdx.x) - np.int32(load) * np.int32(WIDTH))
             for index in range(LOADS):
-                if chunk + index * PARTS < this_chunk:
-                    num_before += counts[index]
-                else:
-                    num_after += counts[index]
-            chunk += LOADS * PARTS
-        return np.int32(num_before), np.int32(num_after)
+                for word in range(WIDTH):
+                    num_in_all += counts[index * WIDTH + word]
+                    if np.int32(index * PARTS * WIDTH + word) < chunks_before:
+                        num_before += counts[index * WIDTH + word]
+            load = np.uint32(load + np.uint32(LOADS * PARTS))
+        return np.int32(num_before), np.int32(num_in_all)
 
     return sum_counts
 
@@ -460,17 +571,18 @@ def write_tiles_and_padding(
     tile_shift: np.int32,
 ) -> None:
     """Write what is known of an expert's rows before its slots are placed; its threads share the work."""
-    limit = (first_tile << tile_shift) + num_slots
-    tile_limit = first_tile + num_tiles_of(num_slots, tile_shift)
-    tile = first_tile + part
+    limit = np.int32((first_tile << tile_shift) + num_slots)
+    tile_limit = np.int32(first_tile + num_tiles_of(num_slots, tile_shift))
+    row_limit = np.int32(tile_limit << tile_shift)
+    tile = np.int32(first_tile + part)
     while tile < tile_limit:
         expert_of_tile_ptr[tile] = expert
         row_limit_of_tile_ptr[tile] = limit
-        tile += num_parts
-    row = limit + part
-    while row < tile_limit << tile_shift:
+        tile = np.int32(tile + np.int32(num_parts))
+    row = np.int32(limit + part)
+    while row < row_limit:
         token_of_row_ptr[row] = NOT_LOCAL
-        row += num_parts
+        row = np.int32(row + np.int32(num_parts))
 
 
 @device_function
@@ -486,24 +598,26 @@ def write_units(
     first_row: np.int32,
     num_slots: np.int32,
     first_unit: np.int32,
-    num_units: np.int32,
-    multiple: int,
-    max_group: int,
     part: np.int32,
     num_parts: int,
+    max_rows: int,
+    multiple: int,
+    max_group: int,
 ) -> None:
     """Write the units of an expert, of even size and in groups of even size; its threads share the work."""
+    num_units = num_units_of(num_slots, max_rows)
+    most = np.uint32(np.uint32(num_units) * np.uint32(multiple))
+    num_groups = np.uint32(np.uint32(np.uint32(num_units) + np.uint32(max_group - 1)) // np.uint32(max_group))
     unit = part
     while unit < num_units:
-        most = np.uint32(num_units * np.int32(multiple))
-        unit_rows = np.int32(np.int32(np.uint32(np.uint32(num_slots) + most - _ONE) // most) * np.int32(multiple))
-        num_groups = np.uint32(np.uint32(num_units + max_group - 1) // np.uint32(max_group))
+        unit_rows = np.int32(np.uint32(np.uint32(np.uint32(num_slots) + most - _ONE) // most) * np.uint32(multiple))
         group_units = np.uint32(np.uint32(np.uint32(num_units) + num_groups - _ONE) // num_groups)
         in_group = np.int32(np.uint32(np.uint32(unit) // group_units) * group_units)
+        start = np.int32(unit * unit_rows)
         place = np.int64(first_unit + unit)
         records_ptr[place] = expert
-        records_ptr[place + max_units] = first_row + unit * unit_rows
-        records_ptr[place + 2 * max_units] = min(unit_rows, num_slots - unit * unit_rows)
-        records_ptr[place + 3 * max_units] = first_unit + in_group
-        records_ptr[place + 4 * max_units] = min(np.int32(group_units), num_units - in_group)
-        unit += num_parts
+        records_ptr[place + max_units] = np.int32(first_row + start)
+        records_ptr[place + 2 * max_units] = min(unit_rows, np.int32(num_slots - start))
+        records_ptr[place + 3 * max_units] = np.int32(first_unit + in_group)
+        records_ptr[place + 4 * max_units] = min(np.int32(group_units), np.int32(num_units - in_group))
+        unit = np.int32(unit + np.int32(num_parts))

@@ -97,7 +97,7 @@ def test_scratch_holds_the_counts_of_either_planner() -> None:
     assert config.scratch_bytes(8192) == in_triton
 
 
-@pytest.mark.parametrize("num_experts", [1, 13, 256, 2048])
+@pytest.mark.parametrize("num_experts", [1, 13, 256, 700, 2048])
 @pytest.mark.parametrize("num_slots", [16385, 1 << 20, 1 << 28])
 def test_there_are_no_more_chunks_and_counts_than_a_launch_is_made_for(num_slots, num_experts) -> None:
     assert TRITON_CHUNKING.num_chunks(num_slots, num_experts) <= 512
