@@ -35,7 +35,11 @@ PEER_SHAPES = (
 ALL_TOKENS = tuple(1 << power for power in range(15))  # 1 to 16384
 SOME_TOKENS = (1, 128, 2048, 8192)
 TINY_TOKENS = (1, 40)
-Record = Callable[[dict[str, object]], None]  # keeps a result for a table at the end
+Record = Callable[[dict[str, object]], None]  # writes a result, and keeps it for a table at the end
+NUMBERS = ("device_us", "tflops", "gb_per_s", "share_of_roof", "dense_us", "share_of_dense")
+LAYER_NAMES = ("model", "num_tokens", "routing", *NUMBERS, "timed")
+ROUTING_NUMBERS = ("route_us", "route_permute_us", "experts_us", "whole_us", "added_us")
+ROUTING_NAMES = ("num_tokens", "num_experts", "top_k", *ROUTING_NUMBERS, "rule")
 LAYER_RECORDS = pytest.StashKey[list[dict[str, object]]]()
 ROUTING_RECORDS = pytest.StashKey[list[dict[str, object]]]()
 
@@ -101,29 +105,41 @@ def sets(request: pytest.FixtureRequest, layer: Layer) -> Iterator[list[Inputs]]
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Record:
-    return request.config.stash[LAYER_RECORDS].append
+    return _record_of(request.config, LAYER_RECORDS, LAYER_NAMES)
 
 
 @pytest.fixture
 def record_routing(request: pytest.FixtureRequest) -> Record:
-    return request.config.stash[ROUTING_RECORDS].append
+    return _record_of(request.config, ROUTING_RECORDS, ROUTING_NAMES)
+
+
+def _record_of(config: pytest.Config, key: pytest.StashKey[list[dict[str, object]]], names: tuple[str, ...]) -> Record:
+    """At once, so that a run that is cut short has shown what it measured."""
+
+    def record(result: dict[str, object]) -> None:
+        config.stash[key].append(result)
+        reporter, capture = map(config.pluginmanager.get_plugin, ("terminalreporter", "capturemanager"))
+        assert reporter is not None
+        assert capture is not None
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line("  ".join(f"{name} {text}" for name, text in zip(names, _texts(result, names))))
+
+    return record
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    numbers = ("device_us", "tflops", "gb_per_s", "share_of_roof", "dense_us", "share_of_dense")
-    layer_names = ("model", "num_tokens", "routing", *numbers, "timed")
-    routing_names = ("num_tokens", "num_experts", "top_k", "route_us", "route_permute_us")
-    routing_names = (*routing_names, "experts_us", "whole_us", "added_us", "rule")
     for title, key, names in (
-        ("on the device", LAYER_RECORDS, layer_names),
-        ("routing, on the device", ROUTING_RECORDS, routing_names),
+        ("on the device", LAYER_RECORDS, LAYER_NAMES),
+        ("routing, on the device", ROUTING_RECORDS, ROUTING_NAMES),
     ):
         if records := config.stash[key]:
-            lines = [
-                [_text(record.get(name), is_share=name.startswith("share")) for name in names] for record in records
-            ]
             terminalreporter.section(title)
-            terminalreporter.write_line(table(names, lines))
+            terminalreporter.write_line(table(names, [_texts(result, names) for result in records]))
+
+
+def _texts(result: dict[str, object], names: tuple[str, ...]) -> list[str]:
+    return [_text(result.get(name), is_share=name.startswith("share")) for name in names]
 
 
 def _text(value: object, *, is_share: bool) -> str:
