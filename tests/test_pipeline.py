@@ -402,6 +402,46 @@ def test_captured_call_follows_changed_inputs(num_tokens: int, cuda: torch.devic
         assert torch.equal(captured, call())
 
 
+@pytest.mark.parametrize("predecessor", ["copy", "zeros", "another stream"])
+@pytest.mark.parametrize("num_tokens", [7, 64, 5000])
+def test_a_captured_layer_waits_for_what_is_no_kernel_before_it(
+    num_tokens: int, predecessor: str, cuda: torch.device
+) -> None:
+    """Its first kernel is a dependent launch, which a graph knows of kernels only: not of copies, nor of several streams."""
+    pipeline, call, problem = layer_on(cuda, num_tokens)
+    generator = torch.Generator(device=cuda).manual_seed(0)
+    sources = torch.randn(4, *problem.logits.shape, generator=generator, device=cuda)
+    source, large = sources[0].clone(), torch.randn(2, 1 << 24, generator=generator, device=cuda)
+    other_stream = torch.cuda.Stream()
+
+    def write_logits() -> None:
+        if predecessor == "another stream":
+            other_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(other_stream):
+                large[0].mul_(1.0)
+                torch.add(source, 0.0, out=problem.logits)
+            torch.cuda.current_stream().wait_stream(other_stream)
+        else:
+            large[0].copy_(large[1])
+            problem.logits.copy_(source) if predecessor == "copy" else problem.logits.zero_()
+
+    write_logits()
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        write_logits()
+        captured = call()
+    for new_source in sources:
+        source.copy_(new_source)
+        problem.logits.fill_(float("nan"))
+        captured.fill_(float("nan"))
+        graph.replay()
+        logits = new_source if predecessor != "zeros" else torch.zeros_like(new_source)
+        expected = pipeline(logits, problem.hidden_states, problem.w1, problem.w2)
+        assert torch.equal(captured, expected)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 64, 3000])
 def test_twenty_runs_give_the_same_bits(num_tokens: int, cuda: torch.device) -> None:
     _, call, _ = layer_on(cuda, num_tokens)
