@@ -25,9 +25,11 @@ from moe.warp import (
     device_function,
     gdc_launch_dependents,
     gdc_wait,
+    lane_in_warp,
     load_four,
     load_word_of_gpu,
     warp_add,
+    warp_in_block,
 )
 
 NOT_LOCAL = np.int32(-1)
@@ -168,7 +170,7 @@ def build_plan_kernel(
     @device_function
     def sum_in_warp(number: np.int32) -> np.int32:
         """A number of the experts of each thread -> its sum over those of this warp up to this thread's."""
-        lane = np.int32(cuda.threadIdx.x & (WARP_SIZE - 1))
+        lane = lane_in_warp()
         for step in range(BIN_STEPS):
             distance = PARTS << step
             of_lower = cuda.shfl_up_sync(FULL_MASK, number, distance)
@@ -177,11 +179,40 @@ def build_plan_kernel(
 
     @device_function
     def sum_of_lower_warps(number_of_warp: Any) -> np.int32:
-        lane = np.uint32(cuda.threadIdx.x & (WARP_SIZE - 1))
+        lane = lane_in_warp()
         of_lower = np.int32(0)
-        if lane < np.uint32(cuda.threadIdx.x >> 5):
-            of_lower = number_of_warp[lane]
+        if lane < warp_in_block():
+            of_lower = number_of_warp[np.uint32(lane)]
         return np.int32(warp_add(np.uint32(of_lower)))
+
+    @device_function
+    def write_around(
+        maps: Any,
+        tile_shift: np.int32,
+        max_units: np.int32,
+        expert: np.int32,
+        first_tile: np.int32,
+        num_slots: np.int32,
+        first_unit: np.int32,
+        writer: np.int32,
+    ) -> None:
+        """A writer's share of what is known of an expert's rows without its slots."""
+        write_tiles_and_padding(maps[0], maps[1], maps[2], expert, first_tile, num_slots, writer, WRITERS, tile_shift)
+        if WRITES_UNITS:
+            first_row = np.int32(first_tile << tile_shift)
+            write_units(
+                maps[3],
+                max_units,
+                expert,
+                first_row,
+                num_slots,
+                first_unit,
+                writer,
+                WRITERS,
+                UNIT_ROWS,
+                MULTIPLE,
+                GROUP,
+            )
 
     def plan_kernel(
         expert_ids_ptr: Any,  # [T, K] int32
@@ -209,6 +240,7 @@ def build_plan_kernel(
         start = np.uint32(np.uint32(cuda.blockIdx.x) * np.uint32(chunk_slots))
         end = np.uint32(min(np.uint32(start + np.uint32(chunk_slots)), np.uint32(num_slots)))
 
+        maps = (token_of_row_ptr, expert_of_tile_ptr, row_limit_of_tile_ptr, unit_records_ptr)
         marks = cuda.shared.array(MARKS, np.uint32)
         tiles_of_warp = cuda.shared.array(WARP_SIZE, np.int32)
         units_of_warp = cuda.shared.array(WARP_SIZE if WRITES_UNITS else 1, np.int32)
@@ -280,31 +312,7 @@ def build_plan_kernel(
             replace_marks(marks, word_of_bin, numbers, index * ROWS_A_PART, first_row)
             next_rows[index] += in_round[index]
             if IS_WHOLE:
-                write_tiles_and_padding(
-                    token_of_row_ptr,
-                    expert_of_tile_ptr,
-                    row_limit_of_tile_ptr,
-                    np.int32(bin),
-                    tile,
-                    totals[index],
-                    part,
-                    WRITERS,
-                    tile_shift,
-                )
-                if WRITES_UNITS:
-                    write_units(
-                        unit_records_ptr,
-                        max_units,
-                        np.int32(bin),
-                        tile << tile_shift,
-                        totals[index],
-                        unit,
-                        part,
-                        WRITERS,
-                        UNIT_ROWS,
-                        MULTIPLE,
-                        GROUP,
-                    )
+                write_around(maps, tile_shift, max_units, np.int32(bin), tile, totals[index], unit, part)
             elif part == 0:
                 counts[bin] = tile
                 counts[np.uint32(bin + np.uint32(BINS))] = totals[index]
@@ -331,31 +339,8 @@ def build_plan_kernel(
             while expert < num_experts:
                 first_tile = counts[np.uint32(expert)]
                 total = counts[np.uint32(np.uint32(expert) + np.uint32(BINS))]
-                write_tiles_and_padding(
-                    token_of_row_ptr,
-                    expert_of_tile_ptr,
-                    row_limit_of_tile_ptr,
-                    expert,
-                    first_tile,
-                    total,
-                    writer,
-                    WRITERS,
-                    tile_shift,
-                )
-                if WRITES_UNITS:
-                    write_units(
-                        unit_records_ptr,
-                        max_units,
-                        expert,
-                        first_tile << tile_shift,
-                        total,
-                        first_units[np.uint32(expert)],
-                        writer,
-                        WRITERS,
-                        UNIT_ROWS,
-                        MULTIPLE,
-                        GROUP,
-                    )
+                first_unit = first_units[np.uint32(expert)] if WRITES_UNITS else np.int32(0)
+                write_around(maps, tile_shift, max_units, expert, first_tile, total, first_unit, writer)
                 expert = np.int32(expert + np.int32(THREADS // WRITERS) * num_blocks)
 
             start = np.uint32(start + np.uint32(ROUND))
@@ -410,8 +395,7 @@ def mark_slot(
     word = NOT_LOCAL
     if expert != NOT_LOCAL:
         word = np.int32(np.int32(warp) * np.int32(row_words) + expert)
-        lane = np.uint32(cuda.threadIdx.x & (WARP_SIZE - 1))
-        cuda.atomic.or_(marks, np.uint32(word), np.uint32(_ONE << lane))
+        cuda.atomic.or_(marks, np.uint32(word), np.uint32(_ONE << np.uint32(lane_in_warp())))
     cuda.syncwarp()
     return word
 
