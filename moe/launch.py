@@ -14,6 +14,9 @@ from torch import Tensor
 
 from moe.kept_ptx import is_kept, kept_ptx
 
+# Blocks that a multiprocessor must hold. Told nothing, a large block may find too few registers; told the threads of a block
+# alone, the compiler of driver 580 keeps to 32 registers where ptxas takes 48: routing over 384 experts took 1.9 us for 1.7.
+LEAST_BLOCKS = 1
 _INSTALL = 'pip install "moe-stages[cuda13]"'
 _compile_lock = threading.Lock()
 _this_thread = threading.local()
@@ -70,7 +73,7 @@ class NumbaKernel:
                 cc=capability,
                 output="ptx",
                 opt=True,
-                launch_bounds=self.threads_per_block,  # else a large block may find too few registers
+                launch_bounds=(self.threads_per_block, LEAST_BLOCKS),
             )
         except not_found as error:
             raise ImportError(f"libNVVM or NVRTC, which compile the numba kernels, is missing; {_INSTALL}") from error

@@ -17,6 +17,8 @@ from numba import cuda
 from moe.routing.keys import NO_KEY
 from moe.warp import FULL_MASK, WARP_SIZE, device_function, warp_max, word_of_lane
 
+HAS_MORE_KEY = np.uint32(0xFFFFFFFF)  # larger than any other key, and that of computed NaNs
+
 
 def slots_per_lane(num_candidates: int) -> int:
     """Slots that each lane needs: 1, 2 or a multiple of 4, which one load may fill."""
@@ -24,9 +26,14 @@ def slots_per_lane(num_candidates: int) -> int:
     return needed if needed <= 2 else -(-needed // 4) * 4
 
 
-def num_sorted(num_slots: int, count: int) -> int:
-    """Of its best keys, those that a lane sorts to give away: a power of two."""
-    return 1 << (min(num_slots, count) - 1).bit_length()
+def num_sorted(num_slots: int, count: int, num_lanes: int) -> int:
+    """Of its best keys, those that a lane sorts to give away: a power of two.
+
+    All that it may have to give, or 8, where no lane has to give more if `count` choices fall at random on `num_lanes` lanes,
+    but in a few warps of a thousand.
+    """
+    likely = 8 if count <= 2 * num_lanes else count
+    return 1 << (min(num_slots, count, likely) - 1).bit_length()
 
 
 def build_sort_best(*, num_slots: int, length: int) -> Any:
@@ -60,23 +67,26 @@ def build_sort_best(*, num_slots: int, length: int) -> Any:
     return sort_best
 
 
-def build_choose_best(*, num_slots: int, count: int, num_warps: int) -> Any:
+def build_choose_best(*, num_slots: int, length: int, count: int, num_warps: int) -> Any:
     """(best_keys, keys, lane, warp) -> key and number of the candidate that is the lane-th best; NO_KEY and 0 from lane `count` on.
 
-    Each lane has sorted as many of its best keys as may be chosen, without their slots, so that a choice takes one reduction
-    and one vote. In the end each lane looks up in which slot its key was. Among equal keys the lower number comes first.
+    Each lane has sorted those of its best keys that it is likely to give away, without their slots, so that a choice takes one
+    reduction and one vote. A warp in which a lane would have to give more begins again, and looks at all keys for each choice.
+    In the end each lane looks up in which slot its key was. Among equal keys the lower number comes first.
 
     Args:
-        num_slots: length of `keys`.
-        count: how many to choose, up to 32; so many have a key at least. `best_keys` are num_sorted(num_slots, count), and
-            are used up.
+        num_slots: length of `keys`, which stay as they are.
+        length: of `best_keys`, the largest of `keys`, descending, which are used up. A lane whose first is NO_KEY is ruled out.
+        count: how many to choose, up to 32; so many have a key at least.
         num_warps: warps of a block, `warp` being one of them.
     """
     SLOTS = num_slots
     COUNT = count
-    MOST = min(num_slots, count)  # that one lane may give away
     WORDS = 2 * count  # of a warp: the keys, then the lanes that hold them
     ALL_WORDS = num_warps * WORDS
+    MAY_RUN_OUT = length < min(num_slots, count)
+    choose_of_sorted = _build_choose_of_sorted(length, count, HAS_MORE_KEY if MAY_RUN_OUT else NO_KEY)
+    choose_of_all = _build_choose_of_all(num_slots, count)
     slot_of_key = _build_slot_of_key(num_slots)
 
     @device_function
@@ -84,17 +94,10 @@ def build_choose_best(*, num_slots: int, count: int, num_warps: int) -> Any:
         # Choice by choice into memory, whence each lane takes its own: fewer instructions than a select a choice.
         chosen = cuda.shared.array(ALL_WORDS, np.uint32)
         first_word = np.uint32(warp * np.int32(WORDS))
-        lower_lanes = cuda.lanemask_lt()
-        for choice in range(COUNT):
-            best = warp_max(best_keys[0])
-            is_best = best_keys[0] == best
-            holders = np.uint32(cuda.ballot_sync(FULL_MASK, is_best))
-            is_taken = is_best and holders & lower_lanes == 0
-            chosen[np.uint32(first_word + np.uint32(choice))] = best  # all lanes the same
-            chosen[np.uint32(first_word + np.uint32(COUNT + choice))] = holders
-            for slot in range(MOST - 1):
-                best_keys[slot] = best_keys[slot + 1] if is_taken else best_keys[slot]
-            best_keys[MOST - 1] = NO_KEY if is_taken else best_keys[MOST - 1]
+        is_ruled_out = best_keys[0] == NO_KEY
+        worst = choose_of_sorted(best_keys, chosen, first_word)
+        if MAY_RUN_OUT and worst == HAS_MORE_KEY:  # all lanes the same
+            choose_of_all(keys, is_ruled_out, chosen, first_word)
         cuda.syncwarp()
 
         is_chosen = lane < COUNT
@@ -111,6 +114,68 @@ def build_choose_best(*, num_slots: int, count: int, num_warps: int) -> Any:
         return my_key, candidate if is_chosen else np.int32(0)
 
     return choose_best
+
+
+def _build_choose_of_sorted(length: int, count: int, key_beyond: np.uint32) -> Any:
+    """(best_keys, chosen, first_word) -> the last choice's key. `chosen` takes `count` keys, from first_word on, then the lanes that have them.
+
+    Args:
+        length: of `best_keys`, descending, which are used up.
+        key_beyond: what a lane has left that gave all away.
+    """
+    LAST = length - 1
+    COUNT = count
+    KEY_BEYOND = key_beyond
+
+    @device_function
+    def choose_of_sorted(best_keys: Any, chosen: Any, first_word: np.uint32) -> np.uint32:
+        lower_lanes = cuda.lanemask_lt()
+        best = NO_KEY
+        for choice in range(COUNT):
+            best = warp_max(best_keys[0])
+            is_best = best_keys[0] == best
+            holders = np.uint32(cuda.ballot_sync(FULL_MASK, is_best))
+            is_taken = is_best and holders & lower_lanes == 0
+            chosen[np.uint32(first_word + np.uint32(choice))] = best  # all lanes the same
+            chosen[np.uint32(first_word + np.uint32(COUNT + choice))] = holders
+            for slot in range(LAST):
+                best_keys[slot] = best_keys[slot + 1] if is_taken else best_keys[slot]
+            best_keys[LAST] = KEY_BEYOND if is_taken else best_keys[LAST]
+        return best
+
+    return choose_of_sorted
+
+
+def _build_choose_of_all(num_slots: int, count: int) -> Any:
+    """(keys, is_ruled_out, chosen, first_word): as `choose_of_sorted`, of unsorted keys. A lane that is ruled out gives none away."""
+    SLOTS = num_slots
+    COUNT = count
+
+    @device_function
+    def choose_of_all(keys: Any, is_ruled_out: bool, chosen: Any, first_word: np.uint32) -> None:
+        cuda.syncwarp()  # what was chosen of the sorted is written over
+        lower_lanes = cuda.lanemask_lt()
+        # What the lane gave away last: it gives its largest first, of equal ones that of the lowest slot.
+        last = NO_KEY if is_ruled_out else HAS_MORE_KEY  # no key is above this one, and none below that one
+        last_slot = np.int32(-1)
+        for choice in range(COUNT):
+            mine = NO_KEY
+            my_slot = np.int32(0)
+            for slot in range(SLOTS):
+                is_left = (keys[slot] < last) | ((keys[slot] == last) & (np.int32(slot) > last_slot))
+                is_better = is_left & (keys[slot] > mine)
+                mine = keys[slot] if is_better else mine
+                my_slot = np.int32(slot) if is_better else my_slot
+            best = warp_max(mine)
+            is_best = mine == best
+            holders = np.uint32(cuda.ballot_sync(FULL_MASK, is_best))
+            is_taken = is_best and holders & lower_lanes == 0
+            chosen[np.uint32(first_word + np.uint32(choice))] = best
+            chosen[np.uint32(first_word + np.uint32(COUNT + choice))] = holders
+            last = best if is_taken else last
+            last_slot = my_slot if is_taken else last_slot
+
+    return choose_of_all
 
 
 def _build_slot_of_key(num_slots: int) -> Any:

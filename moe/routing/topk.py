@@ -92,6 +92,9 @@ def kernel_of(
     """The kernel of a config, for logits and bias (None: without) of these dtypes. See `build_topk_kernel`."""
     keep_best_groups = keep_lanes_of_best_groups = None
     num_slots = slots_per_lane(config.num_experts)
+    num_lanes = -(-config.num_experts // num_slots)
+    if config.is_grouped:
+        num_lanes = num_lanes * config.topk_group // config.n_group
     groups = {
         "num_experts": config.num_experts,
         "num_slots": num_slots,
@@ -108,6 +111,7 @@ def kernel_of(
         num_experts=config.num_experts,
         top_k=config.top_k,
         num_warps=WARPS_PER_BLOCK,
+        num_lanes=num_lanes,
         load_width=_load_width(config.num_experts),
         logit_of=_FLOAT_OF[logits_dtype],
         bias_of=rounded_to_bfloat16 if config.is_grouped and bias_dtype is torch.float32 else bias_of,

@@ -32,6 +32,7 @@ def build_topk_kernel(
     num_experts: int,
     top_k: int,
     num_warps: int,
+    num_lanes: int,
     load_width: int,
     logit_of: Any,
     bias_of: Any,
@@ -44,6 +45,7 @@ def build_topk_kernel(
 
     Args:
         num_warps: warps, and so tokens, of a block.
+        num_lanes: lanes over which the choices are spread, where experts are equally likely.
         load_width: neighbours that one load reads, 1, 2 or 4, from addresses that are multiples of their size.
         logit_of, bias_of: device functions from an element in memory to float32. bias_of is None without bias.
         keep_best_groups: device function (keys, lane, warp) that rules experts out, or None.
@@ -57,7 +59,7 @@ def build_topk_kernel(
     SLOTS = slots_per_lane(num_experts)
     HAS_BIAS = bias_of is not None
     LANES_ARE_FULL = num_experts == SLOTS * WARP_SIZE
-    NUM_SORTED = num_sorted(SLOTS, top_k if keep_lanes_of_best_groups is None else max(top_k, 2))
+    NUM_SORTED = num_sorted(SLOTS, top_k if keep_lanes_of_best_groups is None else max(top_k, 2), num_lanes)
     WRITES_REPLAY = writes_replay
     USES_PDL = uses_pdl
     NEEDS_LOGIT = rule.weighs_logit
@@ -67,7 +69,7 @@ def build_topk_kernel(
     keep = keep_best_groups or leave_keys
     sort_best = build_sort_best(num_slots=SLOTS, length=NUM_SORTED)
     keep_lanes = keep_lanes_of_best_groups or leave_lanes
-    choose_best = build_choose_best(num_slots=SLOTS, count=top_k, num_warps=num_warps)
+    choose_best = build_choose_best(num_slots=SLOTS, length=NUM_SORTED, count=top_k, num_warps=num_warps)
 
     def topk_kernel(
         logits_ptr: Any,  # [T, E] float32, or uint16 with the bits of bfloat16

@@ -97,6 +97,51 @@ def test_equal_logits_within_and_across_lanes_go_by_id(numba_device, num_experts
     assert run(logits, None, config, numba_device).expert_ids.tolist() == expected.tolist()
 
 
+def rows_with_many_of_the_best_in_one_lane(num_experts: int, top_k: int) -> Tensor:
+    """[2 S + 2, E], all numbers of a row different: 1 to S of the best K in one lane of S slots; one row that rises, one that falls."""
+    generator = torch.Generator().manual_seed(num_experts + top_k)
+    num_slots = -(-num_experts // 128) * 4
+    numbers = torch.linspace(4, -4, num_experts)  # sigmoids are different too
+    rows = [numbers, numbers.flip(0)]
+    for count in [*range(1, num_slots + 1)] * 2:
+        first = num_slots * int(torch.randint(num_experts // num_slots, (1,), generator=generator))
+        experts = torch.randperm(num_experts, generator=generator)
+        in_lane = (experts >= first) & (experts < first + num_slots)
+        mine, others = experts[in_lane], experts[~in_lane]
+        best = torch.cat([mine[:count], others[: max(top_k - count, 0)]])
+        best = best[torch.randperm(len(best), generator=generator)]
+        order = torch.cat([best, mine[count:], others[max(top_k - count, 0) :]])
+        rows.append(torch.empty(num_experts).index_copy_(0, order, numbers))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        config_of(RoutingMethod.TOPK, 256, 8),  # a lane has sorted all its keys
+        config_of(RoutingMethod.TOPK, 512, 10),
+        config_of(RoutingMethod.TOPK, 512, 24),
+        config_of(RoutingMethod.DEEPSEEK_V3, 384, 9),
+        grouped(512, 16, 8, 4),  # lanes are ruled out
+        grouped(512, 12, 8, 3),
+        grouped(384, 12, 12, 6),  # experts are
+    ],
+    ids=lambda c: f"E{c.num_experts}-K{c.top_k}-G{c.n_group}-{c.topk_group}",
+)
+def test_one_lane_may_hold_more_of_the_best_than_it_has_sorted(numba_device, config):
+    logits = rows_with_many_of_the_best_in_one_lane(config.num_experts, config.top_k)
+    assert_same(run(logits, None, config, numba_device), select_experts_reference(logits, config=config))
+
+
+def test_as_many_nans_as_choices_are_chosen_by_id(numba_device):
+    """The key of a computed NaN is the one that stands for "has more"."""
+    config = config_of(RoutingMethod.SIGMOID, 512, 10)
+    logits = torch.randn(2, 512, generator=torch.Generator().manual_seed(0))
+    nans = torch.tensor([[3, 9, 10, 11, 12, 13, 14, 250, 300, 511], list(range(10))])
+    logits.scatter_(1, nans, torch.nan)
+    assert run(logits, None, config, numba_device).expert_ids.tolist() == nans.tolist()
+
+
 @pytest.mark.parametrize("bias_dtype", BIAS_DTYPES, ids=DTYPE_IDS.get)
 @pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=DTYPE_IDS.get)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
