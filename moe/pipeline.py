@@ -343,8 +343,7 @@ def build_pipeline(config: MoEConfig, device: torch.device | str, *, uses_pdl: b
             local_expert_offset=config.permute.local_expert_offset,
             slot_tile=config.few_tokens.slot_tile,
             token_tile=config.few_tokens.token_tile,
-            # With a slice of the experts, dependent launches took longer on an H200 from two tokens on.
-            uses_pdl=uses_pdl and config.permute.num_local_experts == config.num_experts,
+            uses_pdl=uses_pdl,
         )
         fused = FusedExperts(
             partial(few_token_experts, config=few),

@@ -663,7 +663,8 @@ def test_few_tokens_for_a_gpu_get_the_slice_and_what_the_config_names() -> None:
     fused = build_pipeline(MoEConfig(**dict(config) | {"few_tokens": tiles}), "cuda").fused
     few = fused.run.keywords["config"]
     assert (fused.max_tokens, few.slot_tile, few.token_tile) == (5, tiles.slot_tile, tiles.token_tile)
-    assert (few.local_expert_offset, few.gemm1.num_experts, few.uses_pdl) == (3, 4, False)
+    assert (few.local_expert_offset, few.gemm1.num_experts, few.uses_pdl) == (3, 4, True)
+    assert not few.triggers_early
 
 
 def test_what_the_kernels_for_a_gpu_do_not_take_is_left_to_what_does() -> None:

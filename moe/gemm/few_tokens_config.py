@@ -90,6 +90,15 @@ class FewTokenConfig(FrozenConfig):
         """Whether some experts lie elsewhere."""
         return self.gemm1.num_experts < self.num_experts
 
+    @property
+    def triggers_early(self) -> bool:
+        """Whether a dependent launch lets the next kernel's programs start before its own have ended.
+
+        Not with a slice: the next programs would crowd where those of absent slots leave at once. On an H200 that took 38.3 us
+        for 34.8 in deepseek-v3-ep8 at one token and 66 for 54.5 at two.
+        """
+        return not self.is_slice
+
     @functools.cached_property
     def max_tokens(self) -> int:
         """Most tokens for which this is faster than permuting them: one at the least."""

@@ -77,6 +77,7 @@ def _kernel_of(config: FewTokenConfig, uses_pdl: bool) -> tuple[KeptKernel, int]
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         USES_PDL=uses_pdl,
+        TRIGGERS=config.triggers_early,
         num_warps=tile.num_warps,
         launch_pdl=uses_pdl,
     )

@@ -30,6 +30,7 @@ def slot_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     USES_PDL: tl.constexpr,
+    TRIGGERS: tl.constexpr,  # lets the next kernel start early; else it starts when this one's programs have ended
     num_warps: tl.constexpr,
 ):
     WEIGHT_ROWS: tl.constexpr = 2 * OUT_FEATURES if IS_GATED else OUT_FEATURES
@@ -37,7 +38,8 @@ def slot_gemm_kernel(
     if USES_PDL:
         # Wait, then trigger: what runs before gemm2's own wait may read all that was written before this kernel.
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if TRIGGERS:
+            tl.extra.cuda.gdc_launch_dependents()
     # Slots are the grid's fast axis: those that share an expert read a block of its weights one after another, from L2.
     slot = tl.program_id(0)
     expert, is_local = expert_of_slot(expert_ids_ptr, slot, first_expert, num_experts)

@@ -81,6 +81,7 @@ def _kernel_of(config: FewTokenConfig, uses_pdl: bool) -> tuple[KeptKernel, int]
         SKIPS_ABSENT=config.is_slice,
         IS_UNROLLED=is_unrolled,
         USES_PDL=uses_pdl,
+        TRIGGERS=config.triggers_early,
         num_warps=tile.num_warps,
         launch_pdl=uses_pdl,
     )

@@ -28,6 +28,7 @@ def token_gemm_kernel(
     SKIPS_ABSENT: tl.constexpr,  # branch around slots without a local expert; else read expert 0 and drop the row
     IS_UNROLLED: tl.constexpr,
     USES_PDL: tl.constexpr,
+    TRIGGERS: tl.constexpr,  # lets the next kernel start early; else it starts when this one's programs have ended
     num_warps: tl.constexpr,
 ):
     NUM_STEPS: tl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
@@ -55,7 +56,8 @@ def token_gemm_kernel(
         )
     if USES_PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if TRIGGERS:
+            tl.extra.cuda.gdc_launch_dependents()
 
     total = tl.zeros((BLOCK_N,), tl.float32)
     if IS_UNROLLED:
