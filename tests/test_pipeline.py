@@ -701,16 +701,21 @@ def test_a_pipeline_for_a_gpu_stands_on_kernels_for_few_tokens_too(cuda: torch.d
 
 
 @pytest.mark.parametrize(
-    "num_tokens", [5, 24, 300, 1000, 5000], ids="T{}".format
-)  # few tokens; portable, swapped, wide GEMMs; two launches that plan
-def test_dependent_launches_of_a_whole_layer_race_with_nothing(num_tokens: int, cuda: torch.device) -> None:
+    ("num_tokens", "num_local_experts"),
+    # few tokens; portable, swapped, wide GEMMs; two launches that plan; a slice, with few tokens and more
+    [(5, 16), (24, 16), (300, 16), (1000, 16), (5000, 16), (3, 8), (300, 8)],
+)
+def test_dependent_launches_of_a_whole_layer_race_with_nothing(
+    num_tokens: int, num_local_experts: int, cuda: torch.device
+) -> None:
     """A captured chain of dependent layers, replayed over random inputs beside a noisy stream, has the plain chain's bits.
 
     Layers write into one another's inputs and reuse freed memory, so a kernel that reads or writes too early meets what
     another one is still using.
     """
     num_replays, num_inputs, num_layers = 2_500, 16, 3
-    config = MoEConfig.create(hidden_size=512, intermediate_size=320, num_experts=16, top_k=4)  # W1: enough to prefetch
+    dims = {"hidden_size": 512, "intermediate_size": 320, "num_experts": 16, "top_k": 4}  # W1: enough to prefetch
+    config = MoEConfig.create(**dims, num_local_experts=num_local_experts)
     plain, dependent = build_pipeline(config, cuda, uses_pdl=False), build_pipeline(config, cuda)
     generator = torch.Generator(device=cuda).manual_seed(0)
     logits = torch.randn(num_inputs, num_layers, num_tokens, 16, generator=generator, device=cuda)
@@ -728,7 +733,10 @@ def test_dependent_launches_of_a_whole_layer_race_with_nothing(num_tokens: int, 
         buffers[0].copy_(its_hidden)
         run(plain, its_logits, buffers)
         expected.append(buffers[num_layers % 2].clone())
-    assert all(value.isfinite().all() and value.any() for value in expected)
+    assert all(value.isfinite().all() for value in expected)
+    # Of a slice, tokens that met no local expert in the last layer are zero.
+    least = num_inputs if num_local_experts == 16 else num_inputs * 3 // 4
+    assert sum(bool(value.any()) for value in expected) >= least
 
     static_logits = logits[0].clone()
     run(dependent, static_logits, buffers)
