@@ -15,6 +15,7 @@ from moe.gemm.config import GemmConfig, WeightLayout
 
 ELEMENTS_A_WARP = 256  # bf16 elements that a warp loads at once, 16 bytes a lane
 MAX_BLOCK_K = 1024
+LONG_ROW = 4096  # elements: from here on a row has enough of them for a warp, or for many programs
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 MAX_COLUMN_BLOCKS = 65535  # the grid's second axis
 # A slot streams its expert's weights by itself, so an expert chosen twice is read twice: from L2 in part, at about a fifth of
@@ -24,9 +25,6 @@ MAX_REREAD_BYTES = 240e6
 # A second read of a small expert costs as much as one of so many bytes: with experts of 2.4 MB (sonic-7b) the chain was 4 to 7%
 # faster at 16 tokens and 23% at 24, where the rule above alone goes on to 25; at 12 it was slower.
 MIN_REREAD_BYTES = 6.4e6
-# Where loads are masked that gain is smaller: with experts of 20 MB (nemotron-3-nano-30b-a3b, contractions of 2688 and 1856
-# elements) these kernels were 4% faster at 4 tokens, the chain 17% at 8.
-MAX_REREAD_BYTES_OF_MASKED = 60e6
 # With a slice of the experts, programs of absent slots have nothing to do and the others too little: at 32 slots the chain was
 # 6 to 37% faster (deepseek-v3-ep8), at 16 as fast.
 MAX_SLOTS_OF_SLICE = 16
@@ -94,8 +92,8 @@ class FewTokenConfig(FrozenConfig):
     def triggers_early(self) -> bool:
         """Whether a dependent launch lets the next kernel's programs start before its own have ended.
 
-        Not with a slice: the next programs would crowd where those of absent slots leave at once. On an H200 that took 38.3 us
-        for 34.8 in deepseek-v3-ep8 at one token and 66 for 54.5 at two.
+        Not with a slice: the next programs would crowd where those of absent slots leave at once. On an H200 that took 1 to 2%
+        longer in deepseek-v3-ep8 at one and at four tokens, and 10 to 20% with a column a program.
         """
         return not self.is_slice
 
@@ -104,11 +102,9 @@ class FewTokenConfig(FrozenConfig):
         """Most tokens for which this is faster than permuting them: one at the least."""
         if self.is_slice:
             return max(1, MAX_SLOTS_OF_SLICE // self.top_k)
-        is_masked = _masks_loads(self.gemm1) or _masks_loads(self.gemm2)
-        max_reread_bytes = MAX_REREAD_BYTES_OF_MASKED if is_masked else MAX_REREAD_BYTES
         num_tokens = 1
         while (
-            self._reread_bytes(num_tokens + 1) <= max_reread_bytes
+            self._reread_bytes(num_tokens + 1) <= MAX_REREAD_BYTES
             and (num_tokens + 1) * self.top_k <= 2 * self.num_experts
         ):
             num_tokens += 1
@@ -199,29 +195,50 @@ def takes(gemm1: GemmConfig, gemm2: GemmConfig) -> bool:
 
 @functools.cache
 def default_slot_tile(config: GemmConfig) -> MatvecTile:
-    """gemm1: a column (gate and up) a program of four warps where rows are long, more where they are short or without a gate.
+    """gemm1: by the length of its rows, a column (gate and up) a program of four warps, or several.
 
-    Many small programs ramp up and drain fastest, which is most of what is lost with one token. The token count has no
-    part in it, so a token alone has the bits that it has in a batch.
+    Many small programs ramp up and drain fastest, which is most of what is lost with one token. Where rows are long, a warp has
+    enough to load with a column of its own, and four columns a program spare the programs of absent slots: a slice of the
+    experts took 27.6 us so and 30.4 with a column a program. Registers hold what a warp has in flight, which limits the rest.
+    The token count has no part in it, so a token alone has the bits that it has in a batch. Fastest of some fifteen tiles on an
+    H200, or within 6% of it, in twelve layers at 1 to 8 tokens.
     """
-    block_k = _block_k(config.in_features, MAX_BLOCK_K)
-    block_n = max(1, MAX_BLOCK_K // block_k)
-    if not config.is_gated:
-        block_n *= 2  # a column has one row of weights, not two
-    return MatvecTile(block_n=block_n, block_k=block_k, num_warps=_num_warps(block_k))
+    length = config.in_features
+    if not config.is_gated or length <= ELEMENTS_A_WARP:
+        block_k = _block_k(length, MAX_BLOCK_K)
+        block_n = max(1, MAX_BLOCK_K // block_k)
+        if not config.is_gated and not _masks_loads(config):
+            block_n *= 2  # a column has one row of weights, not two
+        return MatvecTile(block_n=block_n, block_k=block_k, num_warps=_num_warps(block_k))
+    if length % ELEMENTS_A_WARP:
+        return MatvecTile(block_n=2, block_k=512, num_warps=2)  # the last step is masked
+    if length >= LONG_ROW:
+        return MatvecTile(block_n=4, block_k=256, num_warps=4)
+    if length % MAX_BLOCK_K == 0:
+        return MatvecTile(block_n=1, block_k=1024, num_warps=4)
+    return MatvecTile(block_n=4, block_k=256, num_warps=2)
 
 
 @functools.cache
-def default_token_tile(config: GemmConfig, top_k: int) -> MatvecTile:
-    """gemm2: two columns a program, of one warp where there are several slots to sum; one where loads are masked.
+def default_token_tile(config: GemmConfig, top_k: int, *, is_slice: bool = False) -> MatvecTile:
+    """gemm2: one or two columns a warp, and mostly a warp a program where there are several slots to sum.
 
     Each slot's row is summed and rounded by itself. Within a warp that takes no barrier, so loads of the next slots go on.
     Besides, dependent programs pile up on the first multiprocessors that gemm1 leaves unless there are enough small ones
-    for all: in trials before these kernels, wider blocks lost 3 to 9 us of qwen3-30b's 22 on an H200.
+    for all: in trials before these kernels, wider blocks lost 3 to 9 us of qwen3-30b's 22 on an H200. What is loaded before
+    gemm1 has ended comes for nothing, 12 to 16 steps in place of 8 saved 1 to 5% at one token, but more registers
+    leave room for fewer warps: 16 steps of two columns cost as much at 8 tokens. A slice loads nothing ahead.
     """
-    block_k = _block_k(config.in_features, MAX_BLOCK_K if top_k <= 2 else ELEMENTS_A_WARP)
-    block_n = 1 if _masks_loads(config) else 2  # 1856 elements a row: 6% of the layer's time at 1 and 4 tokens
-    return MatvecTile(block_n=block_n, block_k=block_k, num_warps=_num_warps(block_k), num_prefetched=8)
+    if config.in_features <= ELEMENTS_A_WARP:  # half a warp a row
+        return MatvecTile(block_n=4, block_k=_block_k(config.in_features, ELEMENTS_A_WARP // 2), num_prefetched=8)
+    block_k = _block_k(config.in_features, 512 if top_k <= 2 else ELEMENTS_A_WARP)
+    if top_k <= 2:
+        return MatvecTile(block_n=2, block_k=block_k, num_warps=_num_warps(block_k), num_prefetched=12)
+    if is_slice:
+        return MatvecTile(block_n=4, block_k=block_k, num_warps=2)
+    if config.out_features >= LONG_ROW:
+        return MatvecTile(block_n=1, block_k=block_k, num_prefetched=16)
+    return MatvecTile(block_n=2, block_k=block_k, num_prefetched=12)
 
 
 def _masks_loads(config: GemmConfig) -> bool:
@@ -235,8 +252,8 @@ def _num_warps(block_k: int) -> int:
 
 
 def _block_k(in_features: int, widest: int) -> int:
-    """The widest step of 16-byte loads that cuts the contraction evenly; 256 elements, the last ones masked, if none."""
+    """The widest step of 16-byte loads that cuts the contraction evenly; 256 elements at most, the last ones masked, if none."""
     for block_k in (1024, 512, 256):
         if block_k <= widest and in_features % block_k == 0:
             return block_k
-    return min(ELEMENTS_A_WARP, max(64, 1 << (in_features - 1).bit_length()))
+    return min(ELEMENTS_A_WARP, widest, max(64, 1 << (in_features - 1).bit_length()))

@@ -53,14 +53,18 @@ def load_weights(
     BLOCK_K: tl.constexpr,
     IS_EVEN_N: tl.constexpr,
 ):
-    """[BLOCK_N, BLOCK_K] bf16: the step from first_k on; zeros past the rows' end."""
+    """[BLOCK_N, BLOCK_K] bf16: the step from first_k on; zeros past the rows' end.
+
+    Read once, so it is the first to leave the L1 cache, where the vector stays for the other programs.
+    """
     weight_ptrs += first_k // 64 * BLOCK_STRIDE
     if first_k + BLOCK_K > IN_FEATURES:
         in_row = tl.arange(0, BLOCK_K) < IN_FEATURES - first_k
-        return tl.load(weight_ptrs, mask=in_lanes[:, None] & in_row[None, :], other=0.0)
+        mask = in_lanes[:, None] & in_row[None, :]
+        return tl.load(weight_ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
     if IS_EVEN_N:
-        return tl.load(weight_ptrs)
-    return tl.load(weight_ptrs, mask=in_lanes[:, None], other=0.0)
+        return tl.load(weight_ptrs, eviction_policy="evict_first")
+    return tl.load(weight_ptrs, mask=in_lanes[:, None], other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def launch_token_gemm(
 def _kernel_of(config: FewTokenConfig, uses_pdl: bool) -> tuple[KeptKernel, int]:
     """The kernel of a config, and into how many programs it cuts a row."""
     gemm = config.gemm2
-    tile = config.token_tile or default_token_tile(gemm, config.top_k)
+    tile = config.token_tile or default_token_tile(gemm, config.top_k, is_slice=config.is_slice)
     strides = weight_strides(gemm)
     num_steps = config.top_k * -(-gemm.in_features // tile.block_k)
     is_unrolled = num_steps <= MAX_UNROLLED_STEPS

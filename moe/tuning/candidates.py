@@ -127,14 +127,16 @@ class Candidates:
         return [_with(best, finalize_block_h=block) for block in BLOCKS_H if block <= max(widest, BLOCKS_H[0])]
 
     def _slot_tiles(self, best: TuningChoice) -> list[TuningChoice]:
-        """Twice the columns a program, and half the contraction a step."""
+        """Half the contraction a step, and twice the columns a program, with warps of their own."""
         tile = default_slot_tile(self.config.gemm1)
-        return [_with(best, slot_tile=other) for other in _other_matvec_tiles(tile, twice_columns=True)]
+        return [_with(best, slot_tile=other) for other in (_half_steps(tile), _twice_as_wide(tile)) if other != tile]
 
     def _token_tiles(self, best: TuningChoice) -> list[TuningChoice]:
-        """Half the columns a program, and half the contraction a step."""
-        tile = default_token_tile(self.config.gemm2, self.config.top_k)
-        return [_with(best, token_tile=other) for other in _other_matvec_tiles(tile, twice_columns=False)]
+        """Half the columns a program, and twice, with warps of their own."""
+        config = self.config
+        is_slice = config.permute.num_local_experts < config.num_experts
+        tile = default_token_tile(config.gemm2, config.top_k, is_slice=is_slice)
+        return [_with(best, token_tile=other) for other in (_half_as_wide(tile), _twice_as_wide(tile)) if other != tile]
 
 
 def left_to_the_model(config: MoEConfig) -> MoEConfig:
@@ -193,8 +195,23 @@ def _other_tiles(gemm: GemmConfig, tile_rows: int) -> list[GemmTile]:
     return list(dict.fromkeys((*others[:1], *others[-1:])))
 
 
-def _other_matvec_tiles(tile: MatvecTile, *, twice_columns: bool) -> list[MatvecTile]:
-    columns = min(2 * tile.block_n, 64) if twice_columns else max(tile.block_n // 2, 1)
-    halved = {"block_k": max(tile.block_k // 2, 64), "num_warps": max(tile.num_warps // 2, 1)}
-    tiles = (MatvecTile(**tile.model_dump() | fields) for fields in ({"block_n": columns}, halved))
-    return [other for other in dict.fromkeys(tiles) if other != tile]
+def _half_steps(tile: MatvecTile) -> MatvecTile:
+    return _tile_with(tile, block_k=max(tile.block_k // 2, 64), num_warps=max(tile.num_warps // 2, 1))
+
+
+def _half_as_wide(tile: MatvecTile) -> MatvecTile:
+    return _tile_with(tile, block_n=max(tile.block_n // 2, 1))
+
+
+def _twice_as_wide(tile: MatvecTile) -> MatvecTile:
+    """As many columns a warp as before; fewer are loaded ahead, which leaves room for more warps."""
+    return _tile_with(
+        tile,
+        block_n=min(2 * tile.block_n, 64),
+        num_warps=min(2 * tile.num_warps, 16),
+        num_prefetched=min(tile.num_prefetched, 8),
+    )
+
+
+def _tile_with(tile: MatvecTile, **fields: int) -> MatvecTile:
+    return MatvecTile(**tile.model_dump() | fields)
