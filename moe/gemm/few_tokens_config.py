@@ -227,7 +227,8 @@ def default_token_tile(config: GemmConfig, top_k: int, *, is_slice: bool = False
     Besides, dependent programs pile up on the first multiprocessors that gemm1 leaves unless there are enough small ones
     for all: in trials before these kernels, wider blocks lost 3 to 9 us of qwen3-30b's 22 on an H200. What is loaded before
     gemm1 has ended comes for nothing, 12 to 16 steps in place of 8 saved 1 to 5% at one token, but more registers
-    leave room for fewer warps: 16 steps of two columns cost as much at 8 tokens. A slice loads nothing ahead.
+    leave room for fewer warps: 16 steps of two columns cost as much at 8 tokens. Where the last step is masked, its predicates
+    take registers too, and 12 steps spill with Triton 3.7. A slice loads nothing ahead.
     """
     if config.in_features <= ELEMENTS_A_WARP:  # half a warp a row
         return MatvecTile(block_n=4, block_k=_block_k(config.in_features, ELEMENTS_A_WARP // 2), num_prefetched=8)
@@ -238,7 +239,7 @@ def default_token_tile(config: GemmConfig, top_k: int, *, is_slice: bool = False
         return MatvecTile(block_n=4, block_k=block_k, num_warps=2)
     if config.out_features >= LONG_ROW:
         return MatvecTile(block_n=1, block_k=block_k, num_prefetched=16)
-    return MatvecTile(block_n=2, block_k=block_k, num_prefetched=12)
+    return MatvecTile(block_n=2, block_k=block_k, num_prefetched=11 if _masks_loads(config) else 12)
 
 
 def _masks_loads(config: GemmConfig) -> bool:
