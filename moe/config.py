@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError, model_validator
 
-from moe.frozen import FrozenConfig, Names, plain_error
+from moe.base_config import FrozenConfig, Names, plain_error
+from moe.fused.few_tokens.config import FewTokenTiles
 from moe.gemm.config import ActivationType, GemmConfig, WeightFormat
-from moe.gemm.few_tokens_config import FewTokenTiles
 from moe.hf_config import layer_fields
 from moe.permute.config import MIN_TILE_ROWS, FinalizeConfig, PermuteConfig
 from moe.routing.config import RoutingConfig, RoutingMethod

@@ -17,7 +17,7 @@ from moe.flow import ExpertOutputs, Permutation, SwigluParams, TopK
 from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
 from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
 from moe.routing.reference import select_experts_reference
-from moe.stages import Finalizer, GatherGemm, GroupedGemm, Permuter, Router
+from moe.stages import Finalizer, Gemm1, Gemm2, Permuter, Router
 
 ALLOCATION_BYTES = 512  # torch's CUDA allocator rounds every tensor up to a multiple of this
 
@@ -31,7 +31,7 @@ class FusedExperts:
 
     run: Callable[..., Tensor]  # (topk, hidden_states, w1, w2, *, swiglu, output) -> [T, H] bfloat16
     max_tokens: int
-    stands_for: tuple[Permuter, GatherGemm, GroupedGemm, Finalizer]
+    stands_for: tuple[Permuter, Gemm1, Gemm2, Finalizer]
     launch: Callable[..., Tensor] | None = None  # `run` without its checks, where a pipeline has made them
     checked_by: MoEConfig | None = None  # the config of such a pipeline
     routed_by: Router | None = None  # the router whose experts need no check
@@ -57,8 +57,8 @@ class MoEPipeline:
     config: MoEConfig
     route: Router
     permute: Permuter
-    gemm1: GatherGemm
-    gemm2: GroupedGemm
+    gemm1: Gemm1
+    gemm2: Gemm2
     finalize: Finalizer
     checks_inputs: bool = True
     fused: FusedExperts | None = None
@@ -314,28 +314,26 @@ def build_pipeline(config: MoEConfig, device: torch.device | str, *, uses_pdl: b
     if torch.device(device).type != "cuda":
         return reference_pipeline(config)
     # Here and not above: `import moe` needs neither triton nor numba, and a CPU pipeline neither.
-    from moe.gemm import few_tokens_config
-    from moe.gemm.dispatch import dispatch_gather_gemm, dispatch_grouped_gemm, unit_size
-    from moe.gemm.few_tokens import few_token_experts, launch_few_token_experts
-    from moe.permute import block_plan
+    from moe.fused.few_tokens import config as few_tokens
+    from moe.fused.few_tokens.experts import few_token_experts, launch_few_token_experts
+    from moe.gemm.kernels import run_gemm1, run_gemm2, unit_size
+    from moe.permute import numba_plan
     from moe.permute.finalize import finalize_tokens
-    from moe.permute.plan import plan_permutation
+    from moe.permute.triton_plan import plan_permutation
     from moe.routing.topk import select_experts, takes
 
     permute = partial(plan_permutation, config=config.permute)
-    if block_plan.takes(config.permute):
+    if numba_plan.takes(config.permute):
         size = partial(unit_size, gemm1=config.gemm1, gemm2=config.gemm2)
-        permute = partial(
-            block_plan.plan_permutation_in_blocks, config=config.permute, uses_pdl=uses_pdl, unit_size=size
-        )
-    gemm1 = partial(dispatch_gather_gemm, config=config.gemm1, uses_pdl=uses_pdl)
-    gemm2 = partial(dispatch_grouped_gemm, config=config.gemm2, uses_pdl=uses_pdl)
+        permute = partial(numba_plan.numba_plan_permutation, config=config.permute, uses_pdl=uses_pdl, unit_size=size)
+    gemm1 = partial(run_gemm1, config=config.gemm1, uses_pdl=uses_pdl)
+    gemm2 = partial(run_gemm2, config=config.gemm2, uses_pdl=uses_pdl)
     finalize = partial(finalize_tokens, config=config.finalize, uses_pdl=uses_pdl)
     router = partial(select_experts, uses_pdl=uses_pdl) if takes(config.routing) else select_experts_reference
     route = partial(router, config=config.routing)
     fused = None
-    if config.few_tokens.max_tokens != 0 and few_tokens_config.takes(config.gemm1, config.gemm2):
-        few = few_tokens_config.FewTokenConfig(
+    if config.few_tokens.max_tokens != 0 and few_tokens.takes(config.gemm1, config.gemm2):
+        few = few_tokens.FewTokenConfig(
             num_experts=config.num_experts,
             top_k=config.top_k,
             gemm1=config.gemm1,

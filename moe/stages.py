@@ -23,7 +23,7 @@ class Permuter(Protocol):
     def __call__(self, topk: TopK) -> Permutation: ...
 
 
-class GatherGemm(Protocol):
+class Gemm1(Protocol):
     """Stage 3: gather each row's token, multiply by its expert's W1, apply the activation."""
 
     def __call__(
@@ -33,7 +33,7 @@ class GatherGemm(Protocol):
         ...
 
 
-class GroupedGemm(Protocol):
+class Gemm2(Protocol):
     """Stage 4: multiply each row by its expert's W2."""
 
     def __call__(self, rows: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from moe.base_config import plain_error
 from moe.checks import expect, is_as_expected
 from moe.config import NAMES_OF_FIELDS, MoEConfig, stage_fields
 from moe.flow import ExpertOutputs, SwigluParams, TopK
-from moe.frozen import plain_error
 from moe.gemm.config import BLOCK_MAJOR_K, ActivationType, WeightFormat, WeightLayout
 from moe.tuning.tuned import TunedPipeline, tuned_pipeline
 

@@ -1,4 +1,4 @@
-"""A kernel with all that KeptKernel passes on: boxes, a tensor, a number. It copies a [BOX_ROWS, 64] box a program."""
+"""A kernel with all that TritonKernel passes on: boxes, a tensor, a number. It copies a [BOX_ROWS, 64] box a program."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -17,19 +17,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = (
     {
         "flow",
-        "frozen",
+        "base_config",
         "checks",
         "shapes",
-        "cache_folder",
-        "kept_ptx",
         "stages",
-        "launch",
-        "dependent_launch",
-        "triton_launch",
-        "warp",
+        "runtime",
         "hf_config",
     },  # leaves import one another as they need
     {"routing", "permute", "gemm"},  # a stage never imports another stage
+    {"fused"},
     {"config"},
     {"pipeline"},
     {"tuning"},

@@ -50,6 +50,6 @@ def test_launches_of_a_layer_are_routing_and_the_two_few_token_kernels(cuda, cap
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines if line[:1].isdigit()] == [
         "topk_kernel",
-        "slot_gemm_kernel",
-        "token_gemm_kernel",
+        "few_token_gemm1_kernel",
+        "few_token_gemm2_finalize_kernel",
     ]

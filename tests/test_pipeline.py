@@ -23,8 +23,8 @@ from moe import (
     build_pipeline,
     reference_pipeline,
 )
-from moe.gemm.few_tokens_config import FewTokenConfig, FewTokenTiles, MatvecTile
-from moe.gemm.few_tokens_reference import few_token_experts_reference
+from moe.fused.few_tokens.config import FewTokenConfig, FewTokenTiles, MatvecTile
+from moe.fused.few_tokens.reference import few_token_experts_reference
 from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
 from moe.gemm.weight_format import pack_weights
 from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
@@ -669,15 +669,15 @@ def test_few_tokens_for_a_gpu_get_the_slice_and_what_the_config_names() -> None:
 
 def test_what_the_kernels_for_a_gpu_do_not_take_is_left_to_what_does() -> None:
     pytest.importorskip("triton")
-    from moe.permute.block_plan import plan_permutation_in_blocks
-    from moe.permute.plan import plan_permutation
+    from moe.permute.numba_plan import numba_plan_permutation
+    from moe.permute.triton_plan import plan_permutation
     from moe.routing.topk import select_experts
 
     def stages(**changes: object) -> tuple[object, object, bool]:
         pipeline = build_pipeline(MoEConfig.create(**SMALL | changes), "cuda")
         return pipeline.route.func, pipeline.permute.func, pipeline.fused is not None
 
-    assert stages() == (select_experts, plan_permutation_in_blocks, True)
+    assert stages() == (select_experts, numba_plan_permutation, True)
     assert stages(num_experts=40, top_k=33)[0] is select_experts_reference
     assert stages(num_experts=2049) == (select_experts_reference, plan_permutation, True)
     assert not stages(weight_format=WeightFormat(layout=WeightLayout.MajorMn))[2]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from moe.cache_folder import can_write
 from moe.cli.layer import Layer, NamedLayer, make_inputs, make_layer
 from moe.cli.machine import STAGES, UnfitMachine, expect_memory
 from moe.cli.progress import Progress
 from moe.cli.run import stage_calls
 from moe.cli.text import decimal, table
 from moe.pipeline import build_pipeline
+from moe.runtime.cache_folder import can_write
 from moe.tuning.gpu import GpuModel
 from moe.tuning.lookup import is_tuned
 from moe.tuning.measure import measure_us

@@ -1,1 +1,1 @@
-"""Stages 3 and 4: grouped GEMMs over expert weights. `dispatch` chooses among the kernels; `few_tokens`; `reference`."""
+"""Stages 3 and 4: grouped GEMMs over expert weights. A family of kernels is a folder; `kernels` chooses among them; `reference`."""

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from moe.base_config import Count, FrozenConfig, PowerOfTwo
 from moe.checks import expect, expect_type, is_as_expected
 from moe.flow import Permutation, SwigluParams
-from moe.frozen import Count, FrozenConfig, PowerOfTwo
 
 
 class ActivationType(IntEnum):
@@ -58,7 +58,7 @@ SHUFFLE_ROWS = 32  # rows that are permuted among themselves
 DIM_MULTIPLE = 8  # elements in a 16-byte load
 
 GateUpOrder = Literal["gate_up", "up_gate"]
-GemmKernel = Literal["portable", "swapped", "wide"]  # gather_gemm and grouped_gemm; hopper_swapped_*; hopper_*
+GemmKernel = Literal["portable", "swapped", "wide"]  # the families: a folder each
 
 
 class WeightFormat(FrozenConfig):
@@ -102,7 +102,7 @@ class GemmConfig(FrozenConfig):
     out_features: Count = Field(multiple_of=DIM_MULTIPLE)
     activation: ActivationType | None = None
     weight_format: WeightFormat = WeightFormat()
-    kernel: GemmKernel | None = None  # used where it takes the problem; None: by GPU and load (moe/gemm/dispatch.py)
+    kernel: GemmKernel | None = None  # used where it takes the problem; None: by GPU and load (moe/gemm/kernels.py)
     tile: GemmTile | None = None  # of the portable kernel; None: default_tile
 
     @field_validator("activation", mode="before")

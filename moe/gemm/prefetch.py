@@ -6,7 +6,7 @@ import math
 
 from moe.flow import Permutation
 from moe.gemm.config import GemmConfig
-from moe.gemm.prefetch_kernel import BYTES
+from moe.gemm.prefetch_device import BYTES
 
 MIN_MEAN_ROWS = 2  # with fewer, an expert may have no rows, and its weights would be brought for nothing
 

@@ -20,7 +20,7 @@ def gather_gemm_reference(
     config: GemmConfig,
     swiglu: SwigluParams | None = None,
 ) -> Tensor:
-    """activation(hidden_states[token_of_row] @ W1[expert_of_row]^T); arguments and result as `gather_gemm`."""
+    """activation(hidden_states[token_of_row] @ W1[expert_of_row]^T); arguments and result as `portable_gemm1`."""
     config.check_gather(hidden_states, weights, permutation, swiglu)
     out = hidden_states.new_empty(permutation.max_rows, config.out_features)
     for expert, rows in rows_of_experts(permutation):
@@ -32,7 +32,7 @@ def gather_gemm_reference(
 
 
 def grouped_gemm_reference(rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig) -> Tensor:
-    """rows @ W2[expert_of_row]^T; arguments and result as `grouped_gemm`."""
+    """rows @ W2[expert_of_row]^T; arguments and result as `portable_gemm2`."""
     config.check_grouped(rows, weights, permutation)
     out = rows.new_empty(permutation.max_rows, config.out_features)
     for expert, rows_of_expert in rows_of_experts(permutation):

@@ -1,6 +1,6 @@
 """Planning kernels compiled before they are needed, each in a process of its own: numba compiles in Python, 2 to 4 s a kernel.
 
-A process runs `main` with its jobs as JSON, and leaves its PTX where `moe.kept_ptx` finds it.
+A process runs `main` with its jobs as JSON, and leaves its PTX where `moe.runtime.ptx_cache` finds it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Iterable
 
-from moe.cache_folder import cache_folder
+from moe.base_config import FrozenConfig
 from moe.flow import UnitSize
-from moe.frozen import FrozenConfig
-from moe.kept_ptx import can_keep
-from moe.launch import NumbaKernel
 from moe.permute.config import PermuteConfig
+from moe.runtime.cache_folder import cache_folder
+from moe.runtime.numba_launch import NumbaKernel
+from moe.runtime.ptx_cache import can_keep
 
 MAX_PROCESSES = 8
 TIMEOUT_S = 60.0
@@ -34,14 +34,14 @@ class PlanningJob(FrozenConfig):
 
     def missing(self) -> list[NumbaKernel]:
         """Kernels that would have to be compiled."""
-        from moe.permute.block_plan import kernels_for, takes  # needs numba, which `import moe.tuning` does not
+        from moe.permute.numba_plan import kernels_for, takes  # needs numba, which `import moe.tuning` does not
 
         num_slots = self.num_tokens * self.config.top_k
         if not num_slots or not takes(self.config):
             return []
         size = None if self.unit_size is None else UnitSize(*self.unit_size)
         kernels = kernels_for(self.config, num_slots, size, self.uses_pdl)
-        return [kernel for kernel in kernels if not kernel.is_kept(self.capability)]
+        return [kernel for kernel in kernels if not kernel.is_cached(self.capability)]
 
 
 class CompilingAhead:
@@ -118,4 +118,4 @@ def main(texts: list[str]) -> None:
     for text in texts:
         job = PlanningJob.model_validate_json(text)
         for kernel in job.missing():
-            kernel.kept_ptx(job.capability)
+            kernel.cached_ptx(job.capability)

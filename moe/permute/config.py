@@ -8,9 +8,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from moe.base_config import Count, FrozenConfig, PowerOfTwo
 from moe.checks import expect, expect_separate, expect_type, is_as_expected
 from moe.flow import Permutation, TopK
-from moe.frozen import Count, FrozenConfig, PowerOfTwo
 from moe.permute.chunks import NUMBA_CHUNKING, TRITON_CHUNKING
 
 MIN_TILE_ROWS = 16  # fewest rows that a tensor-core instruction of any GPU takes

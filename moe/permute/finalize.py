@@ -7,11 +7,11 @@ import functools
 import triton
 from torch import Tensor
 
-from moe.dependent_launch import launches_dependents
 from moe.flow import Permutation, TopK
 from moe.permute.config import FinalizeConfig
 from moe.permute.finalize_kernel import finalize_kernel
-from moe.triton_launch import KeptKernel
+from moe.runtime.dependent_launch import launches_dependents
+from moe.runtime.triton_launch import TritonKernel
 
 COLUMNS_A_WARP = 256  # 16 bytes a lane
 MAX_WARPS = 8
@@ -41,7 +41,7 @@ def finalize_tokens(
         config: how many columns a program sums.
         output: [T, H] bf16 to write to, with memory of its own; None allocates.
         uses_pdl: the launch is a dependent one of the launch before it, which must be the one that wrote `rows`, itself a
-            dependent one or none (`moe.dependent_launch`).
+            dependent one or none (`moe.runtime.dependent_launch`).
     Returns:
         [T, H] bf16: `output` itself where given.
     Raises:
@@ -63,8 +63,8 @@ def finalize_tokens(
 
 
 @functools.cache
-def _kernel_of(top_k: int, hidden_size: int, block_h: int, uses_pdl: bool) -> KeptKernel:
-    return KeptKernel(
+def _kernel_of(top_k: int, hidden_size: int, block_h: int, uses_pdl: bool) -> TritonKernel:
+    return TritonKernel(
         finalize_kernel,
         TOP_K=top_k,
         HIDDEN=hidden_size,

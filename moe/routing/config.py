@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from moe.base_config import Count, FrozenConfig
 from moe.checks import expect, expect_separate
-from moe.frozen import Count, FrozenConfig
 
 
 class RoutingMethodType(IntEnum):

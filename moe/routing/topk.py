@@ -7,16 +7,16 @@ import functools
 import torch
 from torch import Tensor
 
-from moe.dependent_launch import launches_dependents
 from moe.flow import TopK
-from moe.launch import NumbaKernel
 from moe.routing.config import RoutingConfig
-from moe.routing.groups import build_keep_best_groups, build_keep_lanes_of_best_groups, fill_lanes
-from moe.routing.keys import float_of_bfloat16, float_of_float32, rounded_to_bfloat16
-from moe.routing.rules import rule_of
-from moe.routing.selection import slots_per_lane
+from moe.routing.groups_device import build_keep_best_groups, build_keep_lanes_of_best_groups, fill_lanes
+from moe.routing.keys_device import float_of_bfloat16, float_of_float32, rounded_to_bfloat16
+from moe.routing.rules_device import rule_of
+from moe.routing.selection_device import slots_per_lane
 from moe.routing.topk_kernel import build_topk_kernel
-from moe.warp import WARP_SIZE
+from moe.runtime.dependent_launch import launches_dependents
+from moe.runtime.numba_launch import NumbaKernel
+from moe.runtime.numba_warp_device import WARP_SIZE
 
 MAX_EXPERTS = 2048  # a lane holds up to 64 scores in registers
 MAX_TOP_K = WARP_SIZE  # a lane holds one choice
@@ -45,7 +45,7 @@ def select_experts(
         config: the rule; E up to 2048 and K up to 32.
         replay_out: [>=T, K] int16; rows [0, T) receive the chosen ids.
         uses_pdl: the launch is a dependent one of the launch before it, and lets one that follows start early
-            (`moe.dependent_launch`), where the GPU has them.
+            (`moe.runtime.dependent_launch`), where the GPU has them.
     Returns:
         expert_ids [T, K] int32, distinct, best first; weights [T, K] bfloat16.
     Raises:

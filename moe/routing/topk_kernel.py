@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from moe.routing.keys import NO_KEY, bfloat16_of_float, score_of_key
-from moe.routing.rules import Rule
-from moe.routing.selection import build_choose_best, build_sort_best, num_sorted, slots_per_lane
-from moe.warp import (
+from moe.routing.keys_device import NO_KEY, bfloat16_of_float, score_of_key
+from moe.routing.rules_device import Rule
+from moe.routing.selection_device import build_choose_best, build_sort_best, num_sorted, slots_per_lane
+from moe.runtime.numba_warp_device import (
     WARP_SIZE,
     device_function,
     gdc_launch_dependents,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from moe.config import MoEConfig
-from moe.gemm.dispatch import unit_size
+from moe.gemm.kernels import unit_size
 from moe.permute.compile_ahead import PlanningJob
 from moe.tuning.candidates import Candidates
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from moe.config import MoEConfig
+from moe.fused.few_tokens.config import FewTokenConfig, MatvecTile, default_slot_tile, default_token_tile, takes
 from moe.gemm.config import GemmConfig, GemmKernel, GemmTile
-from moe.gemm.few_tokens_config import FewTokenConfig, MatvecTile, default_slot_tile, default_token_tile, takes
-from moe.gemm.tile import DECODE_ROWS, candidate_tiles
+from moe.gemm.portable.tile import DECODE_ROWS, candidate_tiles
 from moe.permute.config import MAX_TILE_ROWS, MIN_TILE_ROWS
 from moe.tuning.choice import TuningChoice
 
@@ -152,17 +152,15 @@ def kernels_on(device: torch.device) -> KernelsOf:
     """Which grouped GEMM kernels run on a device, by config and tile_rows; on a CPU the reference stands for "portable"."""
     if device.type != "cuda":
         return lambda gemm, tile_rows: ("portable",)
-    from moe.gemm import (
-        hopper_gather_gemm,
-        hopper_grouped_gemm,
-        hopper_swapped_gather_gemm,
-        hopper_swapped_grouped_gemm,
-    )
+    from moe.gemm.swapped import gemm1 as swapped_gemm1
+    from moe.gemm.swapped import gemm2 as swapped_gemm2
+    from moe.gemm.wide import gemm1 as wide_gemm1
+    from moe.gemm.wide import gemm2 as wide_gemm2
 
     def kernels_of(gemm: GemmConfig, tile_rows: int) -> tuple[GemmKernel, ...]:
         is_first = gemm.activation is not None
-        swapped = hopper_swapped_gather_gemm if is_first else hopper_swapped_grouped_gemm
-        wide = hopper_gather_gemm if is_first else hopper_grouped_gemm
+        swapped = swapped_gemm1 if is_first else swapped_gemm2
+        wide = wide_gemm1 if is_first else wide_gemm2
         kernels: list[GemmKernel] = ["portable"]
         if swapped.takes(gemm, tile_rows, device):
             kernels.append("swapped")

@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 
+from moe.base_config import FrozenConfig, PowerOfTwo
 from moe.config import MoEConfig
-from moe.frozen import FrozenConfig, PowerOfTwo
+from moe.fused.few_tokens.config import MatvecTile
 from moe.gemm.config import GemmKernel, GemmTile
-from moe.gemm.few_tokens_config import MatvecTile
 from moe.permute.config import MAX_TILE_ROWS, MIN_TILE_ROWS
 from moe.tuning.buckets import BUCKETS
 

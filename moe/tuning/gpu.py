@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 from pydantic import Field
 
-from moe.frozen import FrozenConfig
+from moe.base_config import FrozenConfig
 
 # Raised whenever a change of the kernels, or of the model's own choices, makes timings of before say nothing any more.
 KERNELS_VERSION = 2

@@ -15,11 +15,11 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from moe.cache_folder import cache_folder, can_write
 from moe.checks import expect_count
 from moe.config import MoEConfig
 from moe.permute.compile_ahead import CompilingAhead
 from moe.pipeline import MoEPipeline, build_pipeline
+from moe.runtime.cache_folder import cache_folder, can_write
 from moe.tuning.buckets import BUCKETS, bucket_of, buckets_up_to
 from moe.tuning.candidates import Candidates, kernels_on, left_to_the_model
 from moe.tuning.choice import TuningChoice

@@ -16,10 +16,10 @@ from typing import Final, Literal
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moe.cache_folder import cache_folder, replace_file
+from moe.base_config import Count, FrozenConfig
 from moe.config import MoEConfig
-from moe.frozen import Count, FrozenConfig
 from moe.gemm.config import GateUpOrder
+from moe.runtime.cache_folder import cache_folder, replace_file
 from moe.tuning.choice import TuningChoice
 from moe.tuning.gpu import KERNELS_VERSION, GpuModel, has_same_minor, torch_version, triton_version
 

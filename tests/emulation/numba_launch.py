@@ -11,8 +11,8 @@ import torch
 from numba import cuda
 from torch import Tensor
 
-from moe import warp
-from moe.launch import NumbaKernel
+from moe.runtime import numba_warp_device
+from moe.runtime.numba_launch import NumbaKernel
 
 _NO_MEMORY = np.empty(0, dtype=np.uint8)
 
@@ -86,8 +86,8 @@ for stand_in in (
     gdc_wait,
     gdc_launch_dependents,
 ):
-    assert hasattr(warp, stand_in.__name__)
-    setattr(warp, stand_in.__name__, stand_in)
+    assert hasattr(numba_warp_device, stand_in.__name__)
+    setattr(numba_warp_device, stand_in.__name__, stand_in)
 
 
 def launch_simulated(

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, WeightFormat, WeightLayout
-from moe.gemm.hopper_gather_gemm import hopper_gather_gemm
-from moe.gemm.hopper_grouped_gemm import hopper_grouped_gemm
-from moe.gemm.hopper_launch import WIDE_UNITS
-from moe.gemm.hopper_schedule import plan_units, units_of
-from moe.gemm.hopper_swapped_gather_gemm import hopper_swapped_gather_gemm
-from moe.gemm.hopper_swapped_grouped_gemm import hopper_swapped_grouped_gemm
-from moe.gemm.hopper_swapped_launch import SWAPPED_UNITS
+from moe.gemm.hopper.problem import WIDE_UNITS
+from moe.gemm.hopper.work_units import plan_units, units_of
 from moe.gemm.reference import activate_reference, gather_gemm_reference, grouped_gemm_reference, rows_of_experts
+from moe.gemm.swapped.gemm1 import swapped_gemm1
+from moe.gemm.swapped.gemm2 import swapped_gemm2
+from moe.gemm.swapped.tile import SWAPPED_UNITS
 from moe.gemm.weight_format import pack_weights
+from moe.gemm.wide.gemm1 import wide_gemm1
+from moe.gemm.wide.gemm2 import wide_gemm2
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -51,9 +51,8 @@ class Kernels:
     tile_rows: int
 
 
-KERNELS = {f"wide-tile_rows{rows}": Kernels(hopper_gather_gemm, hopper_grouped_gemm, rows) for rows in (64, 128)} | {
-    f"swapped-tile_rows{rows}": Kernels(hopper_swapped_gather_gemm, hopper_swapped_grouped_gemm, rows)
-    for rows in (16, 32, 64, 128)
+KERNELS = {f"wide-tile_rows{rows}": Kernels(wide_gemm1, wide_gemm2, rows) for rows in (64, 128)} | {
+    f"swapped-tile_rows{rows}": Kernels(swapped_gemm1, swapped_gemm2, rows) for rows in (16, 32, 64, 128)
 }
 for_all_kernels = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 for_both_kernels = pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def test_gemms_that_share_the_planners_units_leave_their_counter_at_zero(hopper,
     rows = normal(permutation.max_rows, 512, device=hopper, seed=3)
     is_real = real_rows(permutation)
     expected = kernels.grouped(rows, weights, permutation, config=config)[is_real]
-    size = WIDE_UNITS if kernels.grouped is hopper_grouped_gemm else SWAPPED_UNITS
+    size = WIDE_UNITS if kernels.grouped is wide_gemm2 else SWAPPED_UNITS
     shared = replace(permutation, units=plan_units(permutation, size))
     num_units = int(shared.units.counts[0])
     for uses_pdl in (False, True, True):

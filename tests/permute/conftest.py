@@ -22,13 +22,13 @@ KERNELS = [
 def planner_of(name: str, request: pytest.FixtureRequest) -> Stage:
     if name == "triton":
         device = request.getfixturevalue("triton_device")
-        from moe.permute.plan import plan_permutation
+        from moe.permute.triton_plan import plan_permutation
 
         return Stage(plan_permutation, device)
     device = request.getfixturevalue("numba_device")
-    from moe.permute.block_plan import plan_permutation_in_blocks
+    from moe.permute.numba_plan import numba_plan_permutation
 
-    return Stage(plan_permutation_in_blocks, device)
+    return Stage(numba_plan_permutation, device)
 
 
 @pytest.fixture(params=KERNELS)

@@ -51,7 +51,7 @@ def test_what_other_processes_compiled_is_what_this_one_would(folder: Path):
         compiling.wait()
     assert [one.missing() for one in jobs] == [[], []]
     assert len(list(folder.iterdir())) == 2
-    assert code_of(kernels[1].kept_ptx((9, 0))) == code_of(kernels[1].compile_ptx((9, 0)))
+    assert code_of(kernels[1].cached_ptx((9, 0))) == code_of(kernels[1].compile_ptx((9, 0)))
 
 
 def code_of(ptx: str) -> list[str]:
@@ -89,7 +89,7 @@ def test_no_process_is_started_where_none_helps(jobs, commands):
 
 
 def test_nothing_is_compiled_that_is_on_disk(commands, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moe.launch.is_kept", lambda built_for: True)
+    monkeypatch.setattr("moe.runtime.numba_launch.is_cached", lambda built_for: True)
     with CompilingAhead([job(16), job(16, UNITS)]):
         pass
     assert not commands

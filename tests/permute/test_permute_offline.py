@@ -10,8 +10,8 @@ from emulation.offline_driver import OfflineGpu, offline_gpu
 from routing.test_topk_compile import resources
 
 from moe.flow import TopK
-from moe.gemm.hopper_launch import WIDE_UNITS
-from moe.gemm.hopper_swapped_launch import SWAPPED_UNITS
+from moe.gemm.hopper.problem import WIDE_UNITS
+from moe.gemm.swapped.tile import SWAPPED_UNITS
 from moe.permute.config import FinalizeConfig, PermuteConfig
 
 ARCHITECTURES = [80, 90, 100]
@@ -20,7 +20,7 @@ MAX_SPILL_BYTES = 16  # a thread: an address or two that ptxas sets aside to fit
 
 
 def launches_of_plan(num_tokens: int, num_experts: int, arch: int) -> OfflineGpu:
-    from moe.permute.plan import plan_permutation
+    from moe.permute.triton_plan import plan_permutation
 
     config = PermuteConfig(num_experts=num_experts, num_local_experts=num_experts, top_k=8)
     expert_ids = torch.zeros(num_tokens, 8, dtype=torch.int32)
@@ -48,8 +48,8 @@ def launches_of_finalize(
 @pytest.mark.parametrize("totals", ["chunk", "slots", "counts"])
 @pytest.mark.parametrize(("num_bins", "num_warps"), [(32, 8), (128, 32), (512, 32), (2048, 8), (2048, 32)])
 def test_a_block_of_the_plan_finds_its_registers(num_bins, num_warps, totals, tmp_path) -> None:
-    from moe.permute.block_plan import plan_kernel_of
-    from moe.permute.block_plan_kernel import Totals
+    from moe.permute.numba_plan import plan_kernel_of
+    from moe.permute.numba_plan_kernel import Totals
 
     kernel = plan_kernel_of(num_bins, num_warps, 8, Totals(totals))
     registers, stack_bytes = resources(kernel.compile_ptx(HOPPER), tmp_path)
@@ -64,8 +64,8 @@ def test_a_block_of_the_plan_finds_its_registers(num_bins, num_warps, totals, tm
     [(32, 8, "chunk"), (128, 32, "slots"), (256, 32, "counts"), (512, 32, "counts"), (2048, 32, "chunk")],
 )
 def test_a_block_that_makes_units_too_finds_its_registers(num_bins, num_warps, totals, unit_size, tmp_path) -> None:
-    from moe.permute.block_plan import plan_kernel_of
-    from moe.permute.block_plan_kernel import Totals
+    from moe.permute.numba_plan import plan_kernel_of
+    from moe.permute.numba_plan_kernel import Totals
 
     kernel = plan_kernel_of(num_bins, num_warps, 8, Totals(totals), unit_size, uses_pdl=True)
     registers, stack_bytes = resources(kernel.compile_ptx(HOPPER), tmp_path)
@@ -76,7 +76,7 @@ def test_a_block_that_makes_units_too_finds_its_registers(num_bins, num_warps, t
 @pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="the simulator compiles nothing")
 @pytest.mark.parametrize("num_bins", [32, 2048])
 def test_counting_leaves_room_for_two_blocks_on_a_multiprocessor(num_bins, tmp_path) -> None:
-    from moe.permute.block_plan import WARPS, count_kernel_of
+    from moe.permute.numba_plan import WARPS, count_kernel_of
 
     kernel = count_kernel_of(num_bins, WARPS)
     registers, stack_bytes = resources(kernel.compile_ptx(HOPPER), tmp_path)
@@ -87,8 +87,8 @@ def test_counting_leaves_room_for_two_blocks_on_a_multiprocessor(num_bins, tmp_p
 @pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="the simulator compiles nothing")
 @pytest.mark.parametrize("uses_pdl", [False, True], ids=["alone", "dependent"])
 def test_planning_kernels_wait_and_trigger_once_where_they_are_dependent(uses_pdl) -> None:
-    from moe.permute.block_plan import count_kernel_of, plan_kernel_of
-    from moe.permute.block_plan_kernel import Totals
+    from moe.permute.numba_plan import count_kernel_of, plan_kernel_of
+    from moe.permute.numba_plan_kernel import Totals
 
     kernels = [count_kernel_of(128, 32, uses_pdl=uses_pdl)]
     kernels += [plan_kernel_of(128, 32, 8, totals, uses_pdl=uses_pdl) for totals in Totals]

@@ -102,7 +102,7 @@ def launches(planner: Stage, request: pytest.FixtureRequest, monkeypatch: pytest
     """Both ways of planning at every size, by small blocks, and chunks that take several rounds of a block."""
     module = sys.modules[planner.run.__module__]
     changes = {}
-    if module.__name__.endswith("block_plan"):
+    if module.__name__.endswith("numba_plan"):
         changes["block_slots"] = 64
         monkeypatch.setattr(module, "WARPS", 2)
         monkeypatch.setattr(module, "FEW_WARPS", 1)
@@ -168,10 +168,10 @@ def test_both_sides_of_the_one_launch_border_agree(poisoned_memory, planner) -> 
 
 
 def test_a_block_takes_rounds_where_not_all_of_its_warps_have_room_to_mark(poisoned_memory, numba_device) -> None:
-    from moe.permute.block_plan import FEW_WARPS, plan_permutation_in_blocks
-    from moe.permute.block_plan_kernel import mark_rows
+    from moe.permute.numba_plan import FEW_WARPS, numba_plan_permutation
+    from moe.permute.numba_plan_kernel import mark_rows
 
-    planner = Stage(plan_permutation_in_blocks, numba_device)
+    planner = Stage(numba_plan_permutation, numba_device)
     assert mark_rows(2048, FEW_WARPS) < FEW_WARPS
     expert_ids = random_ids(25, 12, 8, numba_device)
     assert_agrees(planner, expert_ids, config_of(2048, 8))
@@ -193,8 +193,8 @@ UNIT_CASES = {  # num_tokens, top_k, num_experts, tile_rows
 def test_units_made_on_the_way_are_those_of_the_reference(
     num_tokens, top_k, num_experts, tile_rows, size, launches, poisoned_memory, numba_device
 ) -> None:
-    from moe.gemm.hopper_schedule import plan_units_reference
-    from moe.permute.block_plan import plan_permutation_in_blocks
+    from moe.gemm.hopper.work_units import plan_units_reference
+    from moe.permute.numba_plan import numba_plan_permutation
 
     is_nobody = (num_tokens, num_experts) == (7, 3)
     ids = random_ids(num_tokens, -2 if is_nobody else num_experts, top_k, numba_device, low=-3 if is_nobody else -1)
@@ -205,7 +205,7 @@ def test_units_made_on_the_way_are_those_of_the_reference(
         asked.append(load)
         return size
 
-    permutation = plan_permutation_in_blocks(topk_of(ids), config=config, unit_size=unit_size)
+    permutation = numba_plan_permutation(topk_of(ids), config=config, unit_size=unit_size)
     on_cpu = {name: getattr(permutation, name).cpu() for name in ("num_tiles", "expert_of_tile", "row_limit_of_tile")}
     expected = plan_units_reference(replace(permutation, **on_cpu), size)
     num_units = int(expected.counts[0])
@@ -217,12 +217,12 @@ def test_units_made_on_the_way_are_those_of_the_reference(
 
 
 def test_more_experts_than_fit_in_shared_memory_are_refused(numba_device) -> None:
-    from moe.permute.block_plan import plan_permutation_in_blocks, takes
+    from moe.permute.numba_plan import numba_plan_permutation, takes
 
     topk = topk_of(torch.zeros(3, 2, device=numba_device))
     assert takes(config_of(4096, 2, num_local_experts=2048))
     with pytest.raises(ValueError, match="expected num_local_experts <= 2048, got num_local_experts=2049"):
-        plan_permutation_in_blocks(topk, config=config_of(2049, 2))
+        numba_plan_permutation(topk, config=config_of(2049, 2))
 
 
 def test_slices_share_the_slots_among_them(poisoned_memory, planner) -> None:

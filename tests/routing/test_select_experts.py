@@ -302,7 +302,7 @@ def test_grouped_routing_rounds_the_bias_to_bf16_and_ungrouped_does_not(numba_de
 
 
 def test_no_tokens_launch_nothing(numba_device, monkeypatch):
-    from moe.launch import NumbaKernel
+    from moe.runtime.numba_launch import NumbaKernel
 
     monkeypatch.setattr(NumbaKernel, "launch", lambda *_: pytest.fail("launched"))
     replay = torch.full((2, 3), -77, dtype=torch.int16, device=numba_device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from routing.cases import DTYPE_IDS, METHODS, config_of, grouped
 
-from moe.launch import NumbaKernel
+from moe.runtime.numba_launch import NumbaKernel
 
 pytestmark = pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="the simulator compiles nothing")
 

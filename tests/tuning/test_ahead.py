@@ -9,13 +9,11 @@ pytest.importorskip("triton")
 pytest.importorskip("numba.cuda")
 
 from moe.cli.layer import FORMATS, layer_of_shape
-from moe.gemm import (
-    dispatch,
-    hopper_gather_gemm,
-    hopper_grouped_gemm,
-    hopper_swapped_gather_gemm,
-    hopper_swapped_grouped_gemm,
-)
+from moe.gemm import kernels
+from moe.gemm.swapped import gemm1 as swapped_gemm1
+from moe.gemm.swapped import gemm2 as swapped_gemm2
+from moe.gemm.wide import gemm1 as wide_gemm1
+from moe.gemm.wide import gemm2 as wide_gemm2
 from moe.shapes import NAMED_SHAPES
 from moe.tuning.ahead import planning_jobs
 from moe.tuning.buckets import buckets_up_to
@@ -26,12 +24,12 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    for module in (hopper_gather_gemm, hopper_grouped_gemm, hopper_swapped_gather_gemm, hopper_swapped_grouped_gemm):
+    for module in (wide_gemm1, wide_gemm2, swapped_gemm1, swapped_gemm2):
         monkeypatch.setattr(module, "is_hopper", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    dispatch.unit_size.cache_clear()
+    kernels.unit_size.cache_clear()
     yield CUDA
-    dispatch.unit_size.cache_clear()
+    kernels.unit_size.cache_clear()
 
 
 @pytest.mark.parametrize("model", ["qwen3-30b-a3b", "mixtral-8x7b", "nemotron-3-nano-30b-a3b"])
@@ -45,7 +43,7 @@ def test_units_of_every_choice_are_among_the_jobs(model: str, hopper: torch.devi
         for choice in {*compositions, *chain.from_iterable(variants)}:
             applied = choice.apply(config)
             loads = applied.permute.rows_per_tile(num_tokens), applied.permute.mean_rows(num_tokens)
-            size = dispatch.unit_size(hopper, *loads, gemm1=applied.gemm1, gemm2=applied.gemm2)
+            size = kernels.unit_size(hopper, *loads, gemm1=applied.gemm1, gemm2=applied.gemm2)
             assert (size and (size.max_rows, size.multiple, size.max_group)) in sizes
 
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from moe import GemmTile, MoEConfig, WeightFormat
-from moe.gemm.few_tokens_config import FewTokenConfig, FewTokenTiles, MatvecTile
+from moe.fused.few_tokens.config import FewTokenConfig, FewTokenTiles, MatvecTile
 from moe.tuning.buckets import BUCKETS
 from moe.tuning.choice import TuningChoice
 

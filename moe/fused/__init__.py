@@ -1,0 +1,1 @@
+"""Callables that stand for neighbouring stages of the pipeline."""

@@ -1,0 +1,84 @@
+"""Stage 3 for few tokens: each slot's token times its expert's W1, and the activation. A row is a slot."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from moe.flow import SwigluParams, TopK
+from moe.fused.few_tokens.config import FewTokenConfig, default_slot_tile
+from moe.fused.few_tokens.gemm1_kernel import few_token_gemm1_kernel
+from moe.gemm.weight_format import weight_strides
+from moe.runtime.dependent_launch import launches_dependents
+from moe.runtime.triton_launch import TritonKernel
+
+
+def few_token_gemm1(
+    hidden_states: Tensor,
+    weights: Tensor,
+    topk: TopK,
+    *,
+    config: FewTokenConfig,
+    swiglu: SwigluParams | None = None,
+) -> Tensor:
+    """activation(hidden_states[slot // K] @ W1[expert_ids[slot]]^T), without a permutation.
+
+    Every slot reads its expert's weights by itself: for few tokens, whose experts mostly differ.
+
+    Args:
+        hidden_states: [T, H] bf16.
+        weights: bf16, config.gemm1.weight_shape.
+        topk: expert_ids [T, K] int32; ids that are not local, garbage included, are skipped.
+        swiglu: parameters of the activation by local expert, [E_local] fp32 each.
+
+    Returns:
+        [T * K, I] bf16, rounded once, from the fp32 activation. Rows of skipped slots are uninitialised memory.
+
+    Raises:
+        ValueError: where a tensor does not fit the config.
+    """
+    config.check_slots(topk, hidden_states, weights, swiglu)
+    return launch_few_token_gemm1(hidden_states, weights, topk, config=config, swiglu=swiglu)
+
+
+def launch_few_token_gemm1(
+    hidden_states: Tensor, weights: Tensor, topk: TopK, *, config: FewTokenConfig, swiglu: SwigluParams | None
+) -> Tensor:
+    """`few_token_gemm1` of tensors that were checked."""
+    num_slots = topk.expert_ids.numel()
+    out = hidden_states.new_empty((num_slots, config.gemm1.out_features))
+    if not num_slots:
+        return out
+    kernel, num_blocks = _kernel_of(config, config.uses_pdl and launches_dependents(hidden_states.device))
+    alpha, beta, clamp_limit = (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
+    kernel.launch((num_slots, num_blocks, 1), hidden_states, weights, topk.expert_ids, out, alpha, beta, clamp_limit)
+    return out
+
+
+@functools.cache
+def _kernel_of(config: FewTokenConfig, uses_pdl: bool) -> tuple[TritonKernel, int]:
+    """The kernel of a config, and into how many programs it cuts a row."""
+    gemm = config.gemm1
+    tile = config.slot_tile or default_slot_tile(gemm)
+    strides = weight_strides(gemm)
+    kernel = TritonKernel(
+        few_token_gemm1_kernel,
+        first_expert=config.local_expert_offset,
+        num_experts=gemm.num_experts,
+        IN_FEATURES=gemm.in_features,
+        OUT_FEATURES=gemm.out_features,
+        TOP_K=config.top_k,
+        IS_GATED=gemm.is_gated,
+        IS_GATE_FIRST=gemm.weight_format.gate_up_order == "gate_up",
+        IS_SHUFFLED=gemm.weight_format.is_shuffled,
+        ROW_STRIDE=strides.row,
+        BLOCK_STRIDE=strides.block,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        USES_PDL=uses_pdl,
+        TRIGGERS=config.triggers_early,
+        num_warps=tile.num_warps,
+        launch_pdl=uses_pdl,
+    )
+    return kernel, -(-gemm.out_features // tile.block_n)

@@ -1,0 +1,82 @@
+"""GEMM1 without a permutation, on CUDA cores. One program per (slot, block of activation columns)."""
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from moe.fused.few_tokens.tile_device import (
+    expert_of_slot,
+    first_step,
+    load_vector,
+    load_weights,
+    row_and_column_of_lane,
+)
+from moe.gemm.activation_device import relu2, swiglu
+
+
+@triton.jit(do_not_specialize=["first_expert", "num_experts"])
+def few_token_gemm1_kernel(
+    hidden_states_ptr,  # [T, IN_FEATURES] bf16
+    weights_ptr,  # [E_local, ...] bf16, an expert's weight after another
+    expert_ids_ptr,  # [T, TOP_K] int32
+    out_ptr,  # [T * TOP_K, OUT_FEATURES] bf16
+    alpha_ptr,  # [E_local] fp32 or None, as the two that follow
+    beta_ptr,
+    clamp_limit_ptr,
+    first_expert,
+    num_experts,  # local ones
+    IN_FEATURES: tl.constexpr,
+    OUT_FEATURES: tl.constexpr,
+    TOP_K: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    IS_GATE_FIRST: tl.constexpr,
+    IS_SHUFFLED: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    USES_PDL: tl.constexpr,
+    TRIGGERS: tl.constexpr,  # lets the next kernel start early; else it starts when this one's programs have ended
+    num_warps: tl.constexpr,
+):
+    WEIGHT_ROWS: tl.constexpr = 2 * OUT_FEATURES if IS_GATED else OUT_FEATURES
+    IS_EVEN_N: tl.constexpr = OUT_FEATURES % BLOCK_N == 0
+    if USES_PDL:
+        # Wait, then trigger: what runs before gemm2's own wait may read all that was written before this kernel.
+        tl.extra.cuda.gdc_wait()
+        if TRIGGERS:
+            tl.extra.cuda.gdc_launch_dependents()
+    # Slots are the grid's fast axis: those that share an expert read a block of its weights one after another, from L2.
+    slot = tl.program_id(0)
+    expert, is_local = expert_of_slot(expert_ids_ptr, slot, first_expert, num_experts)
+    if not is_local:
+        return
+    lane = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_lanes = lane < OUT_FEATURES
+    row, column = row_and_column_of_lane(lane, IS_GATED, IS_SHUFFLED)
+    first_ptrs = weights_ptr + expert * (WEIGHT_ROWS * IN_FEATURES)
+    first_ptrs += first_step(row, ROW_STRIDE, BLOCK_STRIDE, BLOCK_K)
+    second_ptrs = first_ptrs + (8 if IS_SHUFFLED else OUT_FEATURES) * ROW_STRIDE
+    vector_ptr = hidden_states_ptr + (slot // TOP_K).to(tl.int64) * IN_FEATURES
+
+    first = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    second = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for first_k in tl.static_range(0, IN_FEATURES, BLOCK_K):
+        first_weights = load_weights(first_ptrs, in_lanes, first_k, IN_FEATURES, BLOCK_STRIDE, BLOCK_K, IS_EVEN_N)
+        if IS_GATED:
+            second_weights = load_weights(second_ptrs, in_lanes, first_k, IN_FEATURES, BLOCK_STRIDE, BLOCK_K, IS_EVEN_N)
+        vector = load_vector(vector_ptr, first_k, IN_FEATURES, BLOCK_N, BLOCK_K, num_warps)
+        first += first_weights.to(tl.float32) * vector
+        if IS_GATED:
+            second += second_weights.to(tl.float32) * vector
+
+    first_product = tl.sum(first, 1)
+    if IS_GATED:
+        second_product = tl.sum(second, 1)
+        gate = first_product if IS_GATE_FIRST else second_product
+        up = second_product if IS_GATE_FIRST else first_product
+        activated = swiglu(gate, up, expert, alpha_ptr, beta_ptr, clamp_limit_ptr)
+    else:
+        activated = relu2(first_product)
+    out_ptrs = out_ptr + slot.to(tl.int64) * OUT_FEATURES + column
+    tl.store(out_ptrs, activated.to(tl.bfloat16), mask=in_lanes)

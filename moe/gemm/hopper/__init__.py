@@ -1,0 +1,1 @@
+"""What the two Hopper families share: wide and swapped."""

@@ -1,0 +1,92 @@
+"""Stage 3 on Hopper, for loads of some tens of rows an expert."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from moe.flow import Permutation, SwigluParams
+from moe.gemm.config import GemmConfig, WeightLayout
+from moe.gemm.hopper.problem import MAX_REGISTERS, num_blocks, row_boxes
+from moe.gemm.hopper.work_units import units_of
+from moe.gemm.prefetch import prefetches
+from moe.gemm.swapped.gemm1_kernel import swapped_gemm1_kernel
+from moe.gemm.swapped.tile import SWAPPED_UNITS, TILE_ROWS, fits_swapped, store_rows, weight_boxes
+from moe.runtime.device import is_hopper
+from moe.runtime.triton_launch import TritonKernel
+
+BLOCK_N = 128  # columns of the result, for 256 rows of the weight
+
+
+def takes(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
+    """Whether `swapped_gemm1` computes this: SwiGLU, a contiguous contraction, tile_rows 16 to 128."""
+    return is_hopper(device) and config.is_gated and fits_swapped(config, tile_rows, BLOCK_N)
+
+
+def swapped_gemm1(
+    hidden_states: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    swiglu: SwigluParams | None = None,
+    is_dynamic: bool = True,
+    uses_pdl: bool = False,
+) -> Tensor:
+    """SwiGLU(hidden_states[token_of_row] @ W1[expert_of_row]^T); arguments and result as `portable_gemm1`.
+
+    Args:
+        is_dynamic: blocks take the next piece of work as they finish one, rather than every n-th.
+        uses_pdl: the launch is a dependent one of the launch before it (`moe.runtime.dependent_launch`).
+
+    Raises:
+        ValueError: where a tensor does not fit the config, or the kernel does not take the config.
+    """
+    config.check_gather(hidden_states, weights, permutation, swiglu)
+    if not (config.is_gated and fits_swapped(config, permutation.tile_rows, BLOCK_N)):
+        raise ValueError(
+            "swapped_gemm1: expected SwiGLU, a contiguous contraction of more than 64 and tile_rows of "
+            f"{TILE_ROWS}; got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm1"
+        )
+    out = hidden_states.new_empty((permutation.max_rows, config.out_features))
+    if not out.numel():
+        return out
+    units = units_of(permutation, SWAPPED_UNITS, uses_pdl=uses_pdl)
+    blocks = num_blocks(units, config, BLOCK_N)
+    does_prefetch = prefetches(config, permutation, blocks, uses_pdl=uses_pdl)
+    alpha, beta, clamp_limit = (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
+    _kernel_of(config, is_dynamic, uses_pdl, does_prefetch).launch(
+        (blocks, 1, 1),
+        hidden_states,
+        weights,
+        weight_boxes(weights, config),
+        row_boxes(out, store_rows(permutation.tile_rows), 64),
+        permutation.token_of_row,
+        units.records,
+        units.counts,
+        alpha,
+        beta,
+        clamp_limit,
+        numbers=(units.max_units,),
+    )
+    return out
+
+
+@functools.cache
+def _kernel_of(config: GemmConfig, is_dynamic: bool, uses_pdl: bool, does_prefetch: bool) -> TritonKernel:
+    return TritonKernel(
+        swapped_gemm1_kernel,
+        IN_FEATURES=config.in_features,
+        OUT_FEATURES=config.out_features,
+        IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
+        IS_SHUFFLED=config.weight_format.is_shuffled,
+        IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
+        IS_DYNAMIC=is_dynamic,
+        USES_PDL=uses_pdl,
+        PREFETCHES=does_prefetch,
+        num_warps=4,
+        maxnreg=MAX_REGISTERS,
+        launch_pdl=uses_pdl,
+    )

@@ -1,0 +1,88 @@
+"""Stage 4 on Hopper, for loads of many rows an expert."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from moe.flow import Permutation
+from moe.gemm.config import GemmConfig, WeightLayout
+from moe.gemm.hopper.problem import (
+    MAX_REGISTERS,
+    WIDE_UNITS,
+    fits,
+    num_blocks,
+    row_boxes,
+    skips_tails,
+    weight_row_boxes,
+)
+from moe.gemm.hopper.work_units import units_of
+from moe.gemm.wide.gemm2_kernel import wide_gemm2_kernel
+from moe.runtime.device import is_hopper
+from moe.runtime.triton_launch import TritonKernel
+
+BLOCK_N = 256  # columns of the result
+
+
+def takes(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
+    """Whether `wide_gemm2` computes this: weights with a contiguous contraction, tile_rows 64 or 128."""
+    return is_hopper(device) and config.activation is None and fits(config, tile_rows, BLOCK_N)
+
+
+def wide_gemm2(
+    rows: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    is_dynamic: bool = True,
+    uses_pdl: bool = False,
+) -> Tensor:
+    """rows @ W2[expert_of_row]^T; arguments and result as `portable_gemm2`.
+
+    Args:
+        is_dynamic: blocks take the next piece of work as they finish one, rather than every n-th.
+        uses_pdl: the launch is a dependent one of the launch before it (`moe.runtime.dependent_launch`).
+
+    Raises:
+        ValueError: where a tensor does not fit the config, or the kernel does not take the config.
+    """
+    config.check_grouped(rows, weights, permutation)
+    if config.activation is not None or not fits(config, permutation.tile_rows, BLOCK_N):
+        raise ValueError(
+            "wide_gemm2: expected no activation, a contiguous contraction of more than 64 and tile_rows of 64 or "
+            f"128; got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm2"
+        )
+    out = rows.new_empty((permutation.max_rows, config.out_features))
+    if not out.numel():
+        return out
+    units = units_of(permutation, WIDE_UNITS, uses_pdl=uses_pdl)
+    _kernel_of(config, skips_tails(config, permutation.tile_rows), is_dynamic, uses_pdl).launch(
+        (num_blocks(units, config, BLOCK_N), 1, 1),
+        row_boxes(rows, 64, 64),
+        weight_row_boxes(weights, config, BLOCK_N),
+        row_boxes(out, 64, 128),
+        units.records,
+        units.counts,
+        numbers=(units.max_units,),
+    )
+    return out
+
+
+@functools.cache
+def _kernel_of(config: GemmConfig, skips_tails: bool, is_dynamic: bool, uses_pdl: bool) -> TritonKernel:
+    return TritonKernel(
+        wide_gemm2_kernel,
+        IN_FEATURES=config.in_features,
+        OUT_FEATURES=config.out_features,
+        IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
+        IS_SHUFFLED=config.weight_format.is_shuffled,
+        SKIPS_TAILS=skips_tails,
+        IS_DYNAMIC=is_dynamic,
+        USES_PDL=uses_pdl,
+        num_warps=4,
+        maxnreg=MAX_REGISTERS,
+        launch_pdl=uses_pdl,
+    )

@@ -1,0 +1,209 @@
+"""Stage 2 in numba-CUDA: as `plan_permutation`, faster, with the counts of a block in shared memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe.flow import Permutation, RowUnits, TopK, UnitSize
+from moe.permute.chunks import NUMBA_CHUNKING
+from moe.permute.config import PermuteConfig
+from moe.permute.numba_plan_kernel import Totals, build_count_kernel, build_plan_kernel, mark_rows
+from moe.runtime.dependent_launch import launches_dependents
+from moe.runtime.device import current_stream
+from moe.runtime.numba_launch import NumbaKernel
+from moe.runtime.numba_warp_device import WARP_SIZE
+
+MAX_LOCAL_EXPERTS = 2048  # the counts of a block lie in shared memory
+CHUNKING = NUMBA_CHUNKING
+WARPS = CHUNKING.block_slots // WARP_SIZE
+FEW_WARPS = 8  # of the one block that places up to 256 slots: its barriers take less time
+
+
+def takes(config: PermuteConfig) -> bool:
+    """Whether the kernels take this config. `plan_permutation` takes every one."""
+    return config.num_local_experts <= MAX_LOCAL_EXPERTS
+
+
+def numba_plan_permutation(
+    topk: TopK,
+    *,
+    config: PermuteConfig,
+    uses_pdl: bool = False,
+    unit_size: Callable[[torch.device, int, int], UnitSize | None] | None = None,
+) -> Permutation:
+    """Place every (token, choice) slot in a row of its expert.
+
+    One launch for up to 16384 slots, two above. The result is a pure function of the expert ids:
+    rows of an expert are in slot order, t * K + k ascending. An id that comes twice in a row of expert_ids gets two rows.
+
+    Args:
+        topk: expert_ids [T, K] int32. Ids out of [local_expert_offset, local_expert_offset + num_local_experts),
+            negative and garbage ones included, get no row.
+        config: the slice of experts that lies here, and the row count that each segment is padded to.
+        uses_pdl: launches are dependent ones of those before them, and let a dependent one that follows start early
+            (`moe.runtime.dependent_launch`).
+        unit_size: which RowUnits the GEMMs want, if any, given device, tile_rows and mean_rows; they are made on the way.
+    Returns:
+        Permutation over P = config.max_rows(T) rows. Entries from num_rows and num_tiles on are undefined.
+    Raises:
+        ValueError: naming the tensor, what was wanted and what came; or the config is beyond the kernels.
+    Source: flashinfer's trtllm-gen routing has the same maps, with rows of an expert in no promised order.
+    """
+    config.check(topk)
+    if not takes(config):
+        raise ValueError(
+            f"config: expected num_local_experts <= {MAX_LOCAL_EXPERTS}, got num_local_experts="
+            f"{config.num_local_experts}; use plan_permutation, which takes any number"
+        )
+    num_tokens, top_k = topk.expert_ids.shape
+    permutation = _allocate(topk, config, unit_size)
+    num_slots = num_tokens * top_k
+    if not num_slots:
+        permutation.num_rows.zero_()
+        permutation.num_tiles.zero_()
+        return permutation
+    uses_pdl = uses_pdl and launches_dependents(topk.expert_ids.device)
+    if num_slots <= CHUNKING.max_slots_in_one_launch:
+        _plan_in_one_launch(topk, permutation, config, uses_pdl)
+    else:
+        _plan_in_two_launches(topk, permutation, config, uses_pdl)
+    return permutation
+
+
+def _allocate(
+    topk: TopK, config: PermuteConfig, unit_size: Callable[[torch.device, int, int], UnitSize | None] | None
+) -> Permutation:
+    device = topk.expert_ids.device
+    tile_rows, mean_rows, max_rows = _rows(config, topk.expert_ids.shape[0])
+    max_tiles = max_rows // tile_rows
+    new = topk.expert_ids.new_empty  # int32, and faster than torch.empty
+    units = None
+    if unit_size is not None and max_tiles and (size := unit_size(device, tile_rows, mean_rows)) is not None:
+        units = RowUnits(new((5, max_tiles)), new((2,)), size, current_stream(device))
+    return Permutation(
+        row_of_slot=new(topk.expert_ids.shape),
+        token_of_row=new((max_rows,)),
+        expert_of_tile=new((max_tiles,)),
+        row_limit_of_tile=new((max_tiles,)),
+        num_rows=new((1,)),
+        num_tiles=new((1,)),
+        tile_rows=tile_rows,
+        mean_rows=mean_rows,
+        units=units,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows(config: PermuteConfig, num_tokens: int) -> tuple[int, int, int]:
+    """tile_rows, mean_rows and max_rows."""
+    return config.rows_per_tile(num_tokens), config.mean_rows(num_tokens), config.max_rows(num_tokens)
+
+
+def _plan_in_one_launch(topk: TopK, permutation: Permutation, config: PermuteConfig, uses_pdl: bool) -> None:
+    (kernel,) = kernels_for(config, topk.expert_ids.numel(), _size_of(permutation), uses_pdl)
+    _launch_plan(kernel, topk, None, permutation, config, kernel.threads_per_block, uses_pdl)
+
+
+def _plan_in_two_launches(topk: TopK, permutation: Permutation, config: PermuteConfig, uses_pdl: bool) -> None:
+    num_slots, num_experts = topk.expert_ids.numel(), config.num_local_experts
+    count_kernel, plan_kernel = kernels_for(config, num_slots, _size_of(permutation), uses_pdl)
+    chunk_slots = CHUNKING.chunk_slots(num_slots, num_experts)
+    num_columns = CHUNKING.num_columns(num_slots, num_experts)
+    counts = topk.expert_ids.new_empty((num_experts, num_columns))
+    count_kernel.launch(
+        num_columns,
+        topk.expert_ids,
+        counts,
+        num_slots,
+        chunk_slots,
+        config.local_expert_offset,
+        num_experts,
+        uses_pdl=uses_pdl,
+    )
+    _launch_plan(plan_kernel, topk, counts, permutation, config, chunk_slots, uses_pdl)
+
+
+def _launch_plan(
+    kernel: NumbaKernel,
+    topk: TopK,
+    counts: Tensor | None,
+    permutation: Permutation,
+    config: PermuteConfig,
+    chunk_slots: int,
+    uses_pdl: bool,
+) -> None:
+    num_slots, units = topk.expert_ids.numel(), permutation.units
+    kernel.launch(
+        -(-num_slots // chunk_slots),
+        topk.expert_ids,
+        counts,
+        permutation.row_of_slot,
+        permutation.token_of_row,
+        permutation.expert_of_tile,
+        permutation.row_limit_of_tile,
+        permutation.num_rows,
+        permutation.num_tiles,
+        num_slots,
+        chunk_slots,
+        config.local_expert_offset,
+        config.num_local_experts,
+        permutation.tile_rows.bit_length() - 1,
+        units.records if units else None,
+        units.counts if units else None,
+        permutation.max_tiles,
+        uses_pdl=uses_pdl,
+    )
+
+
+def _size_of(permutation: Permutation) -> UnitSize | None:
+    return permutation.units.size if permutation.units else None
+
+
+def kernels_for(
+    config: PermuteConfig, num_slots: int, size: UnitSize | None, uses_pdl: bool
+) -> tuple[NumbaKernel, ...]:
+    """What plans for so many slots, at least one: the kernel that places them all; above 16384 one that counts comes first."""
+    num_bins = _num_bins(config)
+    if num_slots > CHUNKING.max_slots_in_one_launch:
+        return (
+            count_kernel_of(num_bins, WARPS, uses_pdl=uses_pdl),
+            plan_kernel_of(num_bins, WARPS, config.top_k, Totals.COUNTS, size, uses_pdl=uses_pdl),
+        )
+    num_warps = FEW_WARPS if num_slots <= FEW_WARPS * WARP_SIZE else WARPS
+    is_whole = num_slots <= mark_rows(num_bins, num_warps) * WARP_SIZE
+    totals = Totals.CHUNK if is_whole else Totals.SLOTS
+    return (plan_kernel_of(num_bins, num_warps, config.top_k, totals, size, uses_pdl=uses_pdl),)
+
+
+@functools.cache
+def count_kernel_of(num_bins: int, num_warps: int, *, uses_pdl: bool = False) -> NumbaKernel:
+    function = build_count_kernel(num_bins=num_bins, num_warps=num_warps, uses_pdl=uses_pdl)
+    parameters = (*("*int32",) * 2, *("int32",) * 4)
+    return NumbaKernel(function, parameters, num_warps * WARP_SIZE, f"count_kernel {num_bins} {uses_pdl}")
+
+
+@functools.cache
+def plan_kernel_of(
+    num_bins: int,
+    num_warps: int,
+    top_k: int,
+    totals: Totals,
+    unit_size: UnitSize | None = None,
+    *,
+    uses_pdl: bool = False,
+) -> NumbaKernel:
+    function = build_plan_kernel(
+        num_bins=num_bins, num_warps=num_warps, top_k=top_k, totals=totals, uses_pdl=uses_pdl, unit_size=unit_size
+    )
+    parameters = (*("*int32",) * 8, *("int32",) * 5, "*int32", "*int32", "int32")
+    built_for = f"plan_kernel {num_bins} {top_k} {totals} {unit_size} {uses_pdl}"
+    return NumbaKernel(function, parameters, num_warps * WARP_SIZE, built_for)
+
+
+def _num_bins(config: PermuteConfig) -> int:
+    """A power of two, so that few kernels differ in it."""
+    return max(1 << (config.num_local_experts - 1).bit_length(), WARP_SIZE)

@@ -1,0 +1,1 @@
+"""Reaches the GPU: launches, tensor maps, caches of compiled code. Knows no stage."""

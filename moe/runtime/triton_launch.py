@@ -1,0 +1,153 @@
+"""Launch of Triton kernels by the handle of what was compiled: for kernels that are started again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+from moe.runtime.tensor_maps import Boxes, Tensors, maps_inside, with_descriptors
+
+ALIGNMENT_BYTES = 16  # Triton compiles for pointers that are multiples of it, or for any
+Grid = tuple[int, int, int]
+_TRITON_RELEASE = triton.__version__.rpartition(".")[0]  # "3.6"
+_runtime = knobs.runtime
+
+
+class TritonKernel:
+    """A Triton kernel and all of its arguments but the first ones, which change from launch to launch.
+
+    `kernel[grid](...)` takes 13 us of host time to find what it compiled for such arguments, and to ask the driver about each
+    pointer; by a kept handle a launch takes 5 us. Each combination of device, dtypes, absent tensors and 16-byte alignments
+    goes through `kernel[grid](...)` once, which compiles it. So does every launch in Triton's interpreter, on tensors that
+    are not on a GPU, and while a hook on launches is installed (`triton.knobs.runtime`, profilers). What `triton.knobs` say
+    to the compiler is read at the first launch.
+
+    With two or three TensorDescriptors `kernel[grid](...)` takes 40 us. Here the tensor maps that the launcher makes of them are
+    kept too: a map says where memory lies and how it is cut, so it holds for every tensor of that address and shape.
+
+    Args:
+        kernel: what `triton.jit` or `gluon.jit` returned.
+        fixed: by name, all parameters after the changing ones, and options such as num_warps and launch_pdl.
+    """
+
+    def __init__(self, kernel: Any, **fixed: Any) -> None:
+        self.kernel = kernel
+        self.fixed = fixed
+        self._kept: dict[tuple[Any, ...], _Handle] = {}
+
+    def launch(self, grid: Grid, *tensors: Tensor | Boxes | None, numbers: tuple[int, ...] = ()) -> None:
+        """Start the kernel on the current stream of the tensors' device.
+
+        Args:
+            grid: programs along the three axes.
+            tensors: the kernel's first parameters, in order; the first one is not None, others may be. That all lie on
+                one device is for the caller to check.
+            numbers: the parameters after those, where they change from launch to launch too.
+        """
+        device_index = tensors[0].get_device()  # type: ignore[union-attr]
+        if device_index < 0:  # the CPU: Triton's interpreter
+            try:
+                self._launch_normally(grid, tensors, numbers)
+            except RuntimeError as error:
+                if "active drivers" not in str(error):
+                    raise
+                raise ValueError(
+                    f"kernel arguments: expected tensors on one CUDA device, got {tensors[0].device}; "  # type: ignore[union-attr]
+                    "use the reference on a CPU"
+                ) from error
+        elif device_index == torch._C._cuda_getDevice():
+            self._launch_on(device_index, grid, tensors, numbers)
+        else:
+            with torch.cuda.device(device_index):
+                self._launch_on(device_index, grid, tensors, numbers)
+
+    def _launch_normally(self, grid: Grid, tensors: Tensors, numbers: tuple[int, ...]) -> Any:
+        arguments = [tensor.descriptor() if type(tensor) is Boxes else tensor for tensor in tensors]
+        return self.kernel[grid](*arguments, *numbers, **self.fixed)
+
+    def _launch_on(self, device_index: int, grid: Grid, tensors: Tensors, numbers: tuple[int, ...]) -> None:
+        key: list[Any] = [device_index, *[None if tensor is None else tensor.dtype for tensor in tensors]]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        for number in numbers:
+            key.append(_kind_of_number(number))
+        bits = 0
+        for pointer in pointers:
+            if pointer:
+                bits |= pointer
+        if bits % ALIGNMENT_BYTES:
+            key += [bool(pointer and pointer % ALIGNMENT_BYTES) for pointer in pointers]
+        handle = self._kept.get(tuple(key))
+        if _is_hooked(self.kernel):
+            self._launch_normally(grid, tensors, numbers)
+        elif handle is None:
+            self._keep(tuple(key), self._launch_normally(grid, tensors, numbers), tensors, len(numbers))
+        else:
+            stream = torch._C._cuda_getCurrentRawStream(device_index)
+            passed = pointers if handle.passed is None else handle.passed(tensors, pointers)
+            handle.start(*grid, stream, *handle.leading, *passed, *numbers, *handle.constants)
+
+    def _keep(self, key: tuple[Any, ...], compiled: Any, tensors: Tensors, num_numbers: int) -> None:
+        """Keep what the launcher takes, where this release of Triton has it: run, function and packed_metadata."""
+        names = getattr(self.kernel, "arg_names", ())[len(tensors) + num_numbers :]
+        run, function, packed_metadata = (
+            getattr(compiled, name, None) for name in ("run", "function", "packed_metadata")
+        )
+        if None not in (run, function, packed_metadata) and all(name in self.fixed for name in names):
+            constants = tuple(self.fixed[name] for name in names)
+            num_boxes = sum(type(tensor) is Boxes for tensor in tensors)
+            self._kept[key] = _handle_of(run, function, packed_metadata, constants, num_boxes)
+
+
+class _Handle(NamedTuple):
+    """How a compiled kernel is started: start(*grid, stream, *leading, *changing arguments, *constants)."""
+
+    start: Callable[..., Any]
+    leading: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    passed: Callable[[Tensors, list[int | None]], list[Any]] | None = (
+        None  # what `start` takes for tensors, if not pointers
+    )
+
+
+def _handle_of(run: Any, function: Any, packed_metadata: Any, constants: tuple[Any, ...], num_boxes: int) -> _Handle:
+    """By `run`, which takes any release's kernels; where that does no more than look for scratch memory, by what it calls."""
+    hooks = (None, None, None)  # no metadata for them, and none to call
+    passed = with_descriptors if num_boxes else None
+    is_known = _TRITON_RELEASE in ("3.6", "3.7") and type(run).__name__ == "CudaLauncher"
+    if not is_known or run.global_scratch_size or run.profile_scratch_size:
+        return _Handle(run, (function, packed_metadata, *hooks), constants, passed)
+    start = run.launch
+    if num_boxes and (found := maps_inside(start, num_boxes)) is not None:
+        start, maps = found
+        passed = maps.passed
+    scratch = (None, None)
+    first = (function, run.launch_cooperative_grid, run.launch_pdl)
+    if _TRITON_RELEASE == "3.6":
+        return _Handle(start, (*first, *scratch, packed_metadata, *hooks), constants, passed)
+    last = (*first, packed_metadata, *hooks, *scratch, run.arg_annotations, run.kernel_signature)
+    return _Handle(_with_one_argument(start, last), (), constants, passed)
+
+
+def _with_one_argument(launch: Callable[..., Any], last: tuple[Any, ...]) -> Callable[..., Any]:
+    """Triton 3.7's launcher takes the kernel's arguments as one."""
+
+    def start(x: int, y: int, z: int, stream: int, *arguments: Any) -> None:
+        launch(x, y, z, stream, *last, arguments)
+
+    return start
+
+
+def _is_hooked(kernel: Any) -> bool:
+    """Whether a hook does anything: knobs hold a chain of calls, which may be empty, or what a user put in its place."""
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks)
+
+
+def _kind_of_number(number: int) -> tuple[Any, ...]:
+    """What Triton may compile a kernel for: the type of an int, whether it is 1, and whether it is a multiple of 16."""
+    return type(number), number == 1, number % 16 == 0, -(1 << 31) <= number < 1 << 31, number < 1 << 63

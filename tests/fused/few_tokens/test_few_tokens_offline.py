@@ -1,0 +1,122 @@
+"""The few-token launches, compiled for GPUs that are not here: registers, loads, and what comes before a wait."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from gemm.cases import format_id
+from torch import Tensor
+
+from moe.flow import TopK
+from moe.fused.few_tokens.config import FewTokenConfig
+from moe.gemm.config import FLASHINFER, GemmConfig, WeightFormat
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing is compiled in the interpreter", allow_module_level=True)
+
+from emulation.offline_driver import Launch, offline_gpu
+
+from moe.fused.few_tokens.experts import few_token_experts
+
+# hidden size, intermediate size, local experts, experts, top k
+LAYERS = {
+    "qwen3_30b": (2048, 768, 128, 128, 8),
+    "qwen3_235b": (4096, 1536, 128, 128, 8),
+    "deepseek_v3_ep8": (7168, 2048, 32, 256, 8),
+    "mixtral": (4096, 14336, 8, 8, 2),
+    "nemotron": (2688, 1856, 128, 128, 6),
+    "gpt_oss": (2880, 2880, 32, 32, 4),
+    "sonic": (1536, 256, 128, 128, 8),
+    "ragged": (1096, 1000, 16, 16, 3),
+}
+UNGATED = ("nemotron",)
+WEIGHT_LOAD = "ld.global.L1::evict_first.L2::cache_hint.v4"  # they pass through the L1 cache once
+VECTOR_LOAD = "ld.global.v4"
+
+
+def compile_layer(
+    arch: int, layer: str, weight_format: WeightFormat = WeightFormat(), *, uses_pdl: bool = False, num_tokens: int = 3
+) -> list[Launch]:
+    hidden_size, intermediate_size, num_local, num_experts, top_k = LAYERS[layer]
+    sizes = {"num_experts": num_local, "weight_format": weight_format}
+    activation = "Relu2" if layer in UNGATED else "Swiglu"
+    gemm1 = GemmConfig(in_features=hidden_size, out_features=intermediate_size, activation=activation, **sizes)
+    gemm2 = GemmConfig(in_features=intermediate_size, out_features=hidden_size, **sizes)
+    config = FewTokenConfig(num_experts=num_experts, top_k=top_k, gemm1=gemm1, gemm2=gemm2, uses_pdl=uses_pdl)
+    topk = TopK(empty(num_tokens, top_k, dtype=torch.int32), empty(num_tokens, top_k))
+    weights = empty(*gemm1.weight_shape), empty(*gemm2.weight_shape)
+    with offline_gpu(arch) as gpu:
+        out = few_token_experts(topk, empty(num_tokens, hidden_size), *weights, config=config)
+    assert out.shape == (num_tokens, hidden_size)
+    return gpu.launches
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+CASES = [
+    *((90, layer, WeightFormat()) for layer in LAYERS),
+    (90, "qwen3_30b", FLASHINFER),
+    (90, "qwen3_235b", FLASHINFER),
+    (90, "sonic", FLASHINFER),
+    (90, "deepseek_v3_ep8", FLASHINFER),
+    (80, "qwen3_30b", FLASHINFER),
+    (100, "qwen3_30b", WeightFormat()),
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "layer", "weight_format"), CASES, ids=[f"sm{arch}-{layer}-{format_id(fmt)}" for arch, layer, fmt in CASES]
+)
+def test_weights_load_16_bytes_a_lane_and_nothing_spills(arch, layer, weight_format):
+    for launch in compile_layer(arch, layer, weight_format, uses_pdl=arch >= 90):
+        report = launch.report
+        assert report.spill_bytes == 0
+        assert report.count(WEIGHT_LOAD) > 0
+        # Beside whole vectors there are ids (32 bits) and weights of the sum (16 bits): at most two a slot, and prefetch.
+        top_k = LAYERS[layer][4]
+        others = report.count("ld.global") - report.count(WEIGHT_LOAD) - report.count(VECTOR_LOAD)
+        assert others <= 3 * top_k + 12
+        assert launch.options["launch_pdl"] == (arch >= 90)
+
+
+def test_rows_are_summed_within_a_warp_where_there_are_several():
+    gemm2 = compile_layer(90, "qwen3_30b")[1]
+    assert gemm2.report.count("bar.sync") == 0
+    assert gemm2.options["num_warps"] == 1
+
+
+def test_the_grid_is_slots_by_columns_then_tokens_by_columns():
+    gemm1, gemm2 = compile_layer(90, "qwen3_30b", num_tokens=3)
+    assert (gemm1.grid, gemm2.grid) == ((24, 768, 1), (3, 1024, 1))
+
+
+def before_wait(launch: Launch) -> str:
+    assert launch.report.ptx.count("griddepcontrol.wait") == 1
+    return launch.report.ptx.split("griddepcontrol.wait")[0]
+
+
+@pytest.mark.parametrize(("layer", "triggers"), [("qwen3_30b", True), ("deepseek_v3_ep8", False)])
+def test_dependent_kernels_touch_nothing_early_and_trigger_after_they_waited_or_at_their_end(layer, triggers):
+    gemm1, gemm2 = compile_layer(90, layer, uses_pdl=True)
+    assert "ld.global" not in before_wait(gemm1)
+    assert "st.global" not in before_wait(gemm1) + before_wait(gemm2)
+    for launch in (gemm1, gemm2):
+        assert "launch_dependents" not in before_wait(launch)
+        assert ("griddepcontrol.launch_dependents" in launch.report.ptx) == triggers
+
+
+def test_gemm2_has_weights_in_flight_before_it_waits():
+    gemm2 = compile_layer(90, "qwen3_30b", uses_pdl=True)[1]
+    assert before_wait(gemm2).count(WEIGHT_LOAD) == 24  # 12 steps of 2 rows
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_without_dependent_launches_there_is_no_such_instruction(arch):
+    for launch in compile_layer(arch, "qwen3_30b"):
+        assert launch.report.count("griddepcontrol") == 0
+        assert not launch.options["launch_pdl"]

@@ -1,0 +1,162 @@
+"""What ptxas makes of the swapped Hopper GEMMs, and where their boxes of weights come from."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from emulation.offline_driver import offline_gpu
+from gemm.hopper_cases import permutation_of_counts
+from gemm.wide.test_wide_offline import SHARED_LIMIT, empty, ptxas_messages
+from triton import knobs
+
+from moe.flow import SwigluParams
+from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, WeightFormat, WeightLayout
+from moe.gemm.hopper.work_units import plan_units_reference
+from moe.gemm.swapped.gemm1 import swapped_gemm1
+from moe.gemm.swapped.gemm2 import swapped_gemm2
+from moe.gemm.swapped.tile import SWAPPED_UNITS, weight_boxes
+from moe.gemm.weight_format import pack_weights
+
+pytestmark = pytest.mark.skipif(knobs.runtime.interpret, reason="nothing is compiled in the interpreter")
+
+FORMATS = {
+    "huggingface": WeightFormat(),
+    "flashinfer": FLASHINFER,
+    "shuffled_MajorK": WeightFormat(is_shuffled=True),
+    "BlockMajorK": WeightFormat(layout=WeightLayout.BlockMajorK),
+}
+COMPILED = {"huggingface-tile_rows16": (WeightFormat(), 16), "flashinfer-tile_rows64": (FLASHINFER, 64)}
+NUM_SMS = 132
+
+
+def assert_is_tight(launch, folder):
+    report = launch.report
+    assert report.spill_bytes == 0
+    assert report.shared_bytes <= SHARED_LIMIT
+    # Two consumers, 8 a loop; the loops for 64, 64 + 32 and 128, 128 + 32 tokens share an extent each, and 32 has three.
+    for tokens, loops in {32: 3, 64: 2, 128: 2}.items():
+        assert report.count(f"wgmma.mma_async.sync.aligned.m64n{tokens}k16") == 2 * 8 * loops
+    assert report.count("stmatrix.sync.aligned.m8n8.x4.trans") > 0
+    # C7510 to C7514: wgmma is serialised.
+    assert ptxas_messages(report.ptx, folder) == []
+
+
+@pytest.mark.parametrize(("weight_format", "tile_rows"), COMPILED.values(), ids=COMPILED)
+def test_gather_gemm_compiles_without_spills_or_serialised_wgmma(tmp_path, weight_format, tile_rows):
+    config = GemmConfig(
+        num_experts=4,
+        in_features=2048,
+        out_features=768,
+        activation=ActivationType.Swiglu,
+        weight_format=weight_format,
+    )
+    permutation = permutation_of_counts([5000, 0, 700, 64], tile_rows, 6)
+    with offline_gpu(arch=90) as gpu:
+        out = swapped_gemm1(empty(6, 2048), empty(*config.weight_shape), permutation, config=config)
+    launch = gpu.launches[-1]
+    assert out.shape == (permutation.max_rows, 768)
+    assert launch.grid == (NUM_SMS, 1, 1)
+    assert_is_tight(launch, tmp_path)
+    assert launch.report.count("cp.async.cg.shared.global") == 10  # 16 bytes each
+    assert launch.report.count("cp.async.ca.shared.global") == 0
+
+
+def test_gather_gemm_with_a_ragged_contraction_and_swiglu_parameters_compiles_alike(tmp_path):
+    config = GemmConfig(num_experts=2, in_features=200, out_features=104, activation=ActivationType.Swiglu)
+    permutation = permutation_of_counts([70, 200], 32, 9)
+    parameters = SwigluParams(*(torch.ones(2) for _ in range(3)))
+    with offline_gpu(arch=90) as gpu:
+        swapped_gemm1(empty(9, 200), empty(*config.weight_shape), permutation, config=config, swiglu=parameters)
+    assert_is_tight(gpu.launches[-1], tmp_path)
+    assert gpu.launches[-1].report.count("cp.async.cg.shared.global") == 10
+
+
+@pytest.mark.parametrize(("weight_format", "tile_rows"), COMPILED.values(), ids=COMPILED)
+def test_grouped_gemm_compiles_without_spills_or_serialised_wgmma(tmp_path, weight_format, tile_rows):
+    config = GemmConfig(num_experts=4, in_features=768, out_features=2048, weight_format=weight_format)
+    permutation = permutation_of_counts([5000, 0, 700, 64], tile_rows, 6)
+    with offline_gpu(arch=90) as gpu:
+        rows = empty(permutation.max_rows, 768)
+        out = swapped_gemm2(rows, empty(*config.weight_shape), permutation, config=config)
+    assert out.shape == (permutation.max_rows, 2048)
+    assert gpu.launches[-1].grid == (NUM_SMS, 1, 1)
+    assert_is_tight(gpu.launches[-1], tmp_path)
+
+
+@pytest.mark.parametrize("has_units", [False, True], ids=["units_of_their_own", "units_of_the_planner"])
+def test_dependent_gemms_compile_alike(tmp_path, has_units):
+    gate = GemmConfig(num_experts=8, in_features=2048, out_features=256, activation=ActivationType.Swiglu)
+    down = GemmConfig(num_experts=8, in_features=256, out_features=2048)
+    permutation = replace(permutation_of_counts([5000, 0, 700, 64], 64, 6), mean_rows=64)
+    if has_units:
+        permutation = replace(permutation, units=plan_units_reference(permutation, SWAPPED_UNITS))
+    with offline_gpu(arch=90) as gpu:
+        rows = swapped_gemm1(empty(6, 2048), empty(*gate.weight_shape), permutation, config=gate, uses_pdl=True)
+        swapped_gemm2(rows, empty(*down.weight_shape), permutation, config=down, uses_pdl=True)
+    gemms = [launch for launch in gpu.launches if "gemm" in launch.name]
+    assert len(gpu.launches) == (2 if has_units else 4)
+    for launch in gemms:
+        assert_is_tight(launch, tmp_path)
+        assert launch.report.count("griddepcontrol.wait") == launch.report.count("griddepcontrol.launch") == 1
+    # gemm1 asks for weights before it waits.
+    prefetches = [
+        "cp.async.bulk.prefetch.L2.global" in text for text in gemms[0].report.ptx.split("griddepcontrol.wait")
+    ]
+    assert prefetches == [True, False]
+
+
+@pytest.mark.parametrize("is_gated", [True, False], ids=["gated", "not_gated"])
+@pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS)
+def test_boxes_hold_weight_rows_in_logical_order(weight_format, is_gated):
+    """Each element that a box names, by the descriptor's shape and strides, is the logical weight's."""
+    in_features, out_features = 128, 256
+    activation = ActivationType.Swiglu if is_gated else None
+    config = GemmConfig(
+        num_experts=2,
+        in_features=in_features,
+        out_features=out_features,
+        activation=activation,
+        weight_format=weight_format,
+    )
+    logical = torch.arange(2 * config.weight_rows * in_features, dtype=torch.int32).view(2, -1, in_features)
+    packed = pack_weights(logical, weight_format, is_gated=is_gated)
+    boxes = weight_boxes(packed.bfloat16(), config)
+    expert, first_k, first_column = 1, 64, 64 if is_gated else 128
+    rows_of_column = 2 if is_gated and weight_format.is_shuffled else 1
+    outer, k = (expert * 2 + 1, 0) if weight_format.layout is WeightLayout.BlockMajorK else (expert, first_k)
+    row = outer * config.weight_rows + first_column * rows_of_column
+    start = [row // 32, 0, 0] if weight_format.is_shuffled else [row]
+    if is_gated:
+        start = [0, row // 32, 0, 0] if weight_format.is_shuffled else [0, row]
+    start.append(k)
+    first = sum(coordinate * stride for coordinate, stride in zip(start, boxes.strides))
+    assert all(c + size <= limit for c, size, limit in zip(start, boxes.box, boxes.shape))
+    box = packed.flatten().as_strided(boxes.box, boxes.strides, first).reshape(128, 64)
+    columns = slice(first_column, first_column + (64 if is_gated else 128))
+    expected = [logical[expert, columns, first_k : first_k + 64]]
+    if is_gated:
+        up = logical[expert, out_features:][columns, first_k : first_k + 64]
+        expected = [*expected, up] if weight_format.gate_up_order == "gate_up" else [up, *expected]
+    assert torch.equal(box, torch.cat(expected))
+
+
+@pytest.mark.parametrize("tile_rows", [8, 256], ids="tile_rows{}".format)
+def test_other_row_tiles_are_refused(tile_rows):
+    config = GemmConfig(num_experts=1, in_features=128, out_features=128)
+    permutation = permutation_of_counts([5], tile_rows, 5)
+    with pytest.raises(ValueError, match=f"tile_rows={tile_rows}; use portable_gemm2"):
+        swapped_gemm2(empty(permutation.max_rows, 128), empty(1, 128, 128), permutation, config=config)
+
+
+def test_relu2_is_refused():
+    config = GemmConfig(num_experts=1, in_features=128, out_features=128, activation=ActivationType.Relu2)
+    permutation = permutation_of_counts([5], 64, 5)
+    with pytest.raises(ValueError, match="expected SwiGLU"):
+        swapped_gemm1(empty(5, 128), empty(1, 128, 128), permutation, config=config)
+
+
+def test_no_tokens_give_no_rows_and_no_launch():
+    config = GemmConfig(num_experts=1, in_features=128, out_features=128)
+    permutation = permutation_of_counts([0], 64, 0, extra_tiles=0)
+    out = swapped_gemm2(empty(0, 128), empty(1, 128, 128), permutation, config=config)
+    assert out.shape == (0, 128)

@@ -1,0 +1,111 @@
+"""Which kernel runs a grouped GEMM: by load, rows of a tile, GPU, and what a config names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from gemm.hopper_cases import permutation_of_counts
+
+from moe.config import MoEConfig
+from moe.gemm import kernels
+from moe.gemm.config import GemmConfig, WeightFormat, WeightLayout
+from moe.gemm.hopper.problem import WIDE_UNITS
+from moe.gemm.swapped import gemm1 as swapped_gemm1
+from moe.gemm.swapped import gemm2 as swapped_gemm2
+from moe.gemm.swapped.tile import SWAPPED_UNITS
+from moe.gemm.wide import gemm1 as wide_gemm1
+from moe.gemm.wide import gemm2 as wide_gemm2
+
+CONFIG = MoEConfig.create(hidden_size=128, intermediate_size=128, num_experts=4, top_k=2)
+CPU = torch.device("cpu")
+NAMES = ("portable_gemm1", "wide_gemm1", "swapped_gemm1")
+NAMES += ("portable_gemm2", "wide_gemm2", "swapped_gemm2")
+KIND_OF_NAME = dict(zip(NAMES, ("portable", "wide", "swapped") * 2, strict=True))
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was run, by kind."""
+    kinds: list[str] = []
+    for name, kind in KIND_OF_NAME.items():
+        monkeypatch.setattr(kernels, name, lambda *args, kind=kind, **more: kinds.append(kind))
+    return kinds
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for module in (wide_gemm1, wide_gemm2, swapped_gemm1, swapped_gemm2):
+        monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    kernels.unit_size.cache_clear()
+    yield
+    kernels.unit_size.cache_clear()
+
+
+def run_both(config: MoEConfig, mean_rows: int, tile_rows: int) -> None:
+    permutation = replace(permutation_of_counts([5, 9, 0, 2], tile_rows, 8), mean_rows=mean_rows)
+    hidden_states, rows = torch.zeros(8, 128), torch.zeros(permutation.max_rows, 128)
+    kernels.run_gemm1(hidden_states, torch.zeros(1), permutation, config=config.gemm1)
+    kernels.run_gemm2(rows, torch.zeros(1), permutation, config=config.gemm2)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("mean_rows", "tile_rows", "kind"),
+    [
+        (0, 16, "portable"),
+        (48, 64, "portable"),
+        (49, 64, "swapped"),
+        (160, 128, "swapped"),
+        (161, 128, "wide"),
+        (161, 64, "wide"),
+        (161, 32, "swapped"),  # the wide kernels take no such tiles
+        (9999, 16, "swapped"),
+    ],
+)
+def test_the_load_and_the_tiles_choose_and_the_planner_cuts_units_for_that(mean_rows, tile_rows, kind, ran):
+    run_both(CONFIG, mean_rows, tile_rows)
+    assert ran == [kind, kind]
+    size = kernels.unit_size(CPU, tile_rows, mean_rows, gemm1=CONFIG.gemm1, gemm2=CONFIG.gemm2)
+    assert size == {"portable": None, "swapped": SWAPPED_UNITS, "wide": WIDE_UNITS}[kind]
+
+
+@pytest.mark.parametrize("mean_rows", [1, 100, 1000])
+def test_elsewhere_the_portable_kernels_run(mean_rows: int, ran):
+    run_both(CONFIG, mean_rows, 64)
+    assert ran == ["portable", "portable"]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_what_a_config_names_runs_where_it_takes_the_problem(ran):
+    gemm1, gemm2 = (GemmConfig(**dict(gemm) | {"kernel": "wide"}) for gemm in (CONFIG.gemm1, CONFIG.gemm2))
+    named = MoEConfig(**dict(CONFIG) | {"gemm1": gemm1, "gemm2": gemm2})
+    run_both(named, 1, 64)
+    run_both(named, 1, 16)
+    assert ran == ["wide", "wide", "portable", "portable"]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_gemms_of_two_kernels_share_no_units(ran):
+    gemm2 = GemmConfig(**dict(CONFIG.gemm2) | {"kernel": "portable"})
+    run_both(MoEConfig(**dict(CONFIG) | {"gemm2": gemm2}), 1000, 128)
+    assert ran == ["wide", "portable"]
+    assert kernels.unit_size(CPU, 128, 1000, gemm1=CONFIG.gemm1, gemm2=gemm2) is None
+
+
+@pytest.mark.usefixtures("hopper")
+def test_weights_that_no_hopper_kernel_reads_are_left_to_the_portable_ones(ran):
+    config = MoEConfig.create(
+        hidden_size=128,
+        intermediate_size=128,
+        num_experts=4,
+        top_k=2,
+        weight_format=WeightFormat(layout=WeightLayout.MajorMn),
+    )
+    run_both(config, 1000, 128)
+    assert ran == ["portable", "portable"]

@@ -1,0 +1,121 @@
+"""What ptxas makes of the Hopper GEMMs: no spills, wgmma that overlaps, copies that are asynchronous."""
+
+import re
+import subprocess
+
+import pytest
+import torch
+from emulation.offline_driver import offline_gpu
+from gemm.hopper_cases import permutation_of_counts
+from triton import knobs
+
+from moe.flow import SwigluParams
+from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, WeightFormat
+from moe.gemm.wide.gemm1 import wide_gemm1
+from moe.gemm.wide.gemm2 import wide_gemm2
+
+pytestmark = pytest.mark.skipif(knobs.runtime.interpret, reason="nothing is compiled in the interpreter")
+
+FORMATS = {"huggingface": WeightFormat(), "flashinfer": FLASHINFER}
+SHARED_LIMIT = 232448
+NUM_SMS = 132
+
+
+def empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16)
+
+
+def ptxas_messages(ptx: str, folder) -> list[str]:
+    path = folder / "kernel.ptx"
+    path.write_text(ptx)
+    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", str(path), "-o", str(folder / "kernel.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return re.findall(r"\(C7\d+\)[^\n]*|C75\d\d[^\n]*", done.stdout + done.stderr)
+
+
+def assert_is_tight(launch, folder):
+    report = launch.report
+    assert report.spill_bytes == 0
+    assert report.shared_bytes <= SHARED_LIMIT
+    assert report.count("wgmma.mma_async.sync.aligned.m64n256k16") >= 16  # two consumers, two loops of four
+    assert report.count("cp.async.bulk.tensor.2d") >= 6
+    # C7510 to C7514: wgmma is serialised.
+    assert ptxas_messages(report.ptx, folder) == []
+
+
+@pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS)
+def test_gather_gemm_compiles_without_spills_or_serialised_wgmma(tmp_path, weight_format):
+    config = GemmConfig(
+        num_experts=4,
+        in_features=2048,
+        out_features=768,
+        activation=ActivationType.Swiglu,
+        weight_format=weight_format,
+    )
+    permutation = permutation_of_counts([5000, 0, 700, 64], 128, 6)
+    with offline_gpu(arch=90) as gpu:
+        out = wide_gemm1(empty(6, 2048), empty(*config.weight_shape), permutation, config=config)
+    launch = gpu.launches[-1]
+    assert out.shape == (permutation.max_rows, 768)
+    assert launch.grid == (NUM_SMS, 1, 1)
+    assert_is_tight(launch, tmp_path)
+    assert launch.report.count("cp.async.cg.shared.global") == 8  # 16 bytes each
+    assert launch.report.count("cp.async.ca.shared.global") == 0
+
+
+def test_gather_gemm_with_a_ragged_contraction_and_swiglu_parameters_compiles_alike(tmp_path):
+    config = GemmConfig(num_experts=2, in_features=200, out_features=104, activation=ActivationType.Swiglu)
+    permutation = permutation_of_counts([70, 200], 64, 9)
+    parameters = SwigluParams(*(torch.ones(2) for _ in range(3)))
+    with offline_gpu(arch=90) as gpu:
+        wide_gemm1(empty(9, 200), empty(*config.weight_shape), permutation, config=config, swiglu=parameters)
+    assert_is_tight(gpu.launches[-1], tmp_path)
+    assert gpu.launches[-1].report.count("cp.async.cg.shared.global") == 8
+
+
+@pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS)
+def test_grouped_gemm_compiles_without_spills_or_serialised_wgmma(tmp_path, weight_format):
+    config = GemmConfig(num_experts=4, in_features=768, out_features=2048, weight_format=weight_format)
+    permutation = permutation_of_counts([5000, 0, 700, 64], 128, 6)
+    with offline_gpu(arch=90) as gpu:
+        rows = empty(permutation.max_rows, 768)
+        out = wide_gemm2(rows, empty(*config.weight_shape), permutation, config=config)
+    assert out.shape == (permutation.max_rows, 2048)
+    assert gpu.launches[-1].grid == (NUM_SMS, 1, 1)
+    assert_is_tight(gpu.launches[-1], tmp_path)
+
+
+@pytest.mark.parametrize("uses_pdl", [False, True], ids=["alone", "dependent"])
+def test_every_launch_of_a_dependent_chain_waits_and_triggers_once(tmp_path, uses_pdl):
+    gate = GemmConfig(num_experts=4, in_features=2048, out_features=768, activation=ActivationType.Swiglu)
+    down = GemmConfig(num_experts=4, in_features=768, out_features=2048)
+    permutation = permutation_of_counts([5000, 0, 700, 64], 128, 6)
+    with offline_gpu(arch=90) as gpu:
+        rows = wide_gemm1(empty(6, 2048), empty(*gate.weight_shape), permutation, config=gate, uses_pdl=uses_pdl)
+        wide_gemm2(rows, empty(*down.weight_shape), permutation, config=down, uses_pdl=uses_pdl)
+    assert len(gpu.launches) == 4  # units, gemm1, units, gemm2
+    for launch in gpu.launches:
+        assert bool(launch.options.get("launch_pdl")) == uses_pdl
+        assert launch.report.count("griddepcontrol.wait") == launch.report.count("griddepcontrol.launch") == uses_pdl
+    assert_is_tight(gpu.launches[1], tmp_path)
+    assert_is_tight(gpu.launches[3], tmp_path)
+
+
+@pytest.mark.parametrize("tile_rows", [16, 32], ids="tile_rows{}".format)
+def test_small_row_tiles_are_refused(tile_rows):
+    config = GemmConfig(num_experts=1, in_features=128, out_features=128)
+    permutation = permutation_of_counts([5], tile_rows, 5)
+    with pytest.raises(ValueError, match=f"tile_rows={tile_rows}; use portable_gemm2"):
+        wide_gemm2(empty(permutation.max_rows, 128), empty(1, 128, 128), permutation, config=config)
+
+
+def test_relu2_is_refused():
+    config = GemmConfig(num_experts=1, in_features=128, out_features=128, activation=ActivationType.Relu2)
+    with pytest.raises(ValueError, match="expected SwiGLU"):
+        wide_gemm1(empty(5, 128), empty(1, 128, 128), permutation_of_counts([5], 64, 5), config=config)
+
+
+def test_no_tokens_give_no_rows_and_no_launch():
+    config = GemmConfig(num_experts=1, in_features=128, out_features=128)
+    permutation = permutation_of_counts([0], 64, 0, extra_tiles=0)
+    assert wide_gemm2(empty(0, 128), empty(1, 128, 128), permutation, config=config).shape == (0, 128)
