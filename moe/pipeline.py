@@ -14,6 +14,7 @@ from torch import Tensor
 from moe.checks import expect, expect_separate, is_as_expected
 from moe.config import MoEConfig
 from moe.flow import ExpertOutputs, Permutation, SwigluParams, TopK
+from moe.gemm.checks import check_swiglu, check_weights
 from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
 from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
 from moe.routing.reference import select_experts_reference
@@ -248,9 +249,9 @@ class MoEPipeline:
             dims = {"T": num_tokens, "H": config.hidden_size}
             expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16, device=device, words=words)
         config.permute.check_num_tokens(num_tokens)
-        config.gemm1.check_weights("gemm1_weights", w1, device)
-        config.gemm2.check_weights("gemm2_weights", w2, device)
-        config.gemm1.check_swiglu(swiglu, device)
+        check_weights(config.gemm1, "gemm1_weights", w1, device)
+        check_weights(config.gemm2, "gemm2_weights", w2, device)
+        check_swiglu(config.gemm1, swiglu, device)
         parameters = () if swiglu is None else (swiglu.alpha, swiglu.beta, swiglu.clamp_limit)
         needs_gradient = _needs_gradient(first, hidden_states, w1, w2, bias, weights, *parameters)
         if output is None and routing_replay_out is None and not needs_gradient:

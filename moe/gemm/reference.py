@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.flow import Permutation, SwigluParams
+from moe.gemm.checks import check_gather, check_grouped
 from moe.gemm.config import GemmConfig
 from moe.gemm.weight_format import unpack_expert
 
@@ -21,7 +22,7 @@ def gather_gemm_reference(
     swiglu: SwigluParams | None = None,
 ) -> Tensor:
     """activation(hidden_states[token_of_row] @ W1[expert_of_row]^T); arguments and result as `portable_gemm1`."""
-    config.check_gather(hidden_states, weights, permutation, swiglu)
+    check_gather(config, hidden_states, weights, permutation, swiglu)
     out = hidden_states.new_empty(permutation.max_rows, config.out_features)
     for expert, rows in rows_of_experts(permutation):
         token = permutation.token_of_row[rows]
@@ -33,7 +34,7 @@ def gather_gemm_reference(
 
 def grouped_gemm_reference(rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig) -> Tensor:
     """rows @ W2[expert_of_row]^T; arguments and result as `portable_gemm2`."""
-    config.check_grouped(rows, weights, permutation)
+    check_grouped(config, rows, weights, permutation)
     out = rows.new_empty(permutation.max_rows, config.out_features)
     for expert, rows_of_expert in rows_of_experts(permutation):
         weight = unpack_expert(weights[expert], config.weight_format, is_gated=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe.checks import expect_count
 from moe.config import MoEConfig
+from moe.gemm.checks import check_weights
 from moe.permute.compile_ahead import CompilingAhead
 from moe.pipeline import MoEPipeline, build_pipeline
 from moe.runtime.cache_folder import cache_folder, can_write
@@ -346,7 +347,7 @@ def _expect_weights(config: MoEConfig, weights: tuple[Tensor, Tensor], device: t
     if not isinstance(weights, (tuple, list)) or len(weights) != 2:
         raise TypeError(f"weights: expected a tuple of w1 and w2, got {type(weights).__name__}; pass (w1, w2)")
     for name, tensor, gemm in zip(("gemm1_weights", "gemm2_weights"), weights, (config.gemm1, config.gemm2)):
-        gemm.check_weights(name, tensor, device)
+        check_weights(gemm, name, tensor, device)
 
 
 def _time(choice: TuningChoice, calls: Sequence[Call], *, device: torch.device) -> float:

@@ -7,6 +7,7 @@ import torch
 from gemm.cases import make_case
 
 from moe.flow import SwigluParams
+from moe.gemm.checks import check_weights
 from moe.gemm.config import FLASHINFER, GemmConfig, GemmTile, WeightFormat
 from moe.gemm.reference import gather_gemm_reference
 
@@ -16,11 +17,11 @@ GEMM2 = GemmConfig(num_experts=E, in_features=I, out_features=H, weight_format=F
 
 
 def check1(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> None:
-    GEMM1.check_weights("gemm1_weights", torch.empty(shape, dtype=dtype))
+    check_weights(GEMM1, "gemm1_weights", torch.empty(shape, dtype=dtype))
 
 
 def check2(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> None:
-    GEMM2.check_weights("gemm2_weights", torch.empty(shape, dtype=dtype))
+    check_weights(GEMM2, "gemm2_weights", torch.empty(shape, dtype=dtype))
 
 
 def test_right_weights_pass():
@@ -75,7 +76,7 @@ def test_blocks_of_128_elements_get_the_right_size_shown():
 
 def test_something_that_is_not_a_tensor_is_a_type_error():
     with pytest.raises(TypeError, match=r"gemm1_weights: expected a torch\.Tensor, got list"):
-        GEMM1.check_weights("gemm1_weights", [1.0])
+        check_weights(GEMM1, "gemm1_weights", [1.0])
 
 
 @pytest.mark.parametrize("layout", ["MajorK", "MajorMn"])
@@ -84,11 +85,11 @@ def test_other_layouts_name_the_same_dims(layout):
         num_experts=E, in_features=H, out_features=I, activation="Relu2", weight_format=WeightFormat(layout=layout)
     )
     shape = list(config.weight_shape)
-    config.check_weights("gemm1_weights", torch.empty(shape, dtype=torch.bfloat16))
+    check_weights(config, "gemm1_weights", torch.empty(shape, dtype=torch.bfloat16))
     n_axis = 1 if layout == "MajorK" else 2
     shape[n_axis] += 8
     with pytest.raises(ValueError, match=r"^intermediate_size has incorrect shape\."):
-        config.check_weights("gemm1_weights", torch.empty(shape, dtype=torch.bfloat16))
+        check_weights(config, "gemm1_weights", torch.empty(shape, dtype=torch.bfloat16))
 
 
 def test_wrong_rows_are_refused_before_anything_is_written():

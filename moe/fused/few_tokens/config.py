@@ -11,6 +11,7 @@ from torch import Tensor
 from moe.base_config import Count, FrozenConfig, PowerOfTwo
 from moe.checks import expect, expect_separate, expect_type, is_as_expected
 from moe.flow import SwigluParams, TopK
+from moe.gemm.checks import check_swiglu, check_weights
 from moe.gemm.config import GemmConfig, WeightLayout
 
 ELEMENTS_A_WARP = 256  # bf16 elements that a warp loads at once, 16 bytes a lane
@@ -130,7 +131,7 @@ class FewTokenConfig(FrozenConfig):
         """Raise unless all tensors fit: hidden_states [T, H], weights of weight_shape, output [T, H] of its own."""
         if swiglu is not None or not self._fit(topk, hidden_states, w1, w2):
             self.check_slots(topk, hidden_states, w1, swiglu)
-            self.gemm2.check_weights("gemm2_weights", w2, topk.expert_ids.device)
+            check_weights(self.gemm2, "gemm2_weights", w2, topk.expert_ids.device)
         if output is not None:
             read = {"hidden_states": hidden_states, "gemm1_weights": w1, "gemm2_weights": w2}
             self._check_output(topk, output, read)
@@ -158,8 +159,8 @@ class FewTokenConfig(FrozenConfig):
         dims = self._check_topk(topk) | {"H": self.gemm1.in_features}
         device = topk.expert_ids.device
         expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16, device=device)
-        self.gemm1.check_weights("gemm1_weights", w1, device)
-        self.gemm1.check_swiglu(swiglu, device)
+        check_weights(self.gemm1, "gemm1_weights", w1, device)
+        check_swiglu(self.gemm1, swiglu, device)
 
     def check_tokens(self, topk: TopK, activation: Tensor, w2: Tensor, output: Tensor | None) -> None:
         """Raise unless the tensors fit gemm2 of these slots and the sum of its rows: activation [T * K, I] bf16."""
@@ -167,7 +168,7 @@ class FewTokenConfig(FrozenConfig):
         dims = {"slots": dims["T"] * self.top_k, "I": self.gemm2.in_features}
         device = topk.expert_ids.device
         expect("activation", activation, "slots I", dims, dtype=torch.bfloat16, device=device)
-        self.gemm2.check_weights("gemm2_weights", w2, device)
+        check_weights(self.gemm2, "gemm2_weights", w2, device)
         self._check_output(topk, output, {"activation": activation, "gemm2_weights": w2})
 
     def _check_topk(self, topk: TopK) -> dict[str, int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.flow import Permutation, SwigluParams
+from moe.gemm.checks import check_gather
 from moe.gemm.config import GemmConfig
 from moe.gemm.portable.gemm1_kernel import portable_gemm1_kernel
 from moe.gemm.portable.tile import launch_tile
@@ -42,7 +43,7 @@ def portable_gemm1(
     Raises:
         ValueError: where a tensor does not fit the config.
     """
-    config.check_gather(hidden_states, weights, permutation, swiglu)
+    check_gather(config, hidden_states, weights, permutation, swiglu)
     out = hidden_states.new_empty((permutation.max_rows, config.out_features))
     if not out.numel():
         return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.flow import Permutation
+from moe.gemm.checks import check_grouped
 from moe.gemm.config import GemmConfig
 from moe.gemm.portable.gemm2_kernel import portable_gemm2_kernel
 from moe.gemm.portable.tile import launch_tile, programs_at_once
@@ -37,7 +38,7 @@ def portable_gemm2(
     Raises:
         ValueError: where a tensor does not fit the config.
     """
-    config.check_grouped(rows, weights, permutation)
+    check_grouped(config, rows, weights, permutation)
     out = rows.new_empty((permutation.max_rows, config.out_features))
     if not out.numel():
         return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.flow import Permutation, SwigluParams
+from moe.gemm.checks import check_gather
 from moe.gemm.config import GemmConfig, WeightLayout
 from moe.gemm.hopper.problem import MAX_REGISTERS, num_blocks, row_boxes
 from moe.gemm.hopper.work_units import units_of
@@ -44,7 +45,7 @@ def swapped_gemm1(
     Raises:
         ValueError: where a tensor does not fit the config, or the kernel does not take the config.
     """
-    config.check_gather(hidden_states, weights, permutation, swiglu)
+    check_gather(config, hidden_states, weights, permutation, swiglu)
     if not (config.is_gated and fits_swapped(config, permutation.tile_rows, BLOCK_N)):
         raise ValueError(
             "swapped_gemm1: expected SwiGLU, a contiguous contraction of more than 64 and tile_rows of "

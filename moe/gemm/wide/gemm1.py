@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.flow import Permutation, SwigluParams
+from moe.gemm.checks import check_gather
 from moe.gemm.config import GemmConfig, WeightLayout
 from moe.gemm.hopper.problem import (
     MAX_REGISTERS,
@@ -50,7 +51,7 @@ def wide_gemm1(
     Raises:
         ValueError: where a tensor does not fit the config, or the kernel does not take the config.
     """
-    config.check_gather(hidden_states, weights, permutation, swiglu)
+    check_gather(config, hidden_states, weights, permutation, swiglu)
     if not (config.is_gated and fits(config, permutation.tile_rows, BLOCK_N)):
         raise ValueError(
             f"wide_gemm1: expected SwiGLU, a contiguous contraction of more than 64 and tile_rows of 64 or 128; "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.flow import Permutation
+from moe.gemm.checks import check_grouped
 from moe.gemm.config import GemmConfig, WeightLayout
 from moe.gemm.hopper.problem import (
     MAX_REGISTERS,
@@ -49,7 +50,7 @@ def wide_gemm2(
     Raises:
         ValueError: where a tensor does not fit the config, or the kernel does not take the config.
     """
-    config.check_grouped(rows, weights, permutation)
+    check_grouped(config, rows, weights, permutation)
     if config.activation is not None or not fits(config, permutation.tile_rows, BLOCK_N):
         raise ValueError(
             "wide_gemm2: expected no activation, a contiguous contraction of more than 64 and tile_rows of 64 or "

@@ -1,0 +1,125 @@
+"""What the tensors of the two grouped GEMMs must be; each function raises before anything is launched or written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe.checks import expect, expect_type, is_as_expected
+from moe.flow import Permutation, SwigluParams
+from moe.gemm.config import BLOCK_MAJOR_K, GemmConfig, WeightLayout
+
+
+def check_weights(config: GemmConfig, name: str, weights: Tensor, device: torch.device | None = None) -> None:
+    """Raise unless `weights` is a bf16 tensor of config.weight_shape."""
+    if is_as_expected(weights, config.weight_shape, torch.bfloat16, device):
+        return
+    if isinstance(weights, Tensor) and config.weight_format.layout is WeightLayout.BlockMajorK:
+        _check_block(config, name, weights)
+    axes, dims = _weight_axes(config)
+    words = _weight_words(config, weights, axes)
+    expect(name, weights, " ".join(axes), dims, dtype=torch.bfloat16, device=device, words=words)
+
+
+def _weight_axes(config: GemmConfig) -> tuple[list[str], dict[str, int]]:
+    """The stored axes' names, and their sizes: N is 2I or I in gemm1 and H in gemm2, K is H and I."""
+    if config.activation is None:
+        rows, columns = "H", "I"
+    else:
+        rows, columns = "2I" if config.is_gated else "I", "H"
+    blocks = f"{columns}/{BLOCK_MAJOR_K}"
+    axes = {
+        WeightLayout.MajorK: ["E_local", rows, columns],
+        WeightLayout.MajorMn: ["E_local", columns, rows],
+        WeightLayout.BlockMajorK: ["E_local", blocks, rows, str(BLOCK_MAJOR_K)],
+    }[config.weight_format.layout]
+    return axes, dict(zip(axes, config.weight_shape))
+
+
+def _weight_words(config: GemmConfig, weights: Tensor, axes: list[str]) -> dict[str, str]:
+    """The original op's sentences by axis, as `expect` takes them."""
+    stage = "gemm2" if config.activation is None else "gemm1"
+    k_axis = 2 if config.weight_format.layout is WeightLayout.MajorK else 1
+    n_axis = 1 if config.weight_format.layout is WeightLayout.MajorK else 2
+    k_size = "intermediate_size" if stage == "gemm2" else "hidden_size"
+    words = {
+        "E_local": f"{stage} weights dim0 must equal local_num_experts: weights of all experts or of another rank?",
+        axes[k_axis]: f"{stage} weights K dimension must be equal to {k_size}.",
+        "dtype": f"BF16 MoE: {stage}_weights must be bfloat16.",
+    }
+    if stage == "gemm1":
+        is_odd = (
+            config.is_gated and isinstance(weights, Tensor) and weights.dim() > n_axis and weights.shape[n_axis] % 2
+        )
+        words[axes[n_axis]] = (
+            "gemm1 weights Mn dimension must be even." if is_odd else "intermediate_size has incorrect shape."
+        )
+    return words
+
+
+def _check_block(config: GemmConfig, name: str, weights: Tensor) -> None:
+    """Tell those who followed the original's documentation page, or cut K into other blocks, what is right."""
+    if weights.dim() == 4 and weights.shape[3] == BLOCK_MAJOR_K:
+        return
+    axes, dims = _weight_axes(config)
+    wanted = ", ".join(axis if axis.isdigit() else f"{axis}={dims[axis]}" for axis in axes)
+    got = list(weights.shape)
+    if weights.dim() != 4:
+        raise ValueError(
+            f"{name}: expected 4-D [{wanted}], got {weights.dim()}-D {got}; convert logical weights with "
+            "moe.gemm.weight_format.pack_weights (a reshape would put other numbers in their places)"
+        )
+    rows, columns = config.weight_rows, config.in_features
+    page_text, page_shape = "[E, M//128, H//128, 128]", [rows // 128, columns // 128, 128]
+    if config.activation is None:
+        page_text, page_shape = "[E, H//128, I, 128]", [rows // 128, columns, 128]
+    if got[1:] == page_shape:
+        raise ValueError(
+            f"{name}: expected [{wanted}], got {got}; the shape {page_text} on the original op's documentation page "
+            f"is wrong: a block is {BLOCK_MAJOR_K} elements of the contraction, for all rows. "
+            "Convert logical weights with moe.gemm.weight_format.pack_weights"
+        )
+    raise ValueError(
+        f"{name}: expected [{wanted}], got {got}; blocks of the contraction are {BLOCK_MAJOR_K} elements (128 bytes), "
+        f"not {got[3]}. Convert logical weights with moe.gemm.weight_format.pack_weights"
+    )
+
+
+def check_swiglu(config: GemmConfig, swiglu: SwigluParams | None, device: torch.device) -> None:
+    """Raise unless each parameter is [E_local] fp32, and the activation is SwiGLU."""
+    if swiglu is None:
+        return
+    expect_type("swiglu", swiglu, SwigluParams, "moe.SwigluParams(alpha, beta, clamp_limit) makes one")
+    for name in ("alpha", "beta", "clamp_limit"):
+        parameter = getattr(swiglu, name)
+        if parameter is None:
+            continue
+        if not config.is_gated:
+            raise ValueError(
+                "gemm1_alpha, gemm1_beta, and gemm1_clamp_limit are only supported for ActivationType.Swiglu.: "
+                f"got gemm1_{name} with activation {config.activation!r}; leave it out"
+            )
+        dims = {"E_local": config.num_experts}
+        expect(f"gemm1_{name}", parameter, "E_local", dims, dtype=torch.float32, device=device)
+
+
+def check_gather(
+    config: GemmConfig, hidden_states: Tensor, weights: Tensor, permutation: Permutation, swiglu: SwigluParams | None
+) -> None:
+    """Raise unless the tensors fit a gemm1 of this config: hidden_states [T, H] bf16 and weights of weight_shape."""
+    device = permutation.token_of_row.device
+    num_tokens = permutation.row_of_slot.shape[0]
+    if not is_as_expected(hidden_states, (num_tokens, config.in_features), torch.bfloat16, device):
+        dims = {"T": num_tokens, "H": config.in_features}
+        expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16, device=device)
+    check_weights(config, "gemm1_weights", weights, device)
+    check_swiglu(config, swiglu, device)
+
+
+def check_grouped(config: GemmConfig, rows: Tensor, weights: Tensor, permutation: Permutation) -> None:
+    """Raise unless the tensors fit a gemm2 of this config: rows [P, I] bf16 and weights of weight_shape."""
+    device = permutation.token_of_row.device
+    if not is_as_expected(rows, (permutation.max_rows, config.in_features), torch.bfloat16, device):
+        dims = {"P": permutation.max_rows, "I": config.in_features}
+        expect("rows", rows, "P I", dims, dtype=torch.bfloat16, device=device)
+    check_weights(config, "gemm2_weights", weights, device)
