@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from moe.config import MoEConfig
-from moe.fused.few_tokens.config import FewTokenConfig, MatvecTile, default_slot_tile, default_token_tile, takes
+from moe.fused.few_tokens.config import FewTokenConfig, MatvecTile, takes
+from moe.fused.few_tokens.tile import default_slot_tile, default_token_tile
 from moe.gemm.config import GemmConfig, GemmKernel, GemmTile
 from moe.gemm.portable.tile import DECODE_ROWS, candidate_tiles
 from moe.permute.config import MAX_TILE_ROWS, MIN_TILE_ROWS

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe.flow import SwigluParams, TopK
+from moe.fused.few_tokens.checks import check_experts
 from moe.fused.few_tokens.config import FewTokenConfig
 from moe.fused.few_tokens.gemm1 import launch_few_token_gemm1
 from moe.fused.few_tokens.gemm2_finalize import launch_few_token_gemm2_finalize
@@ -39,7 +40,7 @@ def few_token_experts(
     Raises:
         ValueError: where a tensor does not fit the config, before anything is launched.
     """
-    config.check(topk, hidden_states, w1, w2, swiglu, output)
+    check_experts(config, topk, hidden_states, w1, w2, swiglu, output)
     return launch_few_token_experts(topk, hidden_states, w1, w2, config=config, swiglu=swiglu, output=output)
 
 

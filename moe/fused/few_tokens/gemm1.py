@@ -7,8 +7,10 @@ import functools
 from torch import Tensor
 
 from moe.flow import SwigluParams, TopK
-from moe.fused.few_tokens.config import FewTokenConfig, default_slot_tile
+from moe.fused.few_tokens.checks import check_slots
+from moe.fused.few_tokens.config import FewTokenConfig
 from moe.fused.few_tokens.gemm1_kernel import few_token_gemm1_kernel
+from moe.fused.few_tokens.tile import default_slot_tile
 from moe.gemm.weight_format import weight_strides
 from moe.runtime.dependent_launch import launches_dependents
 from moe.runtime.triton_launch import TritonKernel
@@ -38,7 +40,7 @@ def few_token_gemm1(
     Raises:
         ValueError: where a tensor does not fit the config.
     """
-    config.check_slots(topk, hidden_states, weights, swiglu)
+    check_slots(config, topk, hidden_states, weights, swiglu)
     return launch_few_token_gemm1(hidden_states, weights, topk, config=config, swiglu=swiglu)
 
 

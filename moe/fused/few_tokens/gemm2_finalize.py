@@ -7,15 +7,15 @@ import functools
 from torch import Tensor
 
 from moe.flow import TopK
-from moe.fused.few_tokens.config import FewTokenConfig, default_token_tile
+from moe.fused.few_tokens.checks import check_tokens
+from moe.fused.few_tokens.config import FewTokenConfig
 from moe.fused.few_tokens.gemm2_finalize_kernel import few_token_gemm2_finalize_kernel
+from moe.fused.few_tokens.tile import default_token_tile
 from moe.gemm.weight_format import weight_strides
 from moe.runtime.dependent_launch import launches_dependents
 from moe.runtime.triton_launch import TritonKernel
 
-MAX_UNROLLED_STEPS = (
-    64  # steps of a program up to which its K slots are unrolled: their loads overlap, code stays small
-)
+MAX_UNROLLED_STEPS = 64  # of a program, up to which its K slots are unrolled: their loads overlap, code stays small
 
 
 def few_token_gemm2_finalize(
@@ -38,7 +38,7 @@ def few_token_gemm2_finalize(
     Raises:
         ValueError: where a tensor does not fit the config.
     """
-    config.check_tokens(topk, activation, weights, output)
+    check_tokens(config, topk, activation, weights, output)
     return launch_few_token_gemm2_finalize(activation, weights, topk, config=config, output=output)
 
 

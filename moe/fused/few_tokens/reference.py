@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.flow import SwigluParams, TopK
+from moe.fused.few_tokens.checks import check_experts, check_slots, check_tokens
 from moe.fused.few_tokens.config import FewTokenConfig
 from moe.gemm.reference import activate_reference, product_in_fp32
 from moe.gemm.weight_format import unpack_expert
@@ -22,7 +23,7 @@ def few_token_gemm1_reference(
     swiglu: SwigluParams | None = None,
 ) -> Tensor:
     """activation(hidden_states[slot // K] @ W1[expert_ids[slot]]^T); arguments and result as `few_token_gemm1`."""
-    config.check_slots(topk, hidden_states, weights, swiglu)
+    check_slots(config, topk, hidden_states, weights, swiglu)
     gemm = config.gemm1
     out = hidden_states.new_empty(topk.expert_ids.numel(), gemm.out_features)
     for expert, slots in _slots_of_experts(topk, config):
@@ -36,7 +37,7 @@ def few_token_gemm2_finalize_reference(
     activation: Tensor, weights: Tensor, topk: TopK, *, config: FewTokenConfig, output: Tensor | None = None
 ) -> Tensor:
     """sum over k of weights[t, k] * bf16(row of slot @ W2^T); arguments and result as `few_token_gemm2_finalize`."""
-    config.check_tokens(topk, activation, weights, output)
+    check_tokens(config, topk, activation, weights, output)
     gemm = config.gemm2
     num_tokens, top_k = topk.expert_ids.shape
     # Weighted after the rounding; a slot without a local expert adds nothing.
@@ -66,7 +67,7 @@ def few_token_experts_reference(
     output: Tensor | None = None,
 ) -> Tensor:
     """Permute, gemm1, gemm2 and finalize in one; arguments and result as `few_token_experts`."""
-    config.check(topk, hidden_states, w1, w2, swiglu, output)
+    check_experts(config, topk, hidden_states, w1, w2, swiglu, output)
     activation = few_token_gemm1_reference(hidden_states, w1, topk, config=config, swiglu=swiglu)
     return few_token_gemm2_finalize_reference(activation, w2, topk, config=config, output=output)
 
