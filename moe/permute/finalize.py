@@ -48,6 +48,19 @@ def finalize_tokens(
         ValueError: naming the tensor, what was wanted and what came.
     """
     config.check(rows, topk, permutation, output)
+    return launch_finalize_tokens(rows, topk, permutation, config=config, output=output, uses_pdl=uses_pdl)
+
+
+def launch_finalize_tokens(
+    rows: Tensor,
+    topk: TopK,
+    permutation: Permutation,
+    *,
+    config: FinalizeConfig,
+    output: Tensor | None = None,
+    uses_pdl: bool = False,
+) -> Tensor:
+    """`finalize_tokens` of tensors that were checked."""
     num_tokens, top_k = permutation.row_of_slot.shape
     hidden_size = rows.shape[1]
     if output is None:

@@ -44,6 +44,19 @@ def portable_gemm1(
         ValueError: where a tensor does not fit the config.
     """
     check_gather(config, hidden_states, weights, permutation, swiglu)
+    return launch_portable_gemm1(hidden_states, weights, permutation, config=config, swiglu=swiglu, uses_pdl=uses_pdl)
+
+
+def launch_portable_gemm1(
+    hidden_states: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    swiglu: SwigluParams | None = None,
+    uses_pdl: bool = False,
+) -> Tensor:
+    """`portable_gemm1` of tensors that were checked."""
     out = hidden_states.new_empty((permutation.max_rows, config.out_features))
     if not out.numel():
         return out

@@ -39,6 +39,13 @@ def portable_gemm2(
         ValueError: where a tensor does not fit the config.
     """
     check_grouped(config, rows, weights, permutation)
+    return launch_portable_gemm2(rows, weights, permutation, config=config, uses_pdl=uses_pdl)
+
+
+def launch_portable_gemm2(
+    rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig, uses_pdl: bool = False
+) -> Tensor:
+    """`portable_gemm2` of tensors that were checked."""
     out = rows.new_empty((permutation.max_rows, config.out_features))
     if not out.numel():
         return out
