@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from moe.checks import plain_number
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,5 +84,8 @@ def _power_of_two(value: int) -> int:
     return value
 
 
-Count = Annotated[int, Field(ge=1, strict=True)]  # strict: neither "8" nor True is a count
-PowerOfTwo = Annotated[int, Field(ge=1, strict=True), AfterValidator(_power_of_two)]
+# Strict: neither "8" nor True is a number. numpy's numbers and tensors without an axis, as engines pass them, are.
+Count = Annotated[int, Field(ge=1, strict=True), BeforeValidator(plain_number)]
+CountOrZero = Annotated[int, Field(ge=0, strict=True), BeforeValidator(plain_number)]
+Factor = Annotated[float, Field(allow_inf_nan=False, strict=True), BeforeValidator(plain_number)]
+PowerOfTwo = Annotated[int, Field(ge=1, strict=True), BeforeValidator(plain_number), AfterValidator(_power_of_two)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,6 +148,50 @@ def expect_count(name: str, value: int) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}; pass a number of 1 or more")
     if value < 1:
         raise ValueError(f"{name}: expected 1 or more, got {value}; leave it out for the default")
+
+
+def as_int(name: str, value: object) -> int:
+    """`value` as an int: Python's and numpy's ints pass, and tensors on the CPU that hold one integer without an axis.
+
+    A tensor is read here: cache by what this returns, not by what a caller passed.
+
+    Raises:
+        TypeError: anything else, bools and whole floats too.
+    """
+    plain = plain_number(value)
+    if isinstance(plain, int) and not isinstance(plain, bool):
+        return plain
+    raise TypeError(f"{name}: expected an int, got {_kind_of(value)}; pass an int")
+
+
+def as_float(name: str, value: object) -> float:
+    """`value` as a float: Python's and numpy's ints and floats pass, and tensors on the CPU that hold one without an axis.
+
+    Raises:
+        TypeError: anything else, bools too.
+    """
+    plain = plain_number(value)
+    if isinstance(plain, (int, float)) and not isinstance(plain, bool):
+        return float(plain)
+    raise TypeError(f"{name}: expected a float, got {_kind_of(value)}; pass a float")
+
+
+def plain_number(value: Any) -> Any:
+    """The Python number that a numpy scalar, or a tensor or array without an axis, holds; anything else as it is.
+
+    So is a tensor on a GPU, which cannot be read without waiting for it.
+    """
+    if type(value) is int or getattr(value, "shape", None) != ():
+        return value
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value
+    return value.item()
+
+
+def _kind_of(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of {_dtype_name(value.dtype)}, shape {list(value.shape)} on {value.device}"
+    return type(value).__name__
 
 
 def _is_aligned(tensor: Tensor) -> bool:

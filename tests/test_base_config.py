@@ -3,7 +3,9 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
+import torch
 
 from moe import MoEConfig
 
@@ -77,3 +79,35 @@ def test_a_copy_with_another_value_is_not_equal_after_the_first_was_compared():
     assert hash(changed) != hash(config)
     assert copy.deepcopy(config) == config
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+NUMBERS = {
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_experts": 8,
+    "top_k": 2,
+    "method": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "activation": 6,
+    "local_expert_offset": 4,
+    "num_local_experts": 4,
+    "tile_rows": 32,
+}
+
+
+@pytest.mark.parametrize("wrap", [np.int64, np.array, torch.tensor], ids=["numpy", "array", "tensor"])
+def test_a_config_takes_numbers_as_engines_pass_them(wrap):
+    plain = MoEConfig.create(**NUMBERS, routed_scaling_factor=2.5)
+    wrapped = {name: wrap(value) for name, value in NUMBERS.items()}
+    config = MoEConfig.create(**wrapped, routed_scaling_factor=np.float32(2.5))
+    assert config == plain
+    assert config.model_dump_json() == plain.model_dump_json()
+    assert MoEConfig.create(**wrapped, routed_scaling_factor=torch.tensor(2.5)) == plain
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "routed_scaling_factor"])
+@pytest.mark.parametrize("value", [True, np.True_, torch.tensor(True)], ids=["bool", "numpy", "tensor"])
+def test_a_config_refuses_a_bool_for_a_number(name, value):
+    with pytest.raises(ValueError, match="got"):
+        MoEConfig.create(**{**NUMBERS, name: value})

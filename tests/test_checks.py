@@ -1,9 +1,11 @@
 """Checks of tensors by themselves: what passes, what a shared letter binds, and whose memory overlaps."""
 
+import numpy as np
 import pytest
 import torch
 
-from moe.checks import expect, expect_separate, is_as_expected
+from moe.checks import as_float, as_int, expect, expect_separate, is_as_expected
+from moe.gemm.config import ActivationType
 
 MEMORY = torch.zeros(4096, dtype=torch.bfloat16)
 RIGHT = MEMORY[:96].view(12, 8)
@@ -100,3 +102,66 @@ def test_neighbours_and_empty_tensors_share_nothing():
     read = {"before": MEMORY[:96], "after": MEMORY[192:], "empty": MEMORY[100:100], "absent": None}
     expect_separate("output", MEMORY[96:192], read)
     expect_separate("output", MEMORY[4:4], {"around": MEMORY})
+
+
+INTS = {
+    "int": 6,
+    "enum": ActivationType.Relu2,
+    "numpy": np.int64(6),
+    "array": np.array(6, np.int16),
+    "tensor": torch.tensor(6),
+}
+FLOATS = {
+    "float": 2.5,
+    "numpy": np.float32(2.5),
+    "float64": np.float64(2.5),
+    "array": np.array(2.5),
+    "tensor": torch.tensor(2.5),
+    "bf16": torch.tensor(2.5).bfloat16(),
+}
+BOOLS = {"bool": True, "numpy_bool": np.True_, "bool_tensor": torch.tensor(True)}
+NO_NUMBERS = BOOLS | {
+    "text": "6",
+    "none": None,
+    "list": [6],
+    "vector": torch.tensor([6]),
+    "array": np.array([6]),
+    "elsewhere": torch.tensor(6, device="meta"),
+}
+
+
+@pytest.mark.parametrize("name", INTS)
+def test_what_holds_one_integer_is_an_int(name):
+    found = as_int("top_k", INTS[name])
+    assert found == 6
+    assert isinstance(found, int)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_what_holds_one_number_is_a_float(name):
+    found = as_float("scale", FLOATS[name])
+    assert (found, type(found)) == (2.5, float)
+
+
+@pytest.mark.parametrize("name", INTS)
+def test_an_integer_is_a_float_too(name):
+    found = as_float("scale", INTS[name])
+    assert (found, type(found)) == (6.0, float)
+
+
+@pytest.mark.parametrize("name", [*NO_NUMBERS, *FLOATS])
+def test_what_is_no_integer_is_refused_by_name(name):
+    value = {**FLOATS, **NO_NUMBERS}[name]
+    with pytest.raises(TypeError, match=r"top_k: expected an int, got .*; pass an int"):
+        as_int("top_k", value)
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_what_is_no_number_is_refused_by_name(name):
+    with pytest.raises(TypeError, match=r"scale: expected a float, got .*; pass a float"):
+        as_float("scale", NO_NUMBERS[name])
+
+
+def test_a_refused_tensor_is_described():
+    with pytest.raises(TypeError, match=r"got a tensor of int64, shape \[1\] on cpu"):
+        as_int("top_k", torch.tensor([6]))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from moe.base_config import Count, FrozenConfig, PowerOfTwo
+from moe.checks import plain_number
 
 
 class ActivationType(IntEnum):
@@ -71,6 +72,7 @@ class WeightFormat(FrozenConfig):
     @field_validator("layout", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
+        value = plain_number(value)
         return WeightLayout[value] if isinstance(value, str) and value in WeightLayout.__members__ else value
 
 
@@ -104,6 +106,7 @@ class GemmConfig(FrozenConfig):
     @field_validator("activation", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
+        value = plain_number(value)
         if isinstance(value, str):
             of_name = {name.lower(): member for name, member in ActivationType.__members__.items()}
             if value.lower() not in of_name:

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from moe.base_config import Count, FrozenConfig, PowerOfTwo
+from moe.base_config import Count, CountOrZero, FrozenConfig, PowerOfTwo
 from moe.checks import expect, expect_separate, expect_type, is_as_expected
 from moe.flow import Permutation, TopK
 from moe.permute.chunks import NUMBA_CHUNKING, TRITON_CHUNKING
@@ -25,7 +25,7 @@ class PermuteConfig(FrozenConfig):
     num_experts: Count
     num_local_experts: Count
     top_k: Count
-    local_expert_offset: int = Field(default=0, ge=0)
+    local_expert_offset: CountOrZero = 0
     tile_rows: PowerOfTwo | None = Field(default=None, ge=MIN_TILE_ROWS, le=MAX_TILE_ROWS)  # None: by token count
 
     @model_validator(mode="after")

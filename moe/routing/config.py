@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from moe.base_config import Count, FrozenConfig
-from moe.checks import expect, expect_separate
+from moe.base_config import Count, CountOrZero, Factor, FrozenConfig
+from moe.checks import expect, expect_separate, plain_number
 
 
 class RoutingMethodType(IntEnum):
@@ -65,14 +65,15 @@ class RoutingConfig(FrozenConfig):
     num_experts: Count = Field(le=MAX_EXPERTS)
     top_k: Count
     method: RoutingMethod = RoutingMethod.RENORMALIZE
-    n_group: int = Field(default=0, ge=0)  # DeepSeekV3: groups of neighbouring experts; 0 and 1 mean none
-    topk_group: int = Field(default=0, ge=0)  # DeepSeekV3: how many of them a token may use
-    routed_scaling_factor: float = Field(default=1.0, allow_inf_nan=False)  # DeepSeekV3 and MiniMax2
+    n_group: CountOrZero = 0  # DeepSeekV3: groups of neighbouring experts; 0 and 1 mean none
+    topk_group: CountOrZero = 0  # DeepSeekV3: how many of them a token may use
+    routed_scaling_factor: Factor = 1.0  # DeepSeekV3 and MiniMax2
     norm_topk_prob: bool = True  # SigmoidRenorm
 
     @field_validator("method", mode="before")
     @classmethod
     def _by_name_or_number(cls, value: Any) -> Any:
+        value = plain_number(value)
         if isinstance(value, bool) or not isinstance(value, int):
             return value
         if value == RoutingMethodType.Unspecified:

@@ -6,7 +6,7 @@ import functools
 
 from pydantic import Field, model_validator
 
-from moe.base_config import Count, FrozenConfig, PowerOfTwo
+from moe.base_config import Count, CountOrZero, FrozenConfig, PowerOfTwo
 from moe.gemm.config import GemmConfig, WeightLayout
 
 MAX_COLUMN_BLOCKS = 65535  # the grid's second axis
@@ -41,7 +41,7 @@ class FewTokenConfig(FrozenConfig):
     top_k: Count
     gemm1: GemmConfig
     gemm2: GemmConfig
-    local_expert_offset: int = Field(default=0, ge=0)
+    local_expert_offset: CountOrZero = 0
     slot_tile: MatvecTile | None = None  # None: default_slot_tile
     token_tile: MatvecTile | None = None  # None: default_token_tile
     uses_pdl: bool = False  # programmatic dependent launches, where the GPU has them (compute capability 9.0 and up)
