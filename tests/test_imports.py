@@ -19,6 +19,7 @@ LEVELS = (
         "flow",
         "base_config",
         "checks",
+        "expert_ids",
         "shapes",
         "stages",
         "runtime",

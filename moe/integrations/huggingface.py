@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, library, nn
 
 from moe.config import MoEConfig
+from moe.expert_ids import ID_DTYPES, as_int32_ids
 from moe.flow import TopK
 from moe.gemm.config import DIM_MULTIPLE, ActivationType, WeightFormat, WeightLayout
 from moe.tuning.tuned import TunedPipeline, tuned_pipeline
@@ -107,9 +108,9 @@ def run_hf_experts(
             down_proj [E, H, I], the last two axes swapped where `experts.is_transposed`; up_proj [E, I, H] in place of
             gate_up_proj where the experts have no gate. E counts the experts that lie here.
         hidden_states: [..., H] bfloat16, T tokens.
-        top_k_index: [T, K], ids of experts that lie here. Any other id is skipped: expert parallelism marks slots of
-            other ranks by E.
-        top_k_weights: [T, K].
+        top_k_index: [T, K] of any integer dtype, ids of experts that lie here. Any other id is skipped: expert
+            parallelism marks slots of other ranks by E.
+        top_k_weights: [T, K] of any floating dtype.
 
     Returns:
         [..., H] bfloat16: sum over a token's experts of weight times expert(token).
@@ -120,6 +121,7 @@ def run_hf_experts(
     _expect_supported(experts, type(experts).__name__)
     w1, w2 = _weights_of(experts)
     _expect_tensors(type(experts).__name__, hidden_states, w1, w2)
+    _expect_choice(type(experts).__name__, top_k_index, top_k_weights)
     activation = ActivationType.Swiglu if getattr(experts, "has_gate", True) else ActivationType.Relu2
     layout = WeightLayout.MajorMn if experts.is_transposed else WeightLayout.MajorK
     run = torch.ops.moe.run_experts if torch.compiler.is_compiling() else _run_experts
@@ -158,7 +160,7 @@ def _run_experts(
     )
     if top_k_weights.dtype not in (torch.bfloat16, torch.float32):
         top_k_weights = top_k_weights.float()
-    topk = TopK(_as_int32_ids(top_k_index, num_local_experts), top_k_weights.contiguous())
+    topk = TopK(as_int32_ids(top_k_index, num_local_experts), top_k_weights.contiguous())
     output = pipeline.run_experts(topk, hidden_states.reshape(-1, hidden_size).contiguous(), w1, w2)
     return output.view(hidden_states.shape)
 
@@ -195,12 +197,6 @@ def _pipeline(
         is_batch_invariant=is_batch_invariant,
     )
     return tuned_pipeline(config, device)
-
-
-def _as_int32_ids(top_k_index: Tensor, num_local_experts: int) -> Tensor:
-    """Ids as int32, those out of [0, num_local_experts) still out of it."""
-    # Clamped before the conversion, or 2^32 would become expert 0.
-    return top_k_index.clamp(-1, num_local_experts).to(torch.int32).contiguous()
 
 
 def _expect_supported(experts: nn.Module, path: str) -> None:
@@ -249,6 +245,18 @@ def _expect_tensors(path: str, hidden_states: Tensor, w1: Tensor, w2: Tensor) ->
             f"{path}: forward only: expected no gradient, but {name} asks for one and gradients are enabled (the "
             "parameters of every freshly loaded model do); run the model under torch.no_grad() or "
             "torch.inference_mode(), and train with experts_implementation='grouped_mm'"
+        )
+
+
+def _expect_choice(path: str, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+    """Raise unless ids are whole numbers and weights are not: swapped arguments, masks and one-hot rows are neither."""
+    if top_k_index.dtype not in ID_DTYPES:
+        raise ValueError(
+            f"{path}: expected top_k_index [T, K] of an integer dtype, got {top_k_index.dtype}; pass the ids of the experts"
+        )
+    if not top_k_weights.is_floating_point():
+        raise ValueError(
+            f"{path}: expected top_k_weights [T, K] of a floating dtype, got {top_k_weights.dtype}; convert it with .float()"
         )
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from moe.checks import expect
+from moe.expert_ids import ID_DTYPES, as_int32_ids
 from moe.flow import TopK
 from moe.routing.config import RoutingConfig, RoutingMethod
 
 EPSILON = 1e-20  # keeps a sum of sigmoids that all underflow from dividing by zero
-ID_DTYPES = (torch.int16, torch.int32, torch.int64)
 _LOWEST = -(1 << 31)  # below every place: not a candidate
 _PLACE_OF_NAN = 0x7FC00000
 
@@ -58,7 +58,7 @@ def weigh_experts(logits: Tensor, expert_ids: Tensor, *, config: RoutingConfig) 
 
     Args:
         logits: [T, E] float32 or bfloat16.
-        expert_ids: [T, K] int16, int32 or int64, as `replay_out` recorded them. An id outside [0, E) stands for no expert: its
+        expert_ids: [T, K] of any integer dtype, as `replay_out` recorded them. An id outside [0, E) stands for no expert: its
             weight is 0, and it has no part in a sum over the chosen experts.
         config: the rule. A bias would have no part: it chooses, and does not weigh.
     Returns:
@@ -69,12 +69,13 @@ def weigh_experts(logits: Tensor, expert_ids: Tensor, *, config: RoutingConfig) 
     config.check(logits, None, None)
     dims = {"T": logits.shape[0], "K": config.top_k}
     expect("expert_ids", expert_ids, "T K", dims, dtype=ID_DTYPES, device=logits.device)
+    expert_ids = as_int32_ids(expert_ids, config.num_experts)
     x = logits.float()  # [T, E]
     is_expert = (expert_ids >= 0) & (expert_ids < config.num_experts)
     index = torch.where(is_expert, expert_ids, 0).long()
     chosen = x.gather(1, index).masked_fill(~is_expert, -torch.inf)
     weights = _weights(chosen, _keys(x, None, config).gather(1, index), config).masked_fill(~is_expert, 0.0)
-    return TopK(expert_ids.to(torch.int32), weights.to(torch.bfloat16))
+    return TopK(expert_ids, weights.to(torch.bfloat16))
 
 
 def sigmoid(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from closeness import assert_close_to_exact, relative_error
 from problems import experts_in_float64
 from torch import Tensor, nn
 
+from moe.expert_ids import ID_DTYPES
 from moe.flow import TopK
 from moe.integrations import huggingface
 from moe.integrations.huggingface import check_model, register, use_moe
@@ -269,6 +270,56 @@ def test_ids_of_no_expert_here_are_skipped(absent: int, device: torch.device) ->
     exact = exact_of(experts, hidden_states, ids, weights)
     assert relative_error(output, exact) <= 6e-3
     assert not output[4].any()
+
+
+@pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
+def test_every_integer_dtype_gives_the_result_of_int64(dtype: torch.dtype, device: torch.device) -> None:
+    experts = make_experts(device)
+    hidden_states, ids, weights = routed_tokens(experts, 9)
+    ids[3, 0] = 100  # no expert, in every dtype
+    expected = experts(hidden_states, ids, weights)
+    assert expected.any(dim=1).all()
+    assert torch.equal(experts(hidden_states, ids.to(dtype), weights), expected)
+
+
+@pytest.mark.parametrize("largest", [2**16 - 1, 2**32 - 1, 2**63 - 1, -1], ids=str)
+def test_the_largest_number_of_a_dtype_is_no_expert(largest: int, device: torch.device) -> None:
+    experts = make_experts(device)
+    hidden_states, ids, weights = routed_tokens(experts, 9)
+    dtype = {2**16 - 1: torch.uint16, 2**32 - 1: torch.uint32}.get(largest, torch.uint64)
+    ids[3], ids[4, 0] = largest, largest
+    output = experts(hidden_states, ids.to(dtype), weights)
+    assert not output[3].any()
+    assert torch.equal(output, experts(hidden_states, ids.clamp(-1, 5), weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+def test_small_ids_of_more_experts_than_int8_numbers(dtype: torch.dtype) -> None:
+    experts = make_experts()
+    ours = {name: getattr(experts, name).data.repeat(40, 1, 1) for name in ("gate_up_proj", "down_proj")}
+    for name, weights in ours.items():
+        setattr(experts, name, nn.Parameter(weights, requires_grad=False))
+    experts.num_experts = 200
+    hidden_states, ids, weights = routed_tokens(experts, 9)
+    ids %= torch.iinfo(dtype).max
+    assert torch.equal(experts(hidden_states, ids.to(dtype), weights), experts(hidden_states, ids, weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_ids_that_are_no_whole_numbers_are_refused(dtype: torch.dtype) -> None:
+    experts = make_experts()
+    hidden_states, ids, weights = routed_tokens(experts, 3)
+    with pytest.raises(
+        ValueError, match=rf"expected top_k_index \[T, K\] of an integer dtype, got {dtype}; pass the ids"
+    ):
+        experts(hidden_states, ids.to(dtype), weights)
+
+
+def test_weights_that_are_whole_numbers_are_refused() -> None:
+    experts = make_experts()
+    hidden_states, ids, _ = routed_tokens(experts, 3)
+    with pytest.raises(ValueError, match=r"expected top_k_weights \[T, K\] of a floating dtype, got torch.int64"):
+        experts(hidden_states, ids, ids)
 
 
 def test_a_nan_token_stays_in_its_row(device: torch.device) -> None:

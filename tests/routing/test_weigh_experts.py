@@ -6,6 +6,7 @@ from routing.cases import METHODS, config_of, grouped
 from routing.oracle import separated_problem
 
 import moe
+from moe.expert_ids import ID_DTYPES
 from moe.routing.config import RoutingMethod
 from moe.routing.reference import select_experts_reference, weigh_experts
 
@@ -42,13 +43,26 @@ def test_an_id_of_no_expert_has_no_part(config):
         torch.testing.assert_close(topk.weights[:2, :-1], expected, rtol=2**-7, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
 def test_experts_of_another_pass_are_weighed_by_these_logits(dtype):
     config = config_of(RoutingMethod.SIGMOID, 8, 2)
     logits = torch.linspace(-2, 2, 16).view(2, 8)
     ids = torch.tensor([[5, 0], [7, 3]], dtype=dtype)
     topk = weigh_experts(logits, ids, config=config)
     assert torch.equal(topk.weights, logits.gather(1, ids.long()).sigmoid().bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16], ids=str)
+def test_what_numbers_no_expert_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"expert_ids: expected int32 or .*got {str(dtype).removeprefix('torch.')}"):
+        weigh_experts(torch.zeros(2, 8), torch.zeros(2, 2, dtype=dtype), config=config_of(RoutingMethod.SIGMOID, 8, 2))
+
+
+def test_an_id_beyond_int32_is_no_expert_rather_than_another_one():
+    ids = torch.tensor([[2**32 + 1, 0]])
+    topk = weigh_experts(torch.zeros(1, 8), ids, config=config_of(RoutingMethod.SIGMOID, 8, 2))
+    assert not 0 <= topk.expert_ids[0, 0] < 8
+    assert topk.weights.tolist() == [[0.0, 0.5]]
 
 
 def test_a_replayed_layer_has_the_bits_of_the_recorded_one():
@@ -66,7 +80,7 @@ def test_a_replayed_layer_has_the_bits_of_the_recorded_one():
     ("ids", "message"),
     [
         (torch.zeros(3, 2, dtype=torch.int32), r"expert_ids: expected \[T=2, K=2\], got \[3, 2\]"),
-        (torch.zeros(2, 2), "expert_ids: expected int16 or int32 or int64, got float32"),
+        (torch.zeros(2, 2), "expert_ids: expected int32 or int64 or .*, got float32"),
         (torch.zeros(4, dtype=torch.int32), "expert_ids: expected 2-D"),
     ],
     ids=["tokens", "dtype", "rank"],
