@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import moe.__main__ as commands
-from moe.cli import exact, layer, load, text
+from moe.__main__ import main
+from moe.cli import commands, exact, layer, load, text
 from moe.cli.layer import ROUTINGS, random_logits
 from moe.cli.progress import Progress
 from moe.shapes import NAMED_SHAPES, MoEShape
@@ -35,7 +35,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_run_reports_every_stage_and_a_good_error(
     model: str, weights: str, device: torch.device, capsys: pytest.CaptureFixture[str]
 ):
-    status = commands.main(["run", "--model", model, "--tokens", "40", "--format", weights, "--device", device.type])
+    status = main(["run", "--model", model, "--tokens", "40", "--format", weights, "--device", device.type])
     report = capsys.readouterr().out
     assert status == 0, report
     for stage in ("route", "permute", "gemm1", "gemm2", "finalize", "whole"):
@@ -46,7 +46,7 @@ def test_run_reports_every_stage_and_a_good_error(
 
 def test_run_with_json_prints_nothing_but_json(device: torch.device, capsys: pytest.CaptureFixture[str]):
     arguments = ["run", "--model", "tiny", "--tokens", "40", "--json", "--routing", "zipf", "--device", device.type]
-    assert commands.main(arguments) == 0
+    assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert sum(report["load"]["rows_of_expert"]) == 40 * TINY.top_k
     assert report["accuracy"]["num_checked"] == 40
@@ -62,7 +62,7 @@ def test_wrong_result_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         return replace(pipeline, finalize=lambda *args, **kwargs: pipeline.finalize(*args, **kwargs) * 1.02)
 
     monkeypatch.setattr(layer, "build_pipeline", build_faulty)
-    assert commands.main(["run", "--model", "tiny", "--tokens", "8", "--device", "cpu"]) == 1
+    assert main(["run", "--model", "tiny", "--tokens", "8", "--device", "cpu"]) == 1
     assert "WRONG" in capsys.readouterr().out
 
 
@@ -74,7 +74,7 @@ def test_nan_in_the_result_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys
         return replace(pipeline, finalize=lambda *args, **kwargs: pipeline.finalize(*args, **kwargs) * float("nan"))
 
     monkeypatch.setattr(layer, "build_pipeline", build_faulty)
-    assert commands.main(["run", "--model", "tiny", "--tokens", "8", "--device", "cpu"]) == 1
+    assert main(["run", "--model", "tiny", "--tokens", "8", "--device", "cpu"]) == 1
 
 
 def test_bench_prints_a_line_a_token_count_and_writes_json(tmp_path, capsys: pytest.CaptureFixture[str]):
@@ -92,7 +92,7 @@ def test_bench_prints_a_line_a_token_count_and_writes_json(tmp_path, capsys: pyt
         "--json",
         str(file),
     ]
-    assert commands.main(arguments) == 0
+    assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[-4:]] == [
         ["tiny", "1"],
@@ -110,7 +110,7 @@ def test_bench_prints_a_line_a_token_count_and_writes_json(tmp_path, capsys: pyt
 def test_bench_without_turns_times_nothing_beside(tmp_path):
     file = tmp_path / "bench.json"
     arguments = ["bench", "--model", "tiny", "--tokens", "9", "--device", "cpu", "--json", str(file), "--turns", "0"]
-    assert commands.main(arguments) == 0
+    assert main(arguments) == 0
     (result,) = json.loads(file.read_text())["results"]
     assert result["beside_us"] == {}
     assert result["stages"]["experts"]["median_us"] > 0
@@ -126,7 +126,7 @@ def test_bench_runs_what_the_tables_say_beside_the_models_choice(
     monkeypatch.setattr("moe.cli.beside.tuned_config", tuned_config)
     file = tmp_path / "bench.json"
     arguments = ["bench", "--model", "tiny", "--tokens", "1", "9", "--device", "cpu", "--json", str(file)]
-    assert commands.main([*arguments, "--untuned"] if is_untuned else arguments) == 0
+    assert main([*arguments, "--untuned"] if is_untuned else arguments) == 0
     results = json.loads(file.read_text())["results"]
     assert [result["is_tuned"] for result in results] == [False, not is_untuned]
     assert ["untuned" in result["beside_us"] for result in results] == [False, not is_untuned]
@@ -141,7 +141,7 @@ def test_bench_without_matplotlib_names_the_extra_before_anything_is_timed(
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        commands.main(["bench", "--model", "tiny", "--tokens", "1", "--device", "cpu", "--plot", "bench.svg"])
+        main(["bench", "--model", "tiny", "--tokens", "1", "--device", "cpu", "--plot", "bench.svg"])
     streams = capsys.readouterr()
     assert "pip install 'moe-stages[plot]'" in streams.err
     assert streams.out == ""
@@ -155,7 +155,7 @@ def test_run_runs_what_the_tables_say(
         "moe.cli.beside.tuned_config", lambda config, num_tokens, device: TuningChoice(tile_rows=64).apply(config)
     )
     arguments = ["run", "--model", "tiny", "--tokens", "9", "--device", "cpu", "--json"]
-    assert commands.main([*arguments, "--untuned"] if is_untuned else arguments) == 0
+    assert main([*arguments, "--untuned"] if is_untuned else arguments) == 0
     assert json.loads(capsys.readouterr().out)["load"]["tile_rows"] == (16 if is_untuned else 64)
 
 
@@ -168,7 +168,7 @@ def test_bench_refuses_a_picture_that_it_could_not_write(
 ):
     pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit):
-        commands.main(["bench", "--model", "tiny", "--tokens", "1", "--device", "cpu", "--plot", str(tmp_path / name)])
+        main(["bench", "--model", "tiny", "--tokens", "1", "--device", "cpu", "--plot", str(tmp_path / name)])
     streams = capsys.readouterr()
     assert message in streams.err
     assert streams.out == ""
@@ -178,7 +178,7 @@ def test_bench_draws_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "bench.svg"
     arguments = ["bench", "--model", "tiny", "tiny-grouped", "--tokens", "1", "9", "--device", "cpu"]
-    assert commands.main([*arguments, "--plot", str(file)]) == 0
+    assert main([*arguments, "--plot", str(file)]) == 0
     picture = file.read_text()
     assert picture.count('id="legend_') == 2
     assert picture.count('id="axes_') == 2
@@ -186,7 +186,7 @@ def test_bench_draws_a_picture(tmp_path):
 
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
-        commands.main(["--version"])
+        main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out.startswith("moe-stages ")
 
@@ -196,7 +196,7 @@ def test_stopping_a_command_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: p
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "describe_machine", stop)
-    assert commands.main(["info", "--device", "cpu"]) == 130
+    assert main(["info", "--device", "cpu"]) == 130
     assert capsys.readouterr().err == "stopped\n"
 
 
@@ -204,7 +204,7 @@ def test_wrong_choices_alone_are_said_to_be_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(exact.Accuracy, "chooses_alike", False)
-    assert commands.main(["run", "--model", "tiny", "--tokens", "8", "--device", "cpu"]) == 1
+    assert main(["run", "--model", "tiny", "--tokens", "8", "--device", "cpu"]) == 1
     report = capsys.readouterr().out
     assert "(good)" in report
     assert report.count("WRONG") == 1
@@ -212,7 +212,7 @@ def test_wrong_choices_alone_are_said_to_be_what_is_wrong(
 
 
 def test_info_names_versions_and_stages(capsys: pytest.CaptureFixture[str]):
-    assert commands.main(["info", "--device", "cpu"]) == 0
+    assert main(["info", "--device", "cpu"]) == 0
     report = capsys.readouterr().out
     assert torch.__version__ in report
     assert "reference moe.gemm.reference.gather_gemm_reference" in report
@@ -236,7 +236,7 @@ def test_senseless_arguments_are_refused_with_the_cure(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit) as stopped:
-        commands.main(arguments)
+        main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -246,7 +246,7 @@ def test_layer_that_does_not_fit_is_refused_before_it_is_made(
 ):
     monkeypatch.setattr("moe.cli.machine._available_bytes", lambda: 1000)
     with pytest.raises(SystemExit):
-        commands.main(["run", "--model", "tiny", "--device", "cpu"])
+        main(["run", "--model", "tiny", "--device", "cpu"])
     assert "pick a smaller model" in capsys.readouterr().err
 
 
@@ -318,7 +318,7 @@ def _pretends_to_have_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterat
 
 @pytest.mark.usefixtures("_pretends_to_have_a_gpu")
 def test_tune_shows_each_bucket_before_and_after(tmp_path, capsys: pytest.CaptureFixture[str]):
-    assert commands.main(["tune", "--model", "tiny", "--tokens", "40", "70", "--device", "cpu"]) == 0
+    assert main(["tune", "--model", "tiny", "--tokens", "40", "70", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "tiny"
     assert lines[2].split() == ["tokens", "model", "us", "tuned", "us", "gain", "choice"]
@@ -326,7 +326,7 @@ def test_tune_shows_each_bucket_before_and_after(tmp_path, capsys: pytest.Captur
     assert "tile_rows 16" in lines[-2]
 
     exported = tmp_path / "exported.json"
-    assert commands.main(["tune", "--show", "--model", "tiny", "--device", "cpu", "--export", str(exported)]) == 0
+    assert main(["tune", "--show", "--model", "tiny", "--device", "cpu", "--export", str(exported)]) == 0
     shown = capsys.readouterr().out
     assert lines[-2] in shown
     assert "\ntiny\n" in shown
@@ -334,7 +334,7 @@ def test_tune_shows_each_bucket_before_and_after(tmp_path, capsys: pytest.Captur
     assert f"{exported}: 2 entries" in shown
     assert len(json.loads(exported.read_text())["entries"]) == 2
 
-    assert commands.main(["tune", "--model", "tiny", "--tokens", "40", "--device", "cpu"]) == 0
+    assert main(["tune", "--model", "tiny", "--tokens", "40", "--device", "cpu"]) == 0
     assert "nothing was left to tune" in capsys.readouterr().out
 
 
@@ -369,9 +369,9 @@ def test_tune_reads_our_config_and_a_hugging_face_one(tmp_path, capsys: pytest.C
     ours.write_text(layer.layer_of_shape(TINY, layer.FORMATS["hf"]).config.model_dump_json())
     numbers = {"hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4}
     theirs.write_text(json.dumps({"model_type": "qwen3_moe", "hidden_act": "silu", "norm_topk_prob": True} | numbers))
-    assert commands.main(["tune", "--config", str(ours), "--tokens", "40", "--device", "cpu"]) == 0
+    assert main(["tune", "--config", str(ours), "--tokens", "40", "--device", "cpu"]) == 0
     assert "\nours.json\n" in capsys.readouterr().out
-    assert commands.main(["tune", "--config", str(theirs), "--tokens", "40", "--device", "cpu"]) == 0
+    assert main(["tune", "--config", str(theirs), "--tokens", "40", "--device", "cpu"]) == 0
     assert "config.json: nothing was left to tune" in capsys.readouterr().out
 
 
@@ -382,7 +382,7 @@ def test_a_config_in_a_file_is_run_like_a_named_model(command: str, tmp_path, ca
     fields |= {"n_routed_experts": 16, "num_experts_per_tok": 2, "n_group": 8, "topk_group": 4}
     theirs.write_text(json.dumps(fields | {"norm_topk_prob": True, "routed_scaling_factor": 2.5}))
     more = ["--turns", "0"] if command == "bench" else []
-    assert commands.main([command, "--config", str(theirs), "--tokens", "40", "--device", "cpu", *more]) == 0
+    assert main([command, "--config", str(theirs), "--tokens", "40", "--device", "cpu", *more]) == 0
     report = capsys.readouterr().out
     assert "mine.json" in report
     if command == "run":
@@ -403,13 +403,13 @@ def test_two_layers_where_one_runs_and_a_file_that_is_missing_are_refused(
     command: str, more: tuple[str, ...], message: str, tmp_path, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit) as stopped:
-        commands.main([command, "--config", str(tmp_path / "none.json"), "--device", "cpu", *more])
+        main([command, "--config", str(tmp_path / "none.json"), "--device", "cpu", *more])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def tune_tiny(*more: str) -> int:
-    return commands.main(["tune", "--model", "tiny", "--tokens", "40", "--device", "cpu", *more])
+    return main(["tune", "--model", "tiny", "--tokens", "40", "--device", "cpu", *more])
 
 
 @pytest.mark.usefixtures("_pretends_to_have_a_gpu")
@@ -420,7 +420,7 @@ def test_export_leaves_what_is_no_table_alone(target: str, tmp_path, capsys: pyt
     (tmp_path / "notes.md").write_text("notes")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stopped:
-        commands.main(["tune", "--device", "cpu", "--export", str(tmp_path / target)])
+        main(["tune", "--device", "cpu", "--export", str(tmp_path / target)])
     assert stopped.value.code == 2
     assert f"--export {tmp_path / target}: expected a new file, or a table for cpu" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
@@ -430,7 +430,7 @@ def test_export_leaves_what_is_no_table_alone(target: str, tmp_path, capsys: pyt
 @pytest.mark.usefixtures("_pretends_to_have_a_gpu")
 def test_export_of_nothing_is_refused(tmp_path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
-        commands.main(["tune", "--device", "cpu", "--export", str(tmp_path / "table.json")])
+        main(["tune", "--device", "cpu", "--export", str(tmp_path / "table.json")])
     assert "tune a layer first" in capsys.readouterr().err
     assert not (tmp_path / "table.json").exists()
 
@@ -497,7 +497,7 @@ def test_the_format_of_a_file_is_its_own(tmp_path, capsys: pytest.CaptureFixture
     fields = {"model_type": "aria_text", "hidden_size": 64, "intermediate_size": 64, "hidden_act": "silu"}
     fields |= {"moe_num_experts": 8, "moe_topk": 2}
     theirs.write_text(json.dumps(fields))
-    assert commands.main(["tune", "--config", str(theirs), "--tokens", "40", "--device", "cpu"]) == 0
+    assert main(["tune", "--config", str(theirs), "--tokens", "40", "--device", "cpu"]) == 0
     config = MoEConfig.from_hf_config(fields)
     assert config.gemm1.weight_format.layout.name == "MajorMn"
     assert is_tuned(config, 48, GpuModel.of("cpu"))
@@ -505,13 +505,13 @@ def test_the_format_of_a_file_is_its_own(tmp_path, capsys: pytest.CaptureFixture
     ours = tmp_path / "ours.json"
     ours.write_text(config.model_dump_json())
     with pytest.raises(SystemExit):
-        commands.main(["tune", "--config", str(ours), "--format", "flashinfer", "--device", "cpu"])
+        main(["tune", "--config", str(ours), "--format", "flashinfer", "--device", "cpu"])
     assert "names its own; leave --format out" in capsys.readouterr().err
 
 
 def test_tune_refuses_a_machine_without_a_gpu_in_a_line(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
-        commands.main(["tune", "--model", "tiny", "--device", "cpu"])
+        main(["tune", "--model", "tiny", "--device", "cpu"])
     assert stopped.value.code == 2
     assert "tune: expected a GPU" in capsys.readouterr().err.splitlines()[-1]
 
@@ -522,17 +522,17 @@ def test_tune_refuses_a_file_that_describes_no_layer(content: str, tmp_path, cap
     file = tmp_path / "config.json"
     file.write_text(content)
     with pytest.raises(SystemExit):
-        commands.main(["tune", "--config", str(file), "--device", "cpu"])
+        main(["tune", "--config", str(file), "--device", "cpu"])
     assert "expected a MoEConfig or a Hugging Face config.json" in capsys.readouterr().err
 
 
 def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]):
-    assert commands.main([]) == 0
+    assert main([]) == 0
     printed = capsys.readouterr().out
     assert all(f"    {command} " in printed for command in ("run", "bench", "launches", "tune", "info"))
 
 
 def test_a_config_that_is_missing_is_named_before_a_missing_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     with pytest.raises(SystemExit):
-        commands.main(["tune", "--device", "cpu", "--config", str(tmp_path / "absent.json")])
+        main(["tune", "--device", "cpu", "--config", str(tmp_path / "absent.json")])
     assert "absent.json" in capsys.readouterr().err

@@ -1,0 +1,158 @@
+"""The arguments of `python -m moe`, and which command each subcommand runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from moe.cli.beside import TURNS
+from moe.cli.commands import (
+    CPU_TOKENS,
+    CUDA_TOKENS,
+    DEFAULT_MODEL,
+    bench_command,
+    info_command,
+    launches_command,
+    run_command,
+    tune_command,
+)
+from moe.cli.layer import FORMATS, ROUTINGS
+from moe.cli.machine import installed_version
+from moe.shapes import NAMED_SHAPES
+from moe.tuning.buckets import BUCKETS
+
+BENCH_TOKENS = (1, 128, 2048, 8192)
+LAUNCH_TOKENS = (1, 64)
+MAX_TUNED_TOKENS = 8192
+DESCRIPTION = "python -m moe: run a layer of a real model, time many, tune them, or say what is here."
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m moe", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"moe-stages {installed_version('moe-stages')}")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    run = commands.add_parser("run", help="one layer of a model: time of each stage, load, error")
+    run.set_defaults(command=run_command)
+    _add_one_layer(run)
+    run.add_argument(
+        "--tokens", type=_count, metavar="N", help=f"default: {CPU_TOKENS} on a CPU, {CUDA_TOKENS} on a GPU"
+    )
+    run.add_argument("--json", action="store_true", help="print values instead of text")
+    _add_inputs(run)
+
+    bench = commands.add_parser("bench", help="many models and token counts, a line each, microseconds")
+    bench.set_defaults(command=bench_command)
+    bench.add_argument(
+        "--model", choices=NAMED_SHAPES, nargs="+", metavar="NAME", help="default: all; to be named on a CPU"
+    )
+    _add_config(bench)
+    bench.add_argument(
+        "--tokens", type=_count, nargs="+", default=BENCH_TOKENS, metavar="N", help=f"default: {BENCH_TOKENS}"
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write all values to this file as well")
+    bench.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the roofline and time by tokens (needs matplotlib)"
+    )
+    bench.add_argument(
+        "--turns",
+        type=int,
+        choices=range(9),
+        default=TURNS,
+        help=f"rounds in which dense, grouped_mm and eager are timed by turns; 0 leaves them out; default: {TURNS}",
+    )
+    _add_inputs(bench)
+
+    launches = commands.add_parser("launches", help="every kernel launch of a call, and its time")
+    launches.set_defaults(command=launches_command)
+    _add_one_layer(launches)
+    launches.add_argument("--tokens", type=_count, nargs="+", default=LAUNCH_TOKENS, metavar="N", help="default: 1 64")
+    _add_inputs(launches)
+
+    _add_tune(commands.add_parser("tune", help="find what is fastest for a layer on this GPU, and keep it"))
+
+    info = commands.add_parser("info", help="device, versions, which stages run kernels here")
+    info.set_defaults(command=info_command)
+    info.add_argument("--json", action="store_true", help="print values instead of text")
+    _add_device(info)
+    return parser
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=tune_command)
+    parser.add_argument(
+        "--model", choices=NAMED_SHAPES, nargs="+", default=[], metavar="NAME", help=", ".join(NAMED_SHAPES)
+    )
+    _add_config(parser)
+    parser.add_argument(
+        "--tokens", type=_tunable_count, nargs="+", metavar="N", help="default: all buckets up to --max-tokens"
+    )
+    parser.add_argument(
+        "--max-tokens", type=_count, default=MAX_TUNED_TOKENS, metavar="N", help=f"default: {MAX_TUNED_TOKENS}"
+    )
+    parser.add_argument("--force", action="store_true", help="tune also what the tables hold")
+    parser.add_argument(
+        "--stages", action="store_true", help="then time each stage before and after, where a table changes something"
+    )
+    parser.add_argument("--show", action="store_true", help="tune nothing: print what the user's table holds")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="add the entries of the user's table to this one")
+    parser.add_argument("--seed", type=_seed, default=0)
+    _add_device(parser)
+
+
+def _add_one_layer(parser: argparse.ArgumentParser) -> None:
+    layer = parser.add_mutually_exclusive_group()
+    models = ", ".join(NAMED_SHAPES)
+    layer.add_argument("--model", choices=NAMED_SHAPES, metavar="NAME", help=f"{models}; default: {DEFAULT_MODEL}")
+    _add_config(layer, to_format=parser)
+
+
+def _add_config(parser: argparse._ActionsContainer, to_format: argparse.ArgumentParser | None = None) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="JSON of a MoEConfig, or a Hugging Face config.json"
+    )
+    (to_format or parser).add_argument(
+        "--format", choices=FORMATS, help="format of the weights in memory; default: hf (MajorK), or what --config says"
+    )
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
+    parser.add_argument("--untuned", action="store_true", help="use no tuning table")
+    parser.add_argument(
+        "--routing", choices=ROUTINGS, default="uniform", help="how the load spreads over experts; default: uniform"
+    )
+    parser.add_argument("--seed", type=_seed, default=0)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where one is")
+
+
+def _count(text: str) -> int:
+    value = _int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def _tunable_count(text: str) -> int:
+    value = _count(text)
+    if value > BUCKETS[-1]:
+        raise argparse.ArgumentTypeError(f"expected {BUCKETS[-1]} or fewer, the last bucket, got {value}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = _int(text)
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"expected 0 to 2^63 - 1, got {value}")
+    return value
+
+
+def _int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
