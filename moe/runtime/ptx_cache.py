@@ -99,13 +99,18 @@ def _signature(file: Path) -> tuple[str, int, int]:
 
 def _package_files() -> list[Path]:
     """All but hidden ones: editors and other systems leave files beside ours that are no Python."""
-    return [file for file in Path(__file__).parent.rglob("*.py") if not file.name.startswith(".")]
+    return [file for file in _package().rglob("*.py") if not file.name.startswith(".")]
+
+
+def _package() -> Path:
+    """The folder of `moe`, which kernels of all stages come from."""
+    return Path(__file__).parents[1]
 
 
 @functools.cache
 def _sources() -> str:
     """A hash of all Python files of this package."""
-    root = Path(__file__).parent
+    root = _package()
     files = ((str(file.relative_to(root)), file.read_bytes()) for file in sorted(_package_files()))
     return _hash("\n".join(f"{name} {hashlib.sha256(content).hexdigest()}" for name, content in files))
 

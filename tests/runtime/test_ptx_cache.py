@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import moe
 from moe.runtime import numba_launch
 from moe.runtime import ptx_cache as module
 from moe.runtime.ptx_cache import cached_ptx
@@ -91,13 +92,18 @@ def test_what_fails_to_compile_leaves_no_file(folder: Path):
 def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A package of two files, as this process began with it."""
     package = tmp_path / "moe"
-    (package / "permute").mkdir(parents=True)
-    (package / "kept_ptx.py").write_text("")
-    (package / "permute" / "plan_kernel.py").write_text("one")
-    monkeypatch.setattr(module, "__file__", str(package / "kept_ptx.py"))
+    for folder, name, text in (("runtime", "ptx_cache.py", ""), ("permute", "plan_kernel.py", "one")):
+        (package / folder).mkdir(parents=True)
+        (package / folder / name).write_text(text)
+    monkeypatch.setattr(module, "__file__", str(package / "runtime" / "ptx_cache.py"))
     monkeypatch.setattr(module, "_FILES_AT_IMPORT", module._files())
     monkeypatch.setattr(module, "_sources", module._sources.__wrapped__)
     return package
+
+
+def test_the_files_that_count_are_those_of_all_stages():
+    files = {file.relative_to(Path(moe.__file__).parent).as_posix() for file in module._package_files()}
+    assert {"__init__.py", "permute/numba_plan_kernel.py", "routing/topk_kernel.py", "runtime/ptx_cache.py"} <= files
 
 
 def test_the_hash_of_the_sources_follows_every_file(package: Path):
