@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from moe.flow import Permutation, SwigluParams, TopK
+from moe.flow import Permutation, SwigluParams, TopK, UnitSize
 
 
 class Router(Protocol):
@@ -47,3 +51,35 @@ class Finalizer(Protocol):
     def __call__(self, rows: Tensor, topk: TopK, permutation: Permutation, *, output: Tensor | None = None) -> Tensor:
         """rows [P, H] bf16 -> [T, H] bf16, into `output` where given."""
         ...
+
+
+class UnitSizeOf(Protocol):
+    """Which RowUnits the GEMMs of a layer take under a load, if any: a planner may make them on its way."""
+
+    def __call__(self, device: torch.device, tile_rows: int, mean_rows: int, /) -> UnitSize | None: ...
+
+
+@dataclass(frozen=True)
+class StageKernel:
+    """One way to run a stage: a line of the table in the stage's `kernels.py`, of which the first that takes a config runs."""
+
+    name: str
+    takes: Callable[[Any], bool]  # whether it takes a config of the stage
+    checked: Callable[..., Any]  # the stage function
+    launch: Callable[..., Any]  # the same without its checks; the same function where it is nothing without them
+    options: tuple[str, ...] = ()  # which of a pipeline's choices, such as uses_pdl, both take
+
+    def bound_to(self, config: Any, **choices: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The stage with its checks and without, for a config and those of the choices that it takes."""
+        keywords = {"config": config} | {name: choices[name] for name in self.options}
+        checked = partial(self.checked, **keywords)
+        return checked, checked if self.launch is self.checked else partial(self.launch, **keywords)
+
+
+def takes_all(config: Any) -> bool:
+    """The `takes` of a kernel that takes every config of its stage."""
+    return True
+
+
+def first_to_take(kernels: Iterable[StageKernel], config: Any) -> StageKernel:
+    return next(kernel for kernel in kernels if kernel.takes(config))

@@ -11,9 +11,12 @@ import sys
 import time
 from collections.abc import Iterable
 
+import torch
+
 from moe.base_config import FrozenConfig
 from moe.flow import UnitSize
 from moe.permute.config import PermuteConfig
+from moe.permute.kernels import planner_of
 from moe.runtime.cache_folder import cache_folder
 from moe.runtime.numba_launch import NumbaKernel
 from moe.runtime.ptx_cache import can_keep
@@ -34,11 +37,11 @@ class PlanningJob(FrozenConfig):
 
     def missing(self) -> list[NumbaKernel]:
         """Kernels that would have to be compiled."""
-        from moe.permute.numba_plan import kernels_for, takes  # needs numba, which `import moe.tuning` does not
-
         num_slots = self.num_tokens * self.config.top_k
-        if not num_slots or not takes(self.config):
+        if not num_slots or planner_of(self.config, torch.device("cuda")).name != "numba":
             return []
+        from moe.permute.numba_plan import kernels_for  # needs numba, which `import moe.tuning` does not
+
         size = None if self.unit_size is None else UnitSize(*self.unit_size)
         kernels = kernels_for(self.config, num_slots, size, self.uses_pdl)
         return [kernel for kernel in kernels if not kernel.is_cached(self.capability)]

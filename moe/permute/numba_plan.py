@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from moe.flow import Permutation, RowUnits, TopK, UnitSize
@@ -16,6 +14,7 @@ from moe.runtime.dependent_launch import launches_dependents
 from moe.runtime.device import current_stream
 from moe.runtime.numba_launch import NumbaKernel
 from moe.runtime.numba_warp_device import WARP_SIZE
+from moe.stages import UnitSizeOf
 
 MAX_LOCAL_EXPERTS = 2048  # the counts of a block lie in shared memory
 CHUNKING = NUMBA_CHUNKING
@@ -33,7 +32,7 @@ def numba_plan_permutation(
     *,
     config: PermuteConfig,
     uses_pdl: bool = False,
-    unit_size: Callable[[torch.device, int, int], UnitSize | None] | None = None,
+    unit_size: UnitSizeOf | None = None,
 ) -> Permutation:
     """Place every (token, choice) slot in a row of its expert.
 
@@ -59,6 +58,13 @@ def numba_plan_permutation(
             f"config: expected num_local_experts <= {MAX_LOCAL_EXPERTS}, got num_local_experts="
             f"{config.num_local_experts}; use plan_permutation, which takes any number"
         )
+    return launch_numba_plan_permutation(topk, config=config, uses_pdl=uses_pdl, unit_size=unit_size)
+
+
+def launch_numba_plan_permutation(
+    topk: TopK, *, config: PermuteConfig, uses_pdl: bool = False, unit_size: UnitSizeOf | None = None
+) -> Permutation:
+    """`numba_plan_permutation` of tensors that were checked, for a config that the kernels take."""
     num_tokens, top_k = topk.expert_ids.shape
     permutation = _allocate(topk, config, unit_size)
     num_slots = num_tokens * top_k
@@ -74,9 +80,7 @@ def numba_plan_permutation(
     return permutation
 
 
-def _allocate(
-    topk: TopK, config: PermuteConfig, unit_size: Callable[[torch.device, int, int], UnitSize | None] | None
-) -> Permutation:
+def _allocate(topk: TopK, config: PermuteConfig, unit_size: UnitSizeOf | None) -> Permutation:
     device = topk.expert_ids.device
     tile_rows, mean_rows, max_rows = _rows(config, topk.expert_ids.shape[0])
     max_tiles = max_rows // tile_rows

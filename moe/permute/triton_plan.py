@@ -35,6 +35,11 @@ def plan_permutation(topk: TopK, *, config: PermuteConfig) -> Permutation:
     Source: flashinfer's trtllm-gen routing has the same maps, with rows of an expert in no promised order.
     """
     config.check(topk)
+    return launch_plan_permutation(topk, config=config)
+
+
+def launch_plan_permutation(topk: TopK, *, config: PermuteConfig) -> Permutation:
+    """`plan_permutation` of tensors that were checked."""
     num_tokens, top_k = topk.expert_ids.shape
     permutation = _allocate(topk, config)
     num_slots = num_tokens * top_k

@@ -57,6 +57,18 @@ def select_experts(
             f"config: expected num_experts <= {MAX_EXPERTS} and top_k <= {MAX_TOP_K}, got num_experts="
             f"{config.num_experts}, top_k={config.top_k}; use select_experts_reference, which runs on the GPU too"
         )
+    return launch_select_experts(logits, bias, config=config, replay_out=replay_out, uses_pdl=uses_pdl)
+
+
+def launch_select_experts(
+    logits: Tensor,
+    bias: Tensor | None = None,
+    *,
+    config: RoutingConfig,
+    replay_out: Tensor | None = None,
+    uses_pdl: bool = False,
+) -> TopK:
+    """`select_experts` of tensors that were checked, for a config that the kernels take."""
     num_tokens = logits.shape[0]
     shape = (num_tokens, config.top_k)
     topk = TopK(
