@@ -15,26 +15,26 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each unit is a file or a folder of the package; it imports units of lower levels, and itself.
 LEVELS = (
-    {
-        "flow",
-        "base_config",
-        "checks",
-        "expert_ids",
-        "shapes",
-        "stages",
-        "runtime",
-        "hf_config",
-    },  # leaves import one another as they need
+    # leaves import one another as they need
+    {"flow", "base_config", "checks", "expert_ids", "shapes", "stages", "hf_config", "runtime"},
     {"routing", "permute", "gemm"},  # a stage never imports another stage
     {"fused"},
     {"config"},
+    {"call"},
     {"pipeline"},
-    {"tuning"},
+    {"compose"},
+    {"parallel", "training", "tuning"},
     {"trtllm", "cli"},
-    {"integrations"},
+    {"integrations", "testing"},
     {"__init__", "__main__"},
 )
 LEVEL_OF_UNIT = {unit: level for level, units in enumerate(LEVELS) for unit in units}
+
+# Which other folder a folder of moe/gemm imports from: no family another one, and what two families share neither of them.
+OTHER_FOLDERS = {"portable": set(), "wide": {"hopper"}, "swapped": {"hopper"}, "hopper": set()}
+
+DEVICE_ENDINGS = ("_kernel", "_device")  # of files whose code runs on the GPU: entries, and pieces
+DEVICE_MODULES = [path for path in MODULES if path.stem.endswith(DEVICE_ENDINGS)]
 
 
 def unit_of(path: Path) -> str:
@@ -42,18 +42,36 @@ def unit_of(path: Path) -> str:
     return first.removesuffix(".py")
 
 
-def imported_modules(path: Path) -> Iterator[str]:
-    """Every module of the package that the file imports, wherever in the file."""
+def imported_names(path: Path) -> Iterator[str]:
+    """Every module that the file imports, wherever in the file, and what it imports of it: `moe.gemm.config.GemmConfig`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "moe")
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import; name the module in full"
-            if (node.module or "").split(".")[0] == "moe":
-                yield from ([f"moe.{alias.name}" for alias in node.names] if node.module == "moe" else [node.module])
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def imported_modules(path: Path) -> Iterator[str]:
+    """What the file imports of the package: modules, with or without the name that is taken from them."""
+    for name in imported_names(path):
+        if name.split(".")[0] == "moe":
+            yield name if name != "moe" else "moe.__init__"
+
+
+def jit_lines(path: Path) -> Iterator[int]:
+    """Where the file has something compiled for a GPU: by Triton, Gluon, or numba, whose `cuda.jit` has a name of ours."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        is_jit = isinstance(node, ast.Attribute) and node.attr == "jit"
+        if is_jit or (isinstance(node, ast.Name) and node.id == "device_function"):
+            yield node.lineno
+
+
+def in_package(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=in_package)
 def test_imports_go_down_only(path: Path):
     unit = unit_of(path)
     assert unit in LEVEL_OF_UNIT, f"{unit} has no level in tests/test_imports.py; give it one"
@@ -88,10 +106,39 @@ def test_cpu_pipeline_loads_no_kernel_compiler():
     assert result.stdout.strip() == "[] [3, 64]"
 
 
-def test_kernel_modules_hold_device_code_only():
-    for path in PACKAGE.rglob("*_kernel.py"):
-        tree = ast.parse(path.read_text())
-        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        assert "torch" not in imported, (
-            f"{path.name} imports torch; host code goes to {path.name.replace('_kernel', '')}"
-        )
+@pytest.mark.parametrize("path", DEVICE_MODULES, ids=in_package)
+def test_device_code_imports_no_torch(path: Path):
+    for name in imported_names(path):
+        assert name.split(".")[0] != "torch", f"{in_package(path)} imports {name}; host code goes to a file beside it"
+
+
+def test_what_is_compiled_for_a_gpu_lies_in_files_that_say_so():
+    assert any(any(jit_lines(path)) for path in DEVICE_MODULES), "is it compiled in another way now?"
+    for path in set(MODULES) - set(DEVICE_MODULES):
+        for line in jit_lines(path):
+            endings = " or ".join(f"{path.stem}{ending}.py" for ending in DEVICE_ENDINGS)
+            raise AssertionError(f"{in_package(path)}:{line}: device code; move it to {endings}")
+
+
+@pytest.mark.parametrize("folder", OTHER_FOLDERS)
+def test_families_of_gemms_import_no_other_family(folder: str):
+    paths = list((PACKAGE / "gemm" / folder).rglob("*.py"))
+    assert paths, f"moe/gemm/{folder} is not there; take it off OTHER_FOLDERS"
+    forbidden = set(OTHER_FOLDERS) - {folder} - OTHER_FOLDERS[folder]
+    for path in paths:
+        for module in imported_modules(path):
+            assert module.split(".")[1:3] not in [["gemm", other] for other in forbidden], (
+                f"{in_package(path)} imports {module}; what two families use moves to moe/gemm, or to hopper"
+            )
+
+
+def test_what_lies_beside_the_families_of_gemms_imports_none_but_for_who_chooses():
+    for path in (PACKAGE / "gemm").glob("*.py"):
+        folders = {module.split(".")[2] for module in imported_modules(path) if module.startswith("moe.gemm.")}
+        assert path.stem == "kernels" or not folders & set(OTHER_FOLDERS), f"{in_package(path)} imports a family"
+
+
+def test_runtime_knows_no_stage():
+    for path in (PACKAGE / "runtime").rglob("*.py"):
+        for module in imported_modules(path):
+            assert module.split(".")[1] == "runtime", f"{in_package(path)} imports {module}, which is above it"
