@@ -38,6 +38,8 @@ if "MOE_TESTS_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["MOE_TESTS_CACHE_DIR"], ignore_errors=True)
 os.environ["MOE_CACHE_DIR"] = os.environ["MOE_TESTS_CACHE_DIR"]
 
+torch.set_num_threads(1)  # tensors are tiny, and threads of several pytest processes wait for one another
+
 POISON = 1_000_000_007
 
 MARKERS_OF_FIXTURE = {

@@ -10,7 +10,7 @@ import torch
 
 from moe.__main__ import main
 from moe.cli import commands, exact, layer, load, text
-from moe.cli.layer import ROUTINGS, random_logits
+from moe.cli.layer import ROUTINGS, NamedLayer, random_logits
 from moe.cli.progress import Progress
 from moe.shapes import NAMED_SHAPES, MoEShape
 from moe.tuning.choice import TuningChoice
@@ -244,7 +244,7 @@ def test_senseless_arguments_are_refused_with_the_cure(
 def test_layer_that_does_not_fit_is_refused_before_it_is_made(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("moe.cli.machine._available_bytes", lambda: 1000)
+    monkeypatch.setattr("moe.cli.memory.available_bytes", lambda: 1000)
     with pytest.raises(SystemExit):
         main(["run", "--model", "tiny", "--device", "cpu"])
     assert "pick a smaller model" in capsys.readouterr().err
@@ -457,8 +457,8 @@ def test_a_layer_that_does_not_fit_fails_the_command_and_the_next_is_tuned(
 ):
     from moe.cli import tune
 
-    def expect_memory(shape: MoEShape, device: torch.device) -> None:
-        if shape.name == "tiny":
+    def expect_memory(named: NamedLayer, device: torch.device, num_tokens: int) -> None:
+        if named.name == "tiny":
             raise tune.UnfitMachine("tiny: expected more memory")
 
     monkeypatch.setattr(tune, "expect_memory", expect_memory)
@@ -471,7 +471,7 @@ def test_a_layer_that_does_not_fit_fails_the_command_and_the_next_is_tuned(
 @pytest.mark.usefixtures("_pretends_to_have_a_gpu")
 def test_a_retune_needs_no_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     assert tune_tiny() == 0
-    monkeypatch.setattr("moe.cli.machine._available_bytes", lambda: 1)
+    monkeypatch.setattr("moe.cli.memory.available_bytes", lambda: 1)
     assert tune_tiny() == 0
     assert "tiny: nothing was left to tune; --force tunes it again" in capsys.readouterr().out
 

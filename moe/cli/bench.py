@@ -11,7 +11,8 @@ import torch
 
 from moe.cli.beside import TURNS, measure_beside, tuned_layer
 from moe.cli.layer import NamedLayer, make_inputs, make_layer
-from moe.cli.machine import STAGES, UnfitMachine, describe_machine, expect_memory, info_json
+from moe.cli.machine import STAGES, UnfitMachine, describe_machine, info_json
+from moe.cli.memory import expect_memory
 from moe.cli.plot import plot_bench
 from moe.cli.progress import Progress
 from moe.cli.run import Measurement, measure_layer, report_json
@@ -56,20 +57,18 @@ def measure_all(
 ) -> Iterator[BenchLine]:
     """One line a layer and token count; a layer's weights are made once and dropped before the next one's.
 
-    A layer that does not fit the device's memory is left out, and said to be.
+    What does not fit the device's memory is left out, and said to be.
 
     Args:
         uses_tables: run what the tuning tables say, and the model's own choices beside it where they differ.
         num_turns: of what is timed beside the layer; 0 leaves that out.
     """
     for named in named_layers:
-        try:
-            expect_memory(named.shape, device)
-        except UnfitMachine as error:
-            progress.step(f"left out: {error}")
+        fitting = _fitting(named, token_counts, device, progress)
+        if not fitting:
             continue
         layer = make_layer(named, device, seed=seed, progress=progress)
-        for num_tokens in token_counts:
+        for num_tokens in fitting:
             chosen = tuned_layer(layer, num_tokens) if uses_tables else layer
             measurement = measure_layer(
                 chosen, num_tokens, routing=routing, seed=seed, progress=progress, with_experts=True
@@ -80,6 +79,19 @@ def measure_all(
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         del layer
+
+
+def _fitting(named: NamedLayer, token_counts: Sequence[int], device: torch.device, progress: Progress) -> list[int]:
+    """The token counts, each once, that fit what is free before anything is made."""
+    fitting = []
+    for num_tokens in dict.fromkeys(token_counts):
+        try:
+            expect_memory(named, device, num_tokens)
+        except UnfitMachine as error:
+            progress.step(f"left out: {error}")
+        else:
+            fitting.append(num_tokens)
+    return fitting
 
 
 def print_bench(

@@ -14,11 +14,11 @@ from moe.cli.layer import NamedLayer, layers_of, make_layer
 from moe.cli.machine import (
     UnfitMachine,
     describe_machine,
-    expect_memory,
     expect_writable,
     info_json,
     info_text,
 )
+from moe.cli.memory import expect_memory
 from moe.cli.plot import expect_plot
 from moe.cli.progress import Progress
 from moe.cli.run import measure_layer, report_json, report_text
@@ -32,8 +32,8 @@ CPU_TOKENS, CUDA_TOKENS = 64, 2048
 def run_command(options: argparse.Namespace) -> int:
     progress = Progress()
     named = _layer_of(options)
-    expect_memory(named.shape, options.device)
     num_tokens = options.tokens or (CUDA_TOKENS if options.device.type == "cuda" else CPU_TOKENS)
+    expect_memory(named, options.device, num_tokens)
     peaks = _measure_peaks(options, progress)
     layer = make_layer(named, options.device, seed=options.seed, progress=progress)
     if not options.untuned:
@@ -80,7 +80,7 @@ def launches_command(options: argparse.Namespace) -> int:
     from moe.cli.launches import launches_text, measure_launches
 
     named = _layer_of(options)
-    expect_memory(named.shape, options.device)
+    expect_memory(named, options.device, max(options.tokens))
     layer = make_layer(named, options.device, seed=options.seed, progress=Progress())
     for num_tokens in options.tokens:
         chosen = layer if options.untuned else tuned_layer(layer, num_tokens)

@@ -13,10 +13,9 @@ import torch
 
 from moe.config import MoEConfig
 from moe.pipeline import MoEPipeline, build_pipeline
-from moe.shapes import MoEShape
 
 PACKAGES = ("moe-stages", "torch", "triton", "numba", "numba-cuda", "cuda-core", "pydantic", "numpy")
-CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+CPUINFO = Path("/proc/cpuinfo")
 STAGES = ("route", "permute", "gemm1", "gemm2", "finalize")
 
 
@@ -46,25 +45,11 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device("cpu")
 
 
-def expect_memory(shape: MoEShape, device: torch.device) -> None:
-    """Raise UnfitMachine where the layer's weights are larger than the device's free memory."""
-    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_bytes()
-    if free_bytes is not None and shape.weight_bytes >= free_bytes:
-        raise UnfitMachine(
-            f"{shape.name}: expected {shape.weight_bytes / 1e9:.1f} GB of free memory on {device} for its weights, "
-            f"got {free_bytes / 1e9:.1f} GB; pick a smaller model"
-        )
-
-
 def expect_writable(option: str, file: Path) -> None:
     """Raise UnfitMachine where a result could not be written in the end."""
     folder = file.parent
     if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
         raise UnfitMachine(f"{option} {file}: expected a file in a folder that can be written; name another")
-
-
-def _available_bytes() -> int | None:
-    return next((int(line.split()[1]) << 10 for line in _lines(MEMINFO) if line.startswith("MemAvailable:")), None)
 
 
 def _lines(path: Path) -> list[str]:

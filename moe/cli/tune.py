@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from moe.cli.layer import Layer, NamedLayer, make_inputs, make_layer
-from moe.cli.machine import STAGES, UnfitMachine, expect_memory
+from moe.cli.machine import STAGES, UnfitMachine
+from moe.cli.memory import expect_memory
 from moe.cli.progress import Progress
 from moe.cli.run import stage_calls
 from moe.cli.text import decimal, table
@@ -67,7 +68,7 @@ def tune_layers(
         entries: list[TableEntry] = []
         if force or not all(is_tuned(layer.config, bucket, gpu) for bucket in buckets):
             try:
-                expect_memory(layer.shape, device)
+                expect_memory(layer, device, min(buckets))  # a larger one that does not fit is left out by itself
             except UnfitMachine as error:
                 progress.step(f"left out: {error}")
                 is_complete = False

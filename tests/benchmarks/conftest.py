@@ -12,7 +12,8 @@ import torch
 
 from moe.cli.exact import check_accuracy
 from moe.cli.layer import FORMATS, ROUTINGS, Inputs, Layer, layer_of_shape, make_inputs, make_layer
-from moe.cli.machine import UnfitMachine, expect_memory, pick_device
+from moe.cli.machine import UnfitMachine, pick_device
+from moe.cli.memory import expect_memory
 from moe.cli.progress import Progress
 from moe.cli.run import MAX_CHECKED_TOKENS
 from moe.cli.text import decimal, table
@@ -82,13 +83,13 @@ def _names(text: str | None, *, all_names: tuple, default: tuple) -> tuple:
 @pytest.fixture(scope="module")
 def layer(request: pytest.FixtureRequest) -> Iterator[Layer]:
     """A layer with random weights, for all benchmarks of its shape; freed before the next one is made."""
-    device, shape = pick_device("auto"), SHAPES[request.param]
+    device = pick_device("auto")
+    named = layer_of_shape(SHAPES[request.param], FORMATS[request.config.getoption("--format")])
     try:
-        expect_memory(shape, device)
+        expect_memory(named, device, num_tokens=1)
     except UnfitMachine as error:
         pytest.skip(str(error))
-    weight_format = FORMATS[request.config.getoption("--format")]
-    yield make_layer(layer_of_shape(shape, weight_format), device, seed=SEED, progress=Progress())
+    yield make_layer(named, device, seed=SEED, progress=Progress())
     torch.cuda.empty_cache()
 
 
