@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 from gemm.cases import format_id
-from torch import Tensor
 
 from moe.flow import TopK
 from moe.fused.few_tokens.config import FewTokenConfig
@@ -17,7 +16,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled in the interpreter", allow_module_level=True)
 
-from emulation.offline_driver import Launch, offline_gpu
+from emulation.offline_driver import Launch, offline_gpu, unallocated
 
 from moe.fused.few_tokens.experts import few_token_experts
 
@@ -46,16 +45,12 @@ def compile_layer(
     gemm1 = GemmConfig(in_features=hidden_size, out_features=intermediate_size, activation=activation, **sizes)
     gemm2 = GemmConfig(in_features=intermediate_size, out_features=hidden_size, **sizes)
     config = FewTokenConfig(num_experts=num_experts, top_k=top_k, gemm1=gemm1, gemm2=gemm2, uses_pdl=uses_pdl)
-    topk = TopK(empty(num_tokens, top_k, dtype=torch.int32), empty(num_tokens, top_k))
-    weights = empty(*gemm1.weight_shape), empty(*gemm2.weight_shape)
+    topk = TopK(unallocated(num_tokens, top_k, dtype=torch.int32), unallocated(num_tokens, top_k))
+    weights = unallocated(*gemm1.weight_shape), unallocated(*gemm2.weight_shape)
     with offline_gpu(arch) as gpu:
-        out = few_token_experts(topk, empty(num_tokens, hidden_size), *weights, config=config)
+        out = few_token_experts(topk, unallocated(num_tokens, hidden_size), *weights, config=config)
     assert out.shape == (num_tokens, hidden_size)
     return gpu.launches
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 CASES = [

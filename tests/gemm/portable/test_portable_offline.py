@@ -8,7 +8,6 @@ import pytest
 import torch
 from emulation.gpu_limits import SHARED_LIMIT_OF_ARCH
 from gemm.cases import format_id
-from torch import Tensor
 
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.config import FLASHINFER, GemmConfig, GemmTile, WeightFormat
@@ -17,7 +16,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled in the interpreter", allow_module_level=True)
 
-from emulation.offline_driver import Launch, offline_gpu
+from emulation.offline_driver import Launch, offline_gpu, unallocated
 
 import moe.gemm.portable.tile
 from moe.gemm.portable.gemm1 import portable_gemm1
@@ -27,10 +26,6 @@ from moe.gemm.portable.tile import candidate_tiles
 MAJOR_K, MAJOR_MN = WeightFormat(), WeightFormat(layout="MajorMn")
 NUM_EXPERTS, HIDDEN, INTERMEDIATE = 128, 2048, 768
 PREFETCH = "cp.async.bulk.prefetch.L2.global"
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def compile_gemm(
@@ -50,12 +45,12 @@ def compile_gemm(
     """The one launch of a gemm1 with SwiGLU or of a gemm2, NUM_EXPERTS experts."""
     max_rows, num_tokens = num_tiles * tile_rows, 16
     permutation = Permutation(
-        row_of_slot=empty(num_tokens, 8, dtype=torch.int32),
-        token_of_row=empty(max_rows, dtype=torch.int32),
-        expert_of_tile=empty(num_tiles, dtype=torch.int32),
-        row_limit_of_tile=empty(num_tiles, dtype=torch.int32),
-        num_rows=empty(1, dtype=torch.int32),
-        num_tiles=empty(1, dtype=torch.int32),
+        row_of_slot=unallocated(num_tokens, 8, dtype=torch.int32),
+        token_of_row=unallocated(max_rows, dtype=torch.int32),
+        expert_of_tile=unallocated(num_tiles, dtype=torch.int32),
+        row_limit_of_tile=unallocated(num_tiles, dtype=torch.int32),
+        num_rows=unallocated(1, dtype=torch.int32),
+        num_tiles=unallocated(1, dtype=torch.int32),
         tile_rows=tile_rows,
         mean_rows=mean_rows,
     )
@@ -67,13 +62,13 @@ def compile_gemm(
         weight_format=weight_format,
         tile=tile,
     )
-    weights = empty(*config.weight_shape)
+    weights = unallocated(*config.weight_shape)
     with offline_gpu(arch) as gpu:
         if is_gemm1:
-            hidden_states = empty(num_tokens, hidden)
+            hidden_states = unallocated(num_tokens, hidden)
             out = portable_gemm1(hidden_states, weights, permutation, config=config, swiglu=swiglu, uses_pdl=uses_pdl)
         else:
-            rows = empty(max_rows, intermediate)
+            rows = unallocated(max_rows, intermediate)
             out = portable_gemm2(rows, weights, permutation, config=config, uses_pdl=uses_pdl)
     assert out.shape == (max_rows, config.out_features)
     (launch,) = gpu.launches
@@ -145,7 +140,7 @@ def test_the_grid_covers_the_upper_bound_of_tiles_and_every_column():
 
 
 def test_swiglu_parameters_cost_no_spills():
-    parameter = empty(NUM_EXPERTS, dtype=torch.float32)
+    parameter = unallocated(NUM_EXPERTS, dtype=torch.float32)
     swiglu = SwigluParams(alpha=parameter, beta=parameter, clamp_limit=parameter)
     launch = compile_gemm(90, 128, FLASHINFER, is_gemm1=True, swiglu=swiglu)
     assert launch.report.spill_bytes == 0

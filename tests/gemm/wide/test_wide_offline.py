@@ -1,11 +1,9 @@
-"""What ptxas makes of the Hopper GEMMs: no spills, wgmma that overlaps, copies that are asynchronous."""
-
-import re
-import subprocess
+"""What ptxas makes of the wide GEMMs: no spills, wgmma that overlaps, copies that are asynchronous."""
 
 import pytest
 import torch
-from emulation.offline_driver import offline_gpu
+from emulation.offline_driver import Launch, offline_gpu
+from gemm.hopper.offline import NUM_SMS, assert_overlaps_without_spills, empty
 from gemm.hopper_cases import permutation_of_counts
 from triton import knobs
 
@@ -17,34 +15,17 @@ from moe.gemm.wide.gemm2 import wide_gemm2
 pytestmark = pytest.mark.skipif(knobs.runtime.interpret, reason="nothing is compiled in the interpreter")
 
 FORMATS = {"huggingface": WeightFormat(), "flashinfer": FLASHINFER}
-SHARED_LIMIT = 232448
-NUM_SMS = 132
 
 
-def empty(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16)
-
-
-def ptxas_messages(ptx: str, folder) -> list[str]:
-    path = folder / "kernel.ptx"
-    path.write_text(ptx)
-    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", str(path), "-o", str(folder / "kernel.cubin")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return re.findall(r"\(C7\d+\)[^\n]*|C75\d\d[^\n]*", done.stdout + done.stderr)
-
-
-def assert_is_tight(launch, folder):
-    report = launch.report
-    assert report.spill_bytes == 0
-    assert report.shared_bytes <= SHARED_LIMIT
-    assert report.count("wgmma.mma_async.sync.aligned.m64n256k16") >= 16  # two consumers, two loops of four
-    assert report.count("cp.async.bulk.tensor.2d") >= 6
-    # C7510 to C7514: wgmma is serialised.
-    assert ptxas_messages(report.ptx, folder) == []
+def assert_is_tight(launch: Launch) -> None:
+    assert_overlaps_without_spills(launch)
+    # Two consumers, two loops of four.
+    assert launch.report.count("wgmma.mma_async.sync.aligned.m64n256k16") >= 16
+    assert launch.report.count("cp.async.bulk.tensor.2d") >= 6
 
 
 @pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS)
-def test_gather_gemm_compiles_without_spills_or_serialised_wgmma(tmp_path, weight_format):
+def test_gemm1_compiles_without_spills_or_serialised_wgmma(weight_format):
     config = GemmConfig(
         num_experts=4,
         in_features=2048,
@@ -58,23 +39,23 @@ def test_gather_gemm_compiles_without_spills_or_serialised_wgmma(tmp_path, weigh
     launch = gpu.launches[-1]
     assert out.shape == (permutation.max_rows, 768)
     assert launch.grid == (NUM_SMS, 1, 1)
-    assert_is_tight(launch, tmp_path)
+    assert_is_tight(launch)
     assert launch.report.count("cp.async.cg.shared.global") == 8  # 16 bytes each
     assert launch.report.count("cp.async.ca.shared.global") == 0
 
 
-def test_gather_gemm_with_a_ragged_contraction_and_swiglu_parameters_compiles_alike(tmp_path):
+def test_gemm1_with_a_ragged_contraction_and_swiglu_parameters_compiles_alike():
     config = GemmConfig(num_experts=2, in_features=200, out_features=104, activation=ActivationType.Swiglu)
     permutation = permutation_of_counts([70, 200], 64, 9)
     parameters = SwigluParams(*(torch.ones(2) for _ in range(3)))
     with offline_gpu(arch=90) as gpu:
         wide_gemm1(empty(9, 200), empty(*config.weight_shape), permutation, config=config, swiglu=parameters)
-    assert_is_tight(gpu.launches[-1], tmp_path)
+    assert_is_tight(gpu.launches[-1])
     assert gpu.launches[-1].report.count("cp.async.cg.shared.global") == 8
 
 
 @pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS)
-def test_grouped_gemm_compiles_without_spills_or_serialised_wgmma(tmp_path, weight_format):
+def test_gemm2_compiles_without_spills_or_serialised_wgmma(weight_format):
     config = GemmConfig(num_experts=4, in_features=768, out_features=2048, weight_format=weight_format)
     permutation = permutation_of_counts([5000, 0, 700, 64], 128, 6)
     with offline_gpu(arch=90) as gpu:
@@ -82,11 +63,11 @@ def test_grouped_gemm_compiles_without_spills_or_serialised_wgmma(tmp_path, weig
         out = wide_gemm2(rows, empty(*config.weight_shape), permutation, config=config)
     assert out.shape == (permutation.max_rows, 2048)
     assert gpu.launches[-1].grid == (NUM_SMS, 1, 1)
-    assert_is_tight(gpu.launches[-1], tmp_path)
+    assert_is_tight(gpu.launches[-1])
 
 
 @pytest.mark.parametrize("uses_pdl", [False, True], ids=["alone", "dependent"])
-def test_every_launch_of_a_dependent_chain_waits_and_triggers_once(tmp_path, uses_pdl):
+def test_every_launch_of_a_dependent_chain_waits_and_triggers_once(uses_pdl):
     gate = GemmConfig(num_experts=4, in_features=2048, out_features=768, activation=ActivationType.Swiglu)
     down = GemmConfig(num_experts=4, in_features=768, out_features=2048)
     permutation = permutation_of_counts([5000, 0, 700, 64], 128, 6)
@@ -97,8 +78,8 @@ def test_every_launch_of_a_dependent_chain_waits_and_triggers_once(tmp_path, use
     for launch in gpu.launches:
         assert bool(launch.options.get("launch_pdl")) == uses_pdl
         assert launch.report.count("griddepcontrol.wait") == launch.report.count("griddepcontrol.launch") == uses_pdl
-    assert_is_tight(gpu.launches[1], tmp_path)
-    assert_is_tight(gpu.launches[3], tmp_path)
+    assert_is_tight(gpu.launches[1])
+    assert_is_tight(gpu.launches[3])
 
 
 @pytest.mark.parametrize("tile_rows", [16, 32], ids="tile_rows{}".format)
