@@ -9,6 +9,7 @@ from moe.flow import Permutation, TopK
 from moe.permute.chunks import TRITON_CHUNKING
 from moe.permute.config import PermuteConfig
 from moe.permute.triton_plan_kernel import count_kernel, place_kernel, plan_kernel, scan_kernel
+from moe.runtime.triton_versions import COMPILER_OPTIONS
 
 CHUNKING = TRITON_CHUNKING
 NUM_WARPS = CHUNKING.block_slots // 32
@@ -92,6 +93,7 @@ def _plan_in_one_launch(topk: TopK, permutation: Permutation, config: PermuteCon
         BLOCK=CHUNKING.block_slots,
         COUNTED=CHUNKING.block_slots if num_slots <= CHUNKING.block_slots else COUNTED_SLOTS,
         num_warps=NUM_WARPS,
+        **COMPILER_OPTIONS,
     )
 
 
@@ -104,10 +106,23 @@ def _plan_in_three_launches(topk: TopK, permutation: Permutation, config: Permut
     slots_before = torch.empty(num_chunks + 1, num_experts, dtype=torch.int32, device=device)
     sizes = (num_slots, chunk_slots, config.local_expert_offset, num_experts)
     count_kernel[(num_chunks,)](
-        topk.expert_ids, counts, *sizes, BINS=_num_bins(config), BLOCK=CHUNKING.block_slots, num_warps=NUM_WARPS
+        topk.expert_ids,
+        counts,
+        *sizes,
+        BINS=_num_bins(config),
+        BLOCK=CHUNKING.block_slots,
+        num_warps=NUM_WARPS,
+        **COMPILER_OPTIONS,
     )
     scan_kernel[(triton.cdiv(num_experts, SCAN_EXPERTS),)](
-        counts, slots_before, num_chunks, num_experts, CHUNKS=SCAN_CHUNKS, EXPERTS=SCAN_EXPERTS, num_warps=4
+        counts,
+        slots_before,
+        num_chunks,
+        num_experts,
+        CHUNKS=SCAN_CHUNKS,
+        EXPERTS=SCAN_EXPERTS,
+        num_warps=4,
+        **COMPILER_OPTIONS,
     )
     place_kernel[(num_chunks,)](
         topk.expert_ids,
@@ -125,6 +140,7 @@ def _plan_in_three_launches(topk: TopK, permutation: Permutation, config: Permut
         BINS=_num_bins(config),
         BLOCK=CHUNKING.block_slots,
         num_warps=NUM_WARPS,
+        **COMPILER_OPTIONS,
     )
 
 

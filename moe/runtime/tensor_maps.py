@@ -71,13 +71,15 @@ class TensorMaps:
         return made
 
 
-def maps_inside(launch: Any, num_boxes: int) -> tuple[Callable[..., Any], TensorMaps] | None:
+def maps_inside(
+    launch: Any, num_boxes: int, map_maker: Callable[[inspect.ClosureVars], Callable[..., Sequence[Any]] | None]
+) -> tuple[Callable[..., Any], TensorMaps] | None:
     """Triton wraps the launcher of a kernel with descriptors in a function that makes maps of them: the two that it calls."""
     if not inspect.isfunction(launch):
         return None
     outer = inspect.getclosurevars(launch)
     launcher, metadata = outer.nonlocals.get("launcher"), outer.nonlocals.get("tensordesc_meta")
-    make = outer.globals.get("make_tensordesc_arg")
+    make = map_maker(outer)
     if launcher is None or make is None or not metadata or None in metadata or len(metadata) != num_boxes:
         return None
     return launcher, TensorMaps(make, metadata)

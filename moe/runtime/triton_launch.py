@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton import knobs
 
+from moe.runtime import triton_versions
 from moe.runtime.tensor_maps import Boxes, Tensors, maps_inside, with_descriptors
+from moe.runtime.triton_versions import COMPILER_OPTIONS, Launcher
 
 ALIGNMENT_BYTES = 16  # Triton compiles for pointers that are multiples of it, or for any
 Grid = tuple[int, int, int]
-_TRITON_RELEASE = triton.__version__.rpartition(".")[0]  # "3.6"
 _runtime = knobs.runtime
 
 
@@ -24,7 +24,8 @@ class TritonKernel:
     `kernel[grid](...)` takes 13 us of host time to find what it compiled for such arguments, and to ask the driver about each
     pointer; by a kept handle a launch takes 5 us. Each combination of device, dtypes, absent tensors and 16-byte alignments
     goes through `kernel[grid](...)` once, which compiles it. So does every launch in Triton's interpreter, on tensors that
-    are not on a GPU, and while a hook on launches is installed (`triton.knobs.runtime`, profilers). What `triton.knobs` say
+    are not on a GPU, while a hook on launches is installed (`triton.knobs.runtime`, profilers), and with a Triton that is not known.
+    What `triton.knobs` say
     to the compiler is read at the first launch.
 
     With two or three TensorDescriptors `kernel[grid](...)` takes 40 us. Here the tensor maps that the launcher makes of them are
@@ -68,7 +69,7 @@ class TritonKernel:
 
     def _launch_normally(self, grid: Grid, tensors: Tensors, numbers: tuple[int, ...]) -> Any:
         arguments = [tensor.descriptor() if type(tensor) is Boxes else tensor for tensor in tensors]
-        return self.kernel[grid](*arguments, *numbers, **self.fixed)
+        return self.kernel[grid](*arguments, *numbers, **COMPILER_OPTIONS, **self.fixed)
 
     def _launch_on(self, device_index: int, grid: Grid, tensors: Tensors, numbers: tuple[int, ...]) -> None:
         key: list[Any] = [device_index, *[None if tensor is None else tensor.dtype for tensor in tensors]]
@@ -92,7 +93,10 @@ class TritonKernel:
             handle.start(*grid, stream, *handle.leading, *passed, *numbers, *handle.constants)
 
     def _keep(self, key: tuple[Any, ...], compiled: Any, tensors: Tensors, num_numbers: int) -> None:
-        """Keep what the launcher takes, where this release of Triton has it: run, function and packed_metadata."""
+        """Keep what the launcher takes, where this release of Triton is known: run, function and packed_metadata."""
+        launcher = triton_versions.launcher()
+        if launcher is None:
+            return
         names = getattr(self.kernel, "arg_names", ())[len(tensors) + num_numbers :]
         run, function, packed_metadata = (
             getattr(compiled, name, None) for name in ("run", "function", "packed_metadata")
@@ -100,7 +104,7 @@ class TritonKernel:
         if None not in (run, function, packed_metadata) and all(name in self.fixed for name in names):
             constants = tuple(self.fixed[name] for name in names)
             num_boxes = sum(type(tensor) is Boxes for tensor in tensors)
-            self._kept[key] = _handle_of(run, function, packed_metadata, constants, num_boxes)
+            self._kept[key] = _handle_of(launcher, run, function, packed_metadata, constants, num_boxes)
 
 
 class _Handle(NamedTuple):
@@ -114,30 +118,35 @@ class _Handle(NamedTuple):
     )
 
 
-def _handle_of(run: Any, function: Any, packed_metadata: Any, constants: tuple[Any, ...], num_boxes: int) -> _Handle:
-    """By `run`, which takes any release's kernels; where that does no more than look for scratch memory, by what it calls."""
-    hooks = (None, None, None)  # no metadata for them, and none to call
+def _handle_of(
+    launcher: Launcher, run: Any, function: Any, packed_metadata: Any, constants: tuple[Any, ...], num_boxes: int
+) -> _Handle:
+    """By what `run` calls, where `run` does no more than look for scratch memory; else by `run`."""
     passed = with_descriptors if num_boxes else None
-    is_known = _TRITON_RELEASE in ("3.6", "3.7") and type(run).__name__ == "CudaLauncher"
-    if not is_known or run.global_scratch_size or run.profile_scratch_size:
-        return _Handle(run, (function, packed_metadata, *hooks), constants, passed)
+    if not _does_nothing_else(run):
+        return _Handle(run, (function, packed_metadata, None, None, None), constants, passed)
     start = run.launch
-    if num_boxes and (found := maps_inside(start, num_boxes)) is not None:
+    if num_boxes and (found := maps_inside(start, num_boxes, launcher.map_maker)) is not None:
         start, maps = found
         passed = maps.passed
-    scratch = (None, None)
-    first = (function, run.launch_cooperative_grid, run.launch_pdl)
-    if _TRITON_RELEASE == "3.6":
-        return _Handle(start, (*first, *scratch, packed_metadata, *hooks), constants, passed)
-    last = (*first, packed_metadata, *hooks, *scratch, run.arg_annotations, run.kernel_signature)
-    return _Handle(_with_one_argument(start, last), (), constants, passed)
+    leading = launcher.leading(run, function, packed_metadata)
+    if launcher.takes_tuple:
+        return _Handle(_with_one_argument(start, leading), (), constants, passed)
+    return _Handle(start, leading, constants, passed)
 
 
-def _with_one_argument(launch: Callable[..., Any], last: tuple[Any, ...]) -> Callable[..., Any]:
-    """Triton 3.7's launcher takes the kernel's arguments as one."""
+def _does_nothing_else(run: Any) -> bool:
+    """Whether `run` is the launcher that is known, without memory to allocate and without a sanitizer's arguments."""
+    return type(run).__name__ == "CudaLauncher" and not (
+        run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False)
+    )
+
+
+def _with_one_argument(launch: Callable[..., Any], leading: tuple[Any, ...]) -> Callable[..., Any]:
+    """For a launcher that takes the kernel's arguments as one."""
 
     def start(x: int, y: int, z: int, stream: int, *arguments: Any) -> None:
-        launch(x, y, z, stream, *last, arguments)
+        launch(x, y, z, stream, *leading, arguments)
 
     return start
 

@@ -25,12 +25,13 @@ import triton.language as tl
 from triton import knobs
 
 import moe
-from moe.runtime import tensor_maps, triton_launch
+from moe.runtime import tensor_maps, triton_versions
 from moe.runtime.tensor_maps import Boxes
 from moe.runtime.triton_launch import TritonKernel
 
 BLOCK = 64
 IS_3_6 = triton.__version__.startswith("3.6.")
+KNOWN_RELEASES = ((3, 6), (3, 7), (3, 8), (3, 9))
 
 
 @triton.jit(do_not_specialize=["num_values"])
@@ -64,9 +65,11 @@ class FakeKernel:
         self.pre_run_hooks: list[Any] = []
         self.make_compiled = compiled
         self.compiled: list[Any] = []
+        self.options: dict[str, Any] = {}
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
         def launch(*arguments: Any, **fixed: Any) -> Any:
+            self.options = fixed
             self.compiled.append(self.make_compiled())
             return self.compiled[-1]
 
@@ -243,12 +246,12 @@ class CudaLauncher:
 
 @pytest.mark.parametrize(
     ("release", "scratch_bytes", "is_direct"),
-    [("3.6", 0, True), ("3.6", 8, False), ("3.7", 0, True), ("3.7", 8, False), ("3.8", 0, False)],
+    [(release, *case) for release in KNOWN_RELEASES for case in ((0, True), (8, False))],
 )
 def test_the_launcher_is_passed_by_only_where_it_is_known_and_makes_no_memory(
     device_index, monkeypatch, release, scratch_bytes, is_direct
 ):
-    monkeypatch.setattr(triton_launch, "_TRITON_RELEASE", release)
+    monkeypatch.setattr(triton_versions, "RELEASE", release)
     launcher = CudaLauncher(scratch_bytes)
     compiled = types.SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
     launches, values = kept(FakeKernel(compiled=lambda: compiled)), torch.zeros(8)
@@ -258,12 +261,84 @@ def test_the_launcher_is_passed_by_only_where_it_is_known_and_makes_no_memory(
     arguments = (values.data_ptr(), None, BLOCK, 4)
     if not is_direct:
         assert (launcher.direct, launcher.called) == ([], [(*start, "metadata", *hooks, *arguments)])
-    elif release == "3.6":
+    elif release == (3, 6):
         expected = (*start, False, True, *scratch, "metadata", *hooks, *arguments)
         assert (launcher.direct, launcher.called) == ([expected], [])
     else:
         expected = (*start, False, True, "metadata", *hooks, *scratch, "annotations", "signature", arguments)
         assert (launcher.direct, launcher.called) == ([expected], [])
+
+
+def test_fused_multiply_adds_are_asked_for(device_index):
+    kernel = FakeKernel()
+    kept(kernel).launch((1, 1, 1), torch.zeros(8), None)
+    assert kernel.options == {"BLOCK": BLOCK, "num_warps": 4, "launch_pdl": True, "enable_fp_fusion": True}
+
+
+@pytest.mark.skipif(max(KNOWN_RELEASES) < triton_versions.RELEASE, reason="fuses where asked only")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_fused_multiply_adds_are_what_the_releases_give_by_themselves():
+    from emulation.offline_compile import compile_kernel
+
+    signature = {"values_ptr": "*fp32", "scale_ptr": "*fp32", "num_values": "i32", "factor": "fp32"}
+    constants = {"BLOCK": BLOCK, "num_warps": 4}
+    signature |= dict.fromkeys(constants, "constexpr")
+    default, fused, apart = (
+        compile_kernel(scale_kernel, signature, constants, 90, num_warps=4, **options).ptx
+        for options in ({}, {"enable_fp_fusion": True}, {"enable_fp_fusion": False})
+    )
+    assert default == fused
+    assert fused != apart
+
+
+@pytest.fixture
+def unknown_release(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Triton that is newer than any that was known when this was written."""
+    monkeypatch.setattr(triton_versions, "RELEASE", (3, 10))
+    monkeypatch.setattr(triton, "__version__", "3.10.1")
+    triton_versions.warn_that_hopper_steps_aside.cache_clear()
+    yield
+    triton_versions.warn_that_hopper_steps_aside.cache_clear()
+
+
+def test_with_an_unknown_release_every_launch_goes_the_normal_way_and_one_warning_says_so(
+    device_index, unknown_release
+):
+    kernels = [FakeKernel(compiled=object), FakeKernel()]
+
+    def launch_all() -> None:
+        for kernel in kernels:
+            launches = kept(kernel)
+            for _ in range(3):
+                launches.launch((1, 1, 1), torch.zeros(8), None)
+
+    with pytest.warns(RuntimeWarning) as caught:
+        launch_all()
+    assert [len(kernel.compiled) for kernel in kernels] == [3, 3]
+    (warning,) = caught
+    assert str(warning.message).startswith("triton: expected 3.6 to 3.9, got 3.10.1; ")
+
+
+def test_with_an_unknown_release_boxes_reach_the_launcher_as_descriptors(launched, copying, unknown_release):
+    source, target = torch.zeros(64, 128).bfloat16(), torch.zeros(64, 128).bfloat16()
+
+    def launch() -> None:
+        copying.launch((4, 1, 1), boxes_of(source, 16, 64), boxes_of(target, 16, 64), source, numbers=(5,))
+
+    with pytest.warns(RuntimeWarning, match=r"got 3\.10\.1"):
+        launch()
+    launch()
+    launch()
+    first, *others = map(launcher_arguments, launched.launches)
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize(
+    ("version", "release"),
+    [("3.6.0", (3, 6)), ("3.10.0", (3, 10)), ("3.9.0+git1a2b", (3, 9)), ("4.0.0.dev1", (4, 0)), ("main", (0, 0))],
+)
+def test_a_release_is_read_off_a_version(version, release):
+    assert triton_versions._release_of(version) == release
 
 
 def boxes_of(matrix: Tensor, *box: int) -> Boxes:
@@ -387,21 +462,21 @@ def test_so_many_maps_are_kept_and_no_more(launched, copying, monkeypatch):
     assert 0 < len(handle.passed.__self__.kept) <= 4
 
 
-@pytest.mark.parametrize("difference", ["release", "launcher", "metadata"])
+@pytest.mark.parametrize("difference", ["maker", "launcher", "metadata"])
 def test_where_the_launcher_is_not_as_known_descriptors_are_made_for_each_launch(
     launched, copying, monkeypatch, difference
 ):
-    if difference == "release":
-        monkeypatch.setattr(triton_launch, "_TRITON_RELEASE", "3.8")
-    else:
-        name = {"launcher": "launcher", "metadata": "tensordesc_meta"}[difference]
-        real = inspect.getclosurevars
+    missing = {"maker": "make_tensordesc_arg", "launcher": "launcher", "metadata": "tensordesc_meta"}[difference]
+    real = inspect.getclosurevars
 
-        def without(function: Any) -> Any:
-            found = real(function)
-            return found._replace(nonlocals={key: value for key, value in found.nonlocals.items() if key != name})
+    def without(variables: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in variables.items() if name != missing}
 
-        monkeypatch.setattr(inspect, "getclosurevars", without)
+    def closurevars(function: Any) -> Any:
+        found = real(function)
+        return found._replace(nonlocals=without(found.nonlocals), globals=without(found.globals))
+
+    monkeypatch.setattr(inspect, "getclosurevars", closurevars)
     source, target = torch.zeros(64, 128).bfloat16(), torch.zeros(64, 128).bfloat16()
     for _ in range(3):
         copying.launch((4, 1, 1), boxes_of(source, 16, 64), boxes_of(target, 16, 64), source, numbers=(5,))
