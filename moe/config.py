@@ -82,6 +82,7 @@ class MoEConfig(FrozenConfig):
         cls,
         config: Mapping[str, Any] | Any,
         *,
+        layer: int | None = None,
         weight_format: WeightFormat | None = None,
         local_expert_offset: int = 0,
         num_local_experts: int | None = None,
@@ -93,17 +94,19 @@ class MoEConfig(FrozenConfig):
         Args:
             config: the content of config.json, or a transformers config; `moe.hf_config.FAMILIES` lists the model
                 types that are known. Where it has a `text_config`, that is read.
+            layer: which layer, counted from 0; None for all, where they are alike.
             weight_format: how the weights that the layer is given lie; None: as transformers holds them.
             is_batch_invariant: as in `create`.
 
         Raises:
             TypeError: neither.
-            ValueError: an unknown model_type, a key that is missing, or a layer that this package does not compute.
+            ValueError: an unknown model_type, a key that is missing, layers that differ, a layer without experts, or one
+                that this package does not compute.
 
         Example:
             >>> MoEConfig.from_hf_config(json.load(open("config.json")))
         """
-        fields = layer_fields(config)
+        fields = layer_fields(config, layer)
         if weight_format is not None:
             fields["weight_format"] = weight_format
         return cls.create(
