@@ -1,10 +1,11 @@
 """A bf16 Mixture-of-Experts layer in five stages: route -> permute -> gemm1 -> gemm2 -> finalize."""
 
+from moe.compose import build_pipeline, reference_pipeline
 from moe.config import MoEConfig
 from moe.flow import ExpertOutputs, Permutation, SwigluParams, TopK
 from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, GemmTile, WeightFormat, WeightLayout
 from moe.permute.config import FinalizeConfig, PermuteConfig
-from moe.pipeline import MoEPipeline, build_pipeline, reference_pipeline
+from moe.pipeline import MoEPipeline
 from moe.routing.config import RoutingConfig, RoutingMethod, RoutingMethodType
 from moe.routing.reference import weigh_experts
 from moe.shapes import NAMED_SHAPES, MoEShape

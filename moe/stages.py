@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moe.base_config import FrozenConfig
 from moe.flow import Permutation, SwigluParams, TopK, UnitSize
 
 
@@ -83,3 +84,32 @@ def takes_all(config: Any) -> bool:
 
 def first_to_take(kernels: Iterable[StageKernel], config: Any) -> StageKernel:
     return next(kernel for kernel in kernels if kernel.takes(config))
+
+
+@dataclass(frozen=True)
+class CheckedStage:
+    """A stage in two forms: one that checks its tensors, and one for tensors that were checked.
+
+    Called, it checks. A pipeline that has checked the whole call takes `launch`, if it is a pipeline of this `config`.
+    """
+
+    run: Callable[..., Any]
+    launch: Callable[..., Any]
+    config: FrozenConfig  # the part of the layer's config that `run` checks by
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        return self.run(*args, **more)
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """One callable that does the work of stages 2 to 5 for few tokens, and the stages that it stands for.
+
+    It steps aside when any of those stages is swapped, and where the caller stops before finalize.
+    """
+
+    run: Callable[
+        ..., Tensor
+    ]  # (topk, hidden_states, w1, w2, *, swiglu, output) -> [T, H] bfloat16; may be a CheckedStage
+    max_tokens: int
+    stands_for: tuple[Permuter, Gemm1, Gemm2, Finalizer]

@@ -6,13 +6,14 @@ Source of names, order, defaults and meaning: flashinfer's documentation page of
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from moe.base_config import plain_error
-from moe.checks import expect, is_as_expected
+from moe.checks import as_float, as_int, expect, is_as_expected, plain_number
 from moe.config import NAMES_OF_FIELDS, MoEConfig, stage_fields
 from moe.flow import ExpertOutputs, SwigluParams, TopK
 from moe.gemm.config import BLOCK_MAJOR_K, ActivationType, WeightFormat, WeightLayout
@@ -91,27 +92,28 @@ def trtllm_bf16_moe(
         TypeError: an argument of a wrong type.
         ValueError: anything else that does not fit, before anything is launched or written.
     """
-    pipeline = _flat_pipeline(
-        _hidden_size(hidden_states),
-        num_experts,
-        top_k,
-        n_group,
-        topk_group,
-        intermediate_size,
-        local_expert_offset,
-        local_num_experts,
-        routed_scaling_factor,
-        routing_method_type,
-        use_shuffled_weight,
-        weight_layout,
-        do_finalize,
-        enable_pdl,
-        tune_max_num_tokens,
-        activation_type,
-        norm_topk_prob,
-        is_batch_invariant,
+    layer = FlatLayer(
+        hidden_size=_hidden_size(hidden_states),
         device=hidden_states.device,
+        num_experts=num_experts,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        intermediate_size=intermediate_size,
+        local_expert_offset=local_expert_offset,
+        local_num_experts=local_num_experts,
+        routed_scaling_factor=routed_scaling_factor,
+        routing_method_type=routing_method_type,
+        use_shuffled_weight=use_shuffled_weight,
+        weight_layout=weight_layout,
+        do_finalize=do_finalize,
+        enable_pdl=enable_pdl,
+        tune_max_num_tokens=tune_max_num_tokens,
+        activation_type=activation_type,
+        norm_topk_prob=norm_topk_prob,
+        is_batch_invariant=is_batch_invariant,
     )
+    pipeline = _pipeline(layer)
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
     tensors = (routing_logits, hidden_states, gemm1_weights, gemm2_weights)
     if do_finalize:
@@ -170,27 +172,28 @@ def trtllm_bf16_routed_moe(
             "gemm1_lora_delta: expected None, got a value; it is not supported: swap the gemm1 stage of a pipeline "
             "(moe.build_pipeline) to add to its result before the activation"
         )
-    pipeline = _flat_pipeline(
-        _hidden_size(hidden_states),
-        num_experts,
-        top_k,
-        n_group,
-        topk_group,
-        intermediate_size,
-        local_expert_offset,
-        local_num_experts,
-        routed_scaling_factor,
-        routing_method_type,
-        use_shuffled_weight,
-        weight_layout,
-        do_finalize,
-        enable_pdl,
-        tune_max_num_tokens,
-        activation_type,
+    layer = FlatLayer(
+        hidden_size=_hidden_size(hidden_states),
+        device=hidden_states.device,
+        num_experts=num_experts,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        intermediate_size=intermediate_size,
+        local_expert_offset=local_expert_offset,
+        local_num_experts=local_num_experts,
+        routed_scaling_factor=routed_scaling_factor,
+        routing_method_type=routing_method_type,
+        use_shuffled_weight=use_shuffled_weight,
+        weight_layout=weight_layout,
+        do_finalize=do_finalize,
+        enable_pdl=enable_pdl,
+        tune_max_num_tokens=tune_max_num_tokens,
+        activation_type=activation_type,
         norm_topk_prob=True,
         is_batch_invariant=is_batch_invariant,
-        device=hidden_states.device,
     )
+    pipeline = _pipeline(layer)
     topk = _unpack(topk_ids, top_k)
     if routing_replay_out is not None:
         pipeline.config.permute.check(topk)
@@ -202,89 +205,111 @@ def trtllm_bf16_routed_moe(
     return _as_list(pipeline.run_experts_unfinalized(*tensors, swiglu=swiglu))
 
 
+class FlatLayer(NamedTuple):
+    """What a flat call says of its layer beside tensors, by the names of its arguments."""
+
+    hidden_size: int
+    device: torch.device
+    num_experts: int
+    top_k: int
+    n_group: int | None
+    topk_group: int | None
+    intermediate_size: int
+    local_expert_offset: int
+    local_num_experts: int
+    routed_scaling_factor: float | None
+    routing_method_type: int
+    use_shuffled_weight: bool
+    weight_layout: int
+    do_finalize: bool
+    enable_pdl: bool | None
+    tune_max_num_tokens: int
+    activation_type: int
+    norm_topk_prob: bool
+    is_batch_invariant: bool
+
+
+def _pipeline(layer: FlatLayer) -> TunedPipeline:
+    """The pipeline of a flat call. Engines pass numbers as tensors too, which hash by where they lie."""
+    if Tensor in map(type, layer):
+        layer = FlatLayer(*map(plain_number, layer))
+    return _pipeline_of(*layer)
+
+
 # typed: True and 1.0 equal 1, and would find its entry.
 @lru_cache(maxsize=1024, typed=True)
-def _flat_pipeline(
-    hidden_size: int,
-    num_experts: int,
-    top_k: int,
-    n_group: int | None,
-    topk_group: int | None,
-    intermediate_size: int,
-    local_expert_offset: int,
-    local_num_experts: int,
-    routed_scaling_factor: float | None,
-    routing_method_type: int,
-    use_shuffled_weight: bool,
-    weight_layout: int,
-    do_finalize: bool,
-    enable_pdl: bool | None,
-    tune_max_num_tokens: int,
-    activation_type: int,
-    norm_topk_prob: bool,
-    is_batch_invariant: bool,
-    device: torch.device,
-) -> TunedPipeline:
-    """The pipeline of a flat call: every check that needs no tensor, once a combination of arguments."""
-    for name, value in (
-        ("num_experts", num_experts),
-        ("top_k", top_k),
-        ("n_group", 0 if n_group is None else n_group),
-        ("topk_group", 0 if topk_group is None else topk_group),
-        ("intermediate_size", intermediate_size),
-        ("local_expert_offset", local_expert_offset),
-        ("local_num_experts", local_num_experts),
-        ("routing_method_type", routing_method_type),
-        ("weight_layout", weight_layout),
-        ("tune_max_num_tokens", tune_max_num_tokens),
-        ("activation_type", activation_type),
-    ):
-        _expect_type(name, value, int, "an int")
-    for name, value in (
-        ("use_shuffled_weight", use_shuffled_weight),
-        ("do_finalize", do_finalize),
-        ("enable_pdl", True if enable_pdl is None else enable_pdl),
-        ("norm_topk_prob", norm_topk_prob),
-        ("is_batch_invariant", is_batch_invariant),
-    ):
-        _expect_type(name, value, bool, "a bool")
-    scale = 1.0 if routed_scaling_factor is None else routed_scaling_factor
-    _expect_type("routed_scaling_factor", scale, (float, int), "a float or None")
-    if weight_layout != WeightLayout.BlockMajorK:
-        raise ValueError(
-            f"BF16 Moe: weight_layout must be BlockMajorK: expected 2, got {int(weight_layout)}; convert the weights with "
-            "moe.gemm.weight_format, or use moe.build_pipeline, which reads MajorK and MajorMn too"
-        )
-    if tune_max_num_tokens < 1:
-        raise ValueError(f"tune_max_num_tokens: expected at least 1, got {tune_max_num_tokens}; the default is 8192")
-    if intermediate_size % BLOCK_MAJOR_K:
-        raise ValueError(
-            f"the second dimension of weights must be a multiple of 128. (Here {BLOCK_MAJOR_K} is enough, the width of a "
-            f"block): got intermediate_size={intermediate_size}; pad I, or use moe.build_pipeline with MajorK weights"
-        )
+def _pipeline_of(*values: Any) -> TunedPipeline:
+    """Every check that needs no tensor, once a combination of arguments."""
+    layer = _checked(FlatLayer(*values))
     try:
-        fields = stage_fields(
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_experts=num_experts,
-            top_k=top_k,
-            method=routing_method_type,
-            n_group=n_group or 0,
-            topk_group=topk_group or 0,
-            routed_scaling_factor=scale,
-            norm_topk_prob=norm_topk_prob,
-            activation=activation_type,
-            weight_format=WeightFormat(
-                layout=WeightLayout.BlockMajorK, is_shuffled=use_shuffled_weight, gate_up_order="up_gate"
-            ),
-            local_expert_offset=local_expert_offset,
-            num_local_experts=local_num_experts,
-            is_batch_invariant=is_batch_invariant,
+        config = MoEConfig.model_validate(
+            stage_fields(
+                hidden_size=layer.hidden_size,
+                intermediate_size=layer.intermediate_size,
+                num_experts=layer.num_experts,
+                top_k=layer.top_k,
+                method=layer.routing_method_type,
+                n_group=layer.n_group or 0,
+                topk_group=layer.topk_group or 0,
+                routed_scaling_factor=1.0 if layer.routed_scaling_factor is None else layer.routed_scaling_factor,
+                norm_topk_prob=layer.norm_topk_prob,
+                activation=layer.activation_type,
+                weight_format=WeightFormat(
+                    layout=WeightLayout.BlockMajorK, is_shuffled=layer.use_shuffled_weight, gate_up_order="up_gate"
+                ),
+                local_expert_offset=layer.local_expert_offset,
+                num_local_experts=layer.local_num_experts,
+                is_batch_invariant=layer.is_batch_invariant,
+            )
         )
-        config = MoEConfig.model_validate(fields)
     except ValidationError as error:
         raise plain_error(error, _FLAT_NAMES) from None
-    return tuned_pipeline(config, device, uses_pdl=enable_pdl is not False, max_num_tokens=tune_max_num_tokens)
+    uses_pdl = layer.enable_pdl is not False
+    return tuned_pipeline(config, layer.device, uses_pdl=uses_pdl, max_num_tokens=layer.tune_max_num_tokens)
+
+
+_INTS = (
+    "num_experts",
+    "top_k",
+    "n_group",
+    "topk_group",
+    "intermediate_size",
+    "local_expert_offset",
+    "local_num_experts",
+    "routing_method_type",
+    "weight_layout",
+    "tune_max_num_tokens",
+    "activation_type",
+)
+_BOOLS = ("use_shuffled_weight", "do_finalize", "enable_pdl", "norm_topk_prob", "is_batch_invariant")
+_MAY_BE_NONE = ("n_group", "topk_group", "enable_pdl", "routed_scaling_factor")
+
+
+def _checked(layer: FlatLayer) -> FlatLayer:
+    """The same with plain numbers. Raise where a type is wrong, or a number that only this call refuses."""
+    given = {name: value for name, value in layer._asdict().items() if value is not None or name not in _MAY_BE_NONE}
+    plain: dict[str, Any] = {name: as_int(name, given[name]) for name in _INTS if name in given}
+    for name in _BOOLS:
+        if name in given and not isinstance(given[name], bool):
+            raise TypeError(f"{name}: expected a bool, got {type(given[name]).__name__}; pass a bool")
+    if "routed_scaling_factor" in given:
+        plain["routed_scaling_factor"] = as_float("routed_scaling_factor", given["routed_scaling_factor"])
+    layer = layer._replace(**plain)
+    if layer.weight_layout != WeightLayout.BlockMajorK:
+        raise ValueError(
+            f"BF16 Moe: weight_layout must be BlockMajorK: expected 2, got {layer.weight_layout}; convert the weights with "
+            "moe.gemm.weight_format, or use moe.build_pipeline, which reads MajorK and MajorMn too"
+        )
+    if layer.tune_max_num_tokens < 1:
+        raise ValueError(
+            f"tune_max_num_tokens: expected at least 1, got {layer.tune_max_num_tokens}; the default is 8192"
+        )
+    if layer.intermediate_size % BLOCK_MAJOR_K:
+        raise ValueError(
+            f"the second dimension of weights must be a multiple of 128. (Here {BLOCK_MAJOR_K} is enough, the width of a "
+            f"block): got intermediate_size={layer.intermediate_size}; pad I, or use moe.build_pipeline with MajorK weights"
+        )
+    return layer
 
 
 _LOCAL = ("local_num_experts", "local_num_experts must be between 1 and num_experts: ")
@@ -295,11 +320,6 @@ _FLAT_NAMES = {
     ("gemm1", "num_experts"): _LOCAL,
     ("gemm2", "num_experts"): _LOCAL,
 }
-
-
-def _expect_type(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}; pass {wanted}")
 
 
 def _hidden_size(hidden_states: Tensor) -> int:

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("uses_pdl", [True, False])
 def test_all_stages_for_a_gpu_are_asked_alike_for_dependent_launches(uses_pdl: bool) -> None:
     pipeline = build_pipeline(MoEConfig.create(**SMALL), torch.device("cuda", 0), uses_pdl=uses_pdl)
-    asked = [getattr(pipeline, stage).keywords["uses_pdl"] for stage in REFERENCE_OF_STAGE]
-    assert [*asked, pipeline.fused.run.keywords["config"].uses_pdl] == [uses_pdl] * 6
+    asked = [getattr(pipeline, stage).run.keywords["uses_pdl"] for stage in REFERENCE_OF_STAGE]
+    assert [*asked, pipeline.fused.run.config.uses_pdl] == [uses_pdl] * 6
 
 
 def test_what_the_kernels_for_a_gpu_do_not_take_is_left_to_what_does() -> None:
@@ -26,7 +26,7 @@ def test_what_the_kernels_for_a_gpu_do_not_take_is_left_to_what_does() -> None:
 
     def stages(**changes: object) -> tuple[object, object, bool]:
         pipeline = build_pipeline(MoEConfig.create(**SMALL | changes), "cuda")
-        return pipeline.route.func, pipeline.permute.func, pipeline.fused is not None
+        return pipeline.route.run.func, pipeline.permute.run.func, pipeline.fused is not None
 
     assert stages() == (select_experts, numba_plan_permutation, True)
     assert stages(num_experts=40, top_k=33)[0] is select_experts_reference
@@ -37,5 +37,5 @@ def test_what_the_kernels_for_a_gpu_do_not_take_is_left_to_what_does() -> None:
 
 def test_planning_for_a_gpu_is_told_what_units_its_gemms_take() -> None:
     config = MoEConfig.create(**SMALL)
-    unit_size = build_pipeline(config, "cuda").permute.keywords["unit_size"]
+    unit_size = build_pipeline(config, "cuda").permute.run.keywords["unit_size"]
     assert unit_size.keywords == {"gemm1": config.gemm1, "gemm2": config.gemm2}

@@ -20,7 +20,7 @@ LEVELS = (
     {"routing", "permute", "gemm"},  # a stage never imports another stage
     {"fused"},
     {"config"},
-    {"call"},
+    {"call", "workspace"},
     {"pipeline"},
     {"compose"},
     {"parallel", "training", "tuning"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from closeness import assert_close_to_exact
@@ -415,15 +416,16 @@ def test_batch_invariance_reaches_the_config(monkeypatch: pytest.MonkeyPatch):
         return build(config, *args, **more)
 
     monkeypatch.setattr(trtllm, "tuned_pipeline", tuned_pipeline)
-    trtllm._flat_pipeline.cache_clear()
+    trtllm._pipeline_of.cache_clear()
     config = layer()
     problem = make_problem(config, 3, device=torch.device("cpu"))
     arguments = flat_arguments(config, problem)
     topk = select_experts_reference(problem.logits, config=config.routing)
     plain = trtllm_bf16_moe(**arguments)
     assert torch.equal(trtllm_bf16_moe(**arguments, is_batch_invariant=True), plain)
+    trtllm._pipeline_of.cache_clear()  # both calls share a layer's pipeline
     assert torch.equal(routed(arguments, (topk.expert_ids, topk.weights), is_batch_invariant=True), plain)
-    trtllm._flat_pipeline.cache_clear()
+    trtllm._pipeline_of.cache_clear()
     assert [c.few_tokens.max_tokens for c in built] == [None, 0, 0]
 
 
@@ -439,12 +441,12 @@ def test_enable_pdl_reaches_the_pipeline(enable_pdl: bool | None, uses_pdl: bool
         return build(*args, uses_pdl=uses_pdl, **more)
 
     monkeypatch.setattr(trtllm, "tuned_pipeline", tuned_pipeline)
-    trtllm._flat_pipeline.cache_clear()
+    trtllm._pipeline_of.cache_clear()
     config = layer()
     trtllm_bf16_moe(
         **flat_arguments(config, make_problem(config, 3, device=torch.device("cpu"))), enable_pdl=enable_pdl
     )
-    trtllm._flat_pipeline.cache_clear()
+    trtllm._pipeline_of.cache_clear()
     assert asked == [uses_pdl]
 
 
@@ -462,5 +464,53 @@ def test_a_pipeline_is_built_where_the_hidden_states_lie(monkeypatch: pytest.Mon
     for device in ("cpu", "meta"):
         on_device = arguments | {"hidden_states": arguments["hidden_states"].to(device)}
         trtllm_bf16_moe(**on_device, tune_max_num_tokens=77)
-    trtllm._flat_pipeline.cache_clear()
+    trtllm._pipeline_of.cache_clear()
     assert asked == [(torch.device("cpu"), 77), (torch.device("meta"), 77)]
+
+
+def as_engines_pass_them(value: Any, kind: str) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if kind == "numpy":
+        return np.int64(value) if isinstance(value, int) else np.float32(value)
+    return torch.tensor(value)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "tensors"])
+def test_numbers_may_be_numpys_or_tensors_of_one_number(kind: str):
+    config = layer(method="DeepSeekV3", n_group=2, topk_group=1, routed_scaling_factor=2.5)
+    problem = make_problem(config, 5)
+    arguments = flat_arguments(config, problem)
+    arguments |= {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "routing_method_type": 2}
+    expected = trtllm_bf16_moe(**arguments)
+    numbers = {name: as_engines_pass_them(value, kind) for name, value in arguments.items()}
+    assert torch.equal(trtllm_bf16_moe(**numbers), expected)
+
+
+def test_a_tensor_that_holds_another_number_than_before_is_read_again():
+    config = layer()
+    problem = make_problem(config, 5)
+    arguments, top_k = flat_arguments(config, problem), torch.tensor(1)
+    one = trtllm_bf16_moe(**arguments | {"top_k": top_k})
+    top_k.fill_(2)
+    two = trtllm_bf16_moe(**arguments | {"top_k": top_k})
+    assert torch.equal(two, trtllm_bf16_moe(**arguments | {"top_k": 2}))
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("top_k", np.bool_(True), "top_k: expected an int"),
+        ("top_k", torch.tensor([2]), "top_k: expected an int"),
+        ("num_experts", np.float64(8), "num_experts: expected an int"),
+        ("routed_scaling_factor", torch.tensor(True), "routed_scaling_factor: expected a float"),
+        ("do_finalize", 1, "do_finalize: expected a bool, got int"),
+    ],
+    ids=["numpy bool", "a tensor with an axis", "numpy float", "tensor of a bool", "int for a bool"],
+)
+def test_what_is_no_number_is_refused_by_its_name(name: str, value: Any, words: str):
+    config = layer()
+    arguments = flat_arguments(config, make_problem(config, 5)) | {name: value}
+    with pytest.raises(TypeError, match=words):
+        trtllm_bf16_moe(**arguments)

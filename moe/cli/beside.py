@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe.cli.layer import Inputs, Layer
 from moe.cli.load import Load, measure_load
-from moe.pipeline import build_pipeline
+from moe.compose import build_pipeline
 from moe.tuning.measure import measure_in_turns
 from moe.tuning.tuned import tuned_config
 

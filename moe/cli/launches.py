@@ -12,7 +12,7 @@ import torch
 
 from moe.cli.layer import Layer, make_inputs
 from moe.cli.text import decimal, table
-from moe.pipeline import build_pipeline
+from moe.compose import build_pipeline
 from moe.tuning.measure import measure_us
 from moe.tuning.problem import sets_for
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from moe.cli.machine import UnfitMachine
 from moe.cli.progress import Progress
+from moe.compose import build_pipeline
 from moe.config import MoEConfig
 from moe.flow import Permutation, TopK
 from moe.gemm.config import FLASHINFER, ActivationType, WeightFormat
-from moe.pipeline import MoEPipeline, build_pipeline
+from moe.pipeline import MoEPipeline
 from moe.shapes import NAMED_SHAPES, MoEShape
 
 FORMATS = {"hf": WeightFormat(), "flashinfer": FLASHINFER}

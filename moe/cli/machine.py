@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from moe.compose import build_pipeline
 from moe.config import MoEConfig
-from moe.pipeline import MoEPipeline, build_pipeline
+from moe.pipeline import MoEPipeline
+from moe.stages import CheckedStage
 
 PACKAGES = ("moe-stages", "torch", "triton", "numba", "numba-cuda", "cuda-core", "pydantic", "numpy")
 CPUINFO = Path("/proc/cpuinfo")
@@ -78,8 +80,8 @@ def describe_machine(device: torch.device) -> Machine:
 def function_of_stage(pipeline: MoEPipeline, stage: str) -> str:
     """module.function of a stage, beneath what binds its config."""
     function = getattr(pipeline, stage)
-    while isinstance(function, functools.partial):
-        function = function.func
+    while isinstance(function, (functools.partial, CheckedStage)):
+        function = function.func if isinstance(function, functools.partial) else function.run
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return f"{getattr(function, '__module__', '')}.{name}"
 

@@ -11,8 +11,8 @@ import torch
 
 from moe.cli.layer import NamedLayer
 from moe.cli.machine import UnfitMachine
+from moe.compose import reference_pipeline
 from moe.config import MoEConfig
-from moe.pipeline import reference_pipeline
 from moe.tuning.problem import MAX_CHECKED_TOKENS, sets_for
 
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/proc/self/cgroup")

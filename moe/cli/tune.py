@@ -15,7 +15,7 @@ from moe.cli.memory import expect_memory
 from moe.cli.progress import Progress
 from moe.cli.run import stage_calls
 from moe.cli.text import decimal, table
-from moe.pipeline import build_pipeline
+from moe.compose import build_pipeline
 from moe.runtime.cache_folder import can_write
 from moe.tuning.gpu import GpuModel
 from moe.tuning.lookup import is_tuned

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moe.config import MoEConfig
-from moe.fused.few_tokens.config import FewTokenConfig, MatvecTile, takes
+from moe.fused.few_tokens.config import FewTokenConfig, MatvecTile
 from moe.fused.few_tokens.tile import default_slot_tile, default_token_tile
 from moe.gemm.config import GemmConfig, GemmKernel, GemmTile
 from moe.gemm.portable.tile import DECODE_ROWS, candidate_tiles
@@ -62,15 +62,8 @@ class Candidates:
     def _few_token_border(self) -> int:
         """Most tokens for which the model runs the few-token kernels; 0 where they do not take the layer."""
         config = self.config
-        if not takes(config.gemm1, config.gemm2):
-            return 0
-        return FewTokenConfig(
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            gemm1=config.gemm1,
-            gemm2=config.gemm2,
-            local_expert_offset=config.permute.local_expert_offset,
-        ).max_tokens
+        few = FewTokenConfig.of_stages(config.permute, config.gemm1, config.gemm2)
+        return 0 if few is None else few.max_tokens
 
     def _is_few(self, choice: TuningChoice) -> bool:
         if choice.uses_few_tokens is None:
@@ -153,21 +146,11 @@ def kernels_on(device: torch.device) -> KernelsOf:
     """Which grouped GEMM kernels run on a device, by config and tile_rows; on a CPU the reference stands for "portable"."""
     if device.type != "cuda":
         return lambda gemm, tile_rows: ("portable",)
-    from moe.gemm.swapped import gemm1 as swapped_gemm1
-    from moe.gemm.swapped import gemm2 as swapped_gemm2
-    from moe.gemm.wide import gemm1 as wide_gemm1
-    from moe.gemm.wide import gemm2 as wide_gemm2
+    from moe.gemm.kernels import kernels_for
 
     def kernels_of(gemm: GemmConfig, tile_rows: int) -> tuple[GemmKernel, ...]:
-        is_first = gemm.activation is not None
-        swapped = swapped_gemm1 if is_first else swapped_gemm2
-        wide = wide_gemm1 if is_first else wide_gemm2
-        kernels: list[GemmKernel] = ["portable"]
-        if swapped.takes(gemm, tile_rows, device):
-            kernels.append("swapped")
-        if wide.takes(gemm, tile_rows, device):
-            kernels.append("wide")
-        return tuple(kernels)
+        stage = "gemm1" if gemm.activation is not None else "gemm2"
+        return tuple(kernel.family for kernel in kernels_for(stage, gemm, tile_rows, device))
 
     return kernels_of
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe.compose import reference_pipeline
 from moe.config import MoEConfig
 from moe.flow import TopK
-from moe.pipeline import reference_pipeline
 
 MAX_CHECKED_TOKENS = 64
 ROTATED_BYTES = 600e6  # of weights from one call to the next on the same inputs: ten times the L2 cache of an H200

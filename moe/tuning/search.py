@@ -16,10 +16,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from moe.checks import expect_count
+from moe.compose import build_pipeline
 from moe.config import MoEConfig
 from moe.gemm.checks import check_weights
 from moe.permute.compile_ahead import CompilingAhead
-from moe.pipeline import MoEPipeline, build_pipeline
+from moe.pipeline import MoEPipeline
 from moe.runtime.cache_folder import cache_folder, can_write
 from moe.tuning.buckets import BUCKETS, bucket_of, buckets_up_to
 from moe.tuning.candidates import Candidates, kernels_on, left_to_the_model

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe.call import LayerCall, check_call
 from moe.checks import expect_count, is_as_expected
+from moe.compose import build_pipeline
 from moe.config import MoEConfig
 from moe.flow import ExpertOutputs, SwigluParams, TopK
-from moe.pipeline import MoEPipeline, build_pipeline
+from moe.pipeline import MoEPipeline
 from moe.tuning.autotune import active, tune_missing
 from moe.tuning.buckets import bucket_of
 from moe.tuning.choice import names_the_chain
@@ -78,20 +80,8 @@ class TunedPipeline:
         routing_replay_out: Tensor | None = None,
     ) -> Tensor:
         """As `MoEPipeline.__call__`."""
-        if active():
-            self._tune_for(
-                logits, hidden_states, w1, w2, swiglu, bias=bias, output=output, routing_replay_out=routing_replay_out
-            )
-        return self.at(_num_tokens(logits))(
-            logits,
-            hidden_states,
-            w1,
-            w2,
-            bias=bias,
-            swiglu=swiglu,
-            output=output,
-            routing_replay_out=routing_replay_out,
-        )
+        call = LayerCall(logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out)
+        return self._tuned_for(call).run(call)
 
     def expert_outputs(
         self,
@@ -105,11 +95,8 @@ class TunedPipeline:
         routing_replay_out: Tensor | None = None,
     ) -> ExpertOutputs:
         """As `MoEPipeline.expert_outputs`."""
-        if active():
-            self._tune_for(logits, hidden_states, w1, w2, swiglu, bias=bias, routing_replay_out=routing_replay_out)
-        return self.at(_num_tokens(logits)).expert_outputs(
-            logits, hidden_states, w1, w2, bias=bias, swiglu=swiglu, routing_replay_out=routing_replay_out
-        )
+        call = LayerCall(logits, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out)
+        return self._tuned_for(call).run_unfinalized(call)
 
     def run_experts(
         self,
@@ -122,17 +109,15 @@ class TunedPipeline:
         output: Tensor | None = None,
     ) -> Tensor:
         """As `MoEPipeline.run_experts`."""
-        if active():
-            self._tune_for(topk, hidden_states, w1, w2, swiglu, output=output, is_chosen=True)
-        return self.at(_num_tokens(topk)).run_experts(topk, hidden_states, w1, w2, swiglu=swiglu, output=output)
+        call = LayerCall(topk, hidden_states, w1, w2, swiglu, None, output, None, True)
+        return self._tuned_for(call).run(call)
 
     def run_experts_unfinalized(
         self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
     ) -> ExpertOutputs:
         """As `MoEPipeline.run_experts_unfinalized`."""
-        if active():
-            self._tune_for(topk, hidden_states, w1, w2, swiglu, is_chosen=True)
-        return self.at(_num_tokens(topk)).run_experts_unfinalized(topk, hidden_states, w1, w2, swiglu=swiglu)
+        call = LayerCall(topk, hidden_states, w1, w2, swiglu, None, None, None, True)
+        return self._tuned_for(call).run_unfinalized(call)
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """As `MoEPipeline.workspace_bytes`; another number once the bucket of `num_tokens` is tuned."""
@@ -175,24 +160,17 @@ class TunedPipeline:
         of_bucket[bucket_of(num_tokens)] = pipeline
         return pipeline
 
-    def _tune_for(
-        self,
-        entry: Tensor | TopK,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        swiglu: SwigluParams | None,
-        *,
-        is_chosen: bool = False,
-        **more: Tensor | None,
-    ) -> None:
-        """Tune what is missing, for a call that is not going to be refused."""
-        num_tokens = _num_tokens(entry)
-        self.at(num_tokens)._check(entry, hidden_states, w1, w2, swiglu, is_chosen=is_chosen, **more)
-        gemms = (self.config.gemm1, self.config.gemm2)
-        # Swapped stages may take other weights.
-        if all(is_as_expected(w, gemm.weight_shape, torch.bfloat16) for w, gemm in zip((w1, w2), gemms)):
-            tune_missing(self.config, num_tokens, w1, w2, max_num_tokens=self.max_num_tokens)
+    def _tuned_for(self, call: LayerCall) -> MoEPipeline:
+        """The pipeline of the call's bucket; within `autotune()` tuned first, for a call that is not going to be refused."""
+        if active():
+            pipeline = self.at(call.num_tokens)
+            if pipeline.checks_inputs:
+                check_call(pipeline.config, call)
+            gemms = zip((call.w1, call.w2), (self.config.gemm1, self.config.gemm2))
+            # Swapped stages may take other weights.
+            if all(is_as_expected(weights, gemm.weight_shape, torch.bfloat16) for weights, gemm in gemms):
+                tune_missing(self.config, call.num_tokens, call.w1, call.w2, max_num_tokens=self.max_num_tokens)
+        return self.at(call.num_tokens)
 
 
 def tuned_pipeline(
@@ -224,9 +202,3 @@ def tuned_pipeline(
         raise TypeError(f"config: expected a MoEConfig, got {type(config).__name__}; MoEConfig.create makes one")
     expect_count("max_num_tokens", max_num_tokens)
     return TunedPipeline(config, torch.device(device), uses_pdl, gpu, max_num_tokens=max_num_tokens)
-
-
-def _num_tokens(entry: Tensor | TopK) -> int:
-    """0 for what has no tokens to count: MoEPipeline says what is wrong with it."""
-    first = entry.expert_ids if isinstance(entry, TopK) else entry
-    return first.shape[0] if isinstance(first, Tensor) and first.dim() else 0

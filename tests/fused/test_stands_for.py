@@ -24,7 +24,7 @@ from moe import (
 )
 from moe.fused.few_tokens.config import FewTokenConfig, FewTokenTiles, MatvecTile
 from moe.fused.few_tokens.reference import few_token_experts_reference
-from moe.pipeline import FusedExperts
+from moe.stages import CheckedStage, FusedExperts
 
 
 def with_fused(pipeline: MoEPipeline, max_tokens: int) -> tuple[MoEPipeline, list[int]]:
@@ -84,48 +84,96 @@ def test_the_fused_callable_gets_parameters_and_output_of_the_call() -> None:
         assert torch.equal(output, expected)
 
 
-def test_a_fused_callable_checks_again_only_what_the_pipeline_has_not() -> None:
-    config, other = (MoEConfig.create(**SMALL | fields) for fields in ({}, {"norm_topk_prob": False}))
+def noting_pipeline(config: MoEConfig) -> tuple[MoEPipeline, list[str]]:
+    """A pipeline of stages in two forms that compute nothing, and the forms that ran: "gemm1", or "gemm1 checked"."""
     plain = reference_pipeline(config)
-    calls: list[str] = []
+    ran: list[str] = []
 
-    def note(name: str) -> Callable[..., Tensor]:
-        return lambda topk, hidden_states, *weights, **more: calls.append(name) or torch.zeros_like(hidden_states)
+    def noting(name: str, stage: Callable[..., object], config: object) -> CheckedStage:
+        def note(text: str, *args: object, **more: object) -> object:
+            ran.append(text)
+            return stage(*args, **more)
 
-    stages = (plain.permute, plain.gemm1, plain.gemm2, plain.finalize)
-    fused = FusedExperts(note("run"), 8, stages, launch=note("launch"), checked_by=config, routed_by=plain.route)
-    pipeline = replace(plain, fused=fused)
-    problem = make_problem(config, 2)
+        return CheckedStage(partial(note, f"{name} checked"), partial(note, name), config)
+
+    def fused(topk: TopK, hidden_states: Tensor, *weights: Tensor, **more: object) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+    stages = {name: noting(name, getattr(plain, name), getattr(config, name)) for name in STAGES if name != "route"}
+    chain = (stages["permute"], stages["gemm1"], stages["gemm2"], stages["finalize"])
+    route = noting("route", plain.route, config.routing)
+    few = FewTokenConfig.of_stages(config.permute, config.gemm1, config.gemm2)
+    return MoEPipeline(config, route, *chain, fused=FusedExperts(noting("fused", fused, few), 2, chain)), ran
+
+
+CHAIN = ["permute", "gemm1", "gemm2", "finalize"]
+STAGES = ("route", *CHAIN)
+
+
+@pytest.mark.parametrize(("num_tokens", "rest"), [(2, ["fused"]), (3, CHAIN)], ids=["few_tokens", "chain"])
+def test_our_own_stages_check_again_only_what_the_pipeline_has_not(num_tokens: int, rest: list[str]) -> None:
+    config = MoEConfig.create(**SMALL)
+    pipeline, ran = noting_pipeline(config)
+    problem = make_problem(config, num_tokens)
     experts = (problem.hidden_states, problem.w1, problem.w2)
-    topk = plain.route(problem.logits)
+    topk = reference_pipeline(config).route(problem.logits)
+    other_rule = MoEConfig.create(**SMALL | {"norm_topk_prob": False, "method": "RenormalizeNaive"})
     variants = {
-        "as_built": (pipeline, ["launch", "launch"]),
-        "unchecked": (replace(pipeline, checks_inputs=False), ["run", "run"]),
-        "other_config": (replace(pipeline, config=other), ["run", "run"]),
-        "other_router": (replace(pipeline, route=REFERENCE_OF_STAGE["route"](config)), ["run", "launch"]),
+        "as_built": (pipeline, ["route", *rest]),
+        "unchecked": (replace(pipeline, checks_inputs=False), [f"{name} checked" for name in ("route", *rest)]),
+        "other_rule": (replace(pipeline, config=other_rule), ["route checked", *rest]),
+        "other_router": (replace(pipeline, route=REFERENCE_OF_STAGE["route"](config)), rest),
     }
     for name, (variant, expected) in variants.items():
-        calls.clear()
+        ran.clear()
         variant(problem.logits, *experts)
+        assert ran == expected, name
+        ran.clear()
         variant.run_experts(topk, *experts)
-        assert calls == expected, name
+        assert ran == [stage for stage in expected if not stage.startswith("route")], name
+
+
+@pytest.mark.parametrize("stage", CHAIN)
+def test_stages_beside_a_swapped_one_check_nothing_again(stage: str) -> None:
+    config = MoEConfig.create(**SMALL)
+    pipeline, ran = noting_pipeline(config)
+    problem = make_problem(config, 2)
+    swapped = replace(pipeline, **{stage: REFERENCE_OF_STAGE[stage](config)})
+    swapped(problem.logits, problem.hidden_states, problem.w1, problem.w2)
+    assert ran == [name for name in STAGES if name != stage]
+
+
+def test_experts_of_a_swapped_router_are_checked_before_the_fused_callable_runs() -> None:
+    config = MoEConfig.create(**SMALL)
+    pipeline, ran = noting_pipeline(config)
+    problem = make_problem(config, 2)
+    topk = reference_pipeline(config).route(problem.logits)
+    spoilt = {
+        "int64": TopK(topk.expert_ids.long(), topk.weights),
+        "a token less": TopK(topk.expert_ids[:1], topk.weights[:1]),
+        "a choice less": TopK(topk.expert_ids[:, :1].contiguous(), topk.weights[:, :1].contiguous()),
+    }
+    for wrong in spoilt.values():
+        with pytest.raises(ValueError, match="expert_ids: expected"):
+            replace(pipeline, route=lambda logits, bias=None, *, replay_out=None, wrong=wrong: wrong)(
+                problem.logits, problem.hidden_states, problem.w1, problem.w2
+            )
+    assert ran == []
 
 
 def test_the_fused_callable_for_a_gpu_stands_for_the_stages_beside_it() -> None:
     pytest.importorskip("triton")
     config = MoEConfig.create(**SMALL)
     pipeline = build_pipeline(config, "cuda")
-    few = pipeline.fused.run.keywords["config"]
+    few = pipeline.fused.run.config
     assert few == FewTokenConfig(num_experts=8, top_k=2, gemm1=config.gemm1, gemm2=config.gemm2, uses_pdl=True)
     assert pipeline.fused == FusedExperts(
         pipeline.fused.run,
         few.max_tokens,
         stands_for=(pipeline.permute, pipeline.gemm1, pipeline.gemm2, pipeline.finalize),
-        launch=pipeline.fused.launch,
-        checked_by=config,
-        routed_by=pipeline.route,
     )
-    assert pipeline.fused.launch.keywords["config"] is few
+    for form in (pipeline.fused.run.run, pipeline.fused.run.launch):
+        assert form.keywords["config"] is few
 
 
 def test_few_tokens_for_a_gpu_get_the_slice_and_what_the_config_names() -> None:
@@ -135,7 +183,7 @@ def test_few_tokens_for_a_gpu_get_the_slice_and_what_the_config_names() -> None:
     )
     config = MoEConfig.create(**SMALL, local_expert_offset=3, num_local_experts=4)
     fused = build_pipeline(MoEConfig(**dict(config) | {"few_tokens": tiles}), "cuda").fused
-    few = fused.run.keywords["config"]
+    few = fused.run.config
     assert (fused.max_tokens, few.slot_tile, few.token_tile) == (5, tiles.slot_tile, tiles.token_tile)
     assert (few.local_expert_offset, few.gemm1.num_experts, few.uses_pdl) == (3, 4, True)
     assert not few.triggers_early
@@ -145,6 +193,6 @@ def test_a_pipeline_for_a_gpu_stands_on_kernels_for_few_tokens_too(cuda: torch.d
     fused = build_pipeline(MoEConfig.create(**SMALL), cuda).fused
     assert fused is not None
     assert fused.max_tokens >= 1
-    assert fused.launch is not None
+    assert isinstance(fused.run, CheckedStage)
     major_mn = MoEConfig.create(**SMALL, weight_format=WeightFormat(layout=WeightLayout.MajorMn))
     assert build_pipeline(major_mn, cuda).fused is None

@@ -24,34 +24,42 @@ from moe.gemm.wide import gemm2 as wide_gemm2
 
 CONFIG = MoEConfig.create(hidden_size=128, intermediate_size=128, num_experts=4, top_k=2)
 CPU = torch.device("cpu")
-NAMES = ("portable_gemm1", "wide_gemm1", "swapped_gemm1")
-NAMES += ("portable_gemm2", "wide_gemm2", "swapped_gemm2")
-KIND_OF_NAME = dict(zip(NAMES, ("portable", "wide", "swapped") * 2, strict=True))
+
+
+def clear_caches() -> None:
+    for cached in (kernels.kernels_for, kernels.kernel_for, kernels.unit_size):
+        cached.cache_clear()
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was run, by kind."""
-    kinds: list[str] = []
-    for name, kind in KIND_OF_NAME.items():
-        monkeypatch.setattr(kernels, name, lambda *args, kind=kind, **more: kinds.append(kind))
-    return kinds
+def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What was run, by family."""
+    families: list[str] = []
+    for stage, table in kernels.KERNELS.items():
+        noting = [
+            kernel._replace(launch=lambda *args, family=kernel.family, **more: families.append(family))
+            for kernel in table
+        ]
+        monkeypatch.setitem(kernels.KERNELS, stage, tuple(noting))
+    clear_caches()
+    yield families
+    clear_caches()
 
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (wide_gemm1, wide_gemm2, swapped_gemm1, swapped_gemm2):
         monkeypatch.setattr(module, "is_hopper", lambda device: True)
-    kernels.unit_size.cache_clear()
+    clear_caches()
     yield
-    kernels.unit_size.cache_clear()
+    clear_caches()
 
 
 def run_both(config: MoEConfig, mean_rows: int, tile_rows: int) -> None:
     permutation = replace(permutation_of_counts([5, 9, 0, 2], tile_rows, 8), mean_rows=mean_rows)
     hidden_states, rows = torch.zeros(8, 128), torch.zeros(permutation.max_rows, 128)
-    kernels.run_gemm1(hidden_states, torch.zeros(1), permutation, config=config.gemm1)
-    kernels.run_gemm2(rows, torch.zeros(1), permutation, config=config.gemm2)
+    kernels.launch_gemm1(hidden_states, torch.zeros(1), permutation, config=config.gemm1)
+    kernels.launch_gemm2(rows, torch.zeros(1), permutation, config=config.gemm2)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -109,3 +117,14 @@ def test_weights_that_no_hopper_kernel_reads_are_left_to_the_portable_ones(ran):
     )
     run_both(config, 1000, 128)
     assert ran == ["portable", "portable"]
+
+
+def test_a_stage_with_its_checks_refuses_before_any_kernel_is_launched(ran):
+    permutation = permutation_of_counts([5, 9, 0, 2], 16, 8)
+    hidden_states = torch.zeros(8, 128, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="gemm1_weights: expected 3-D"):
+        kernels.run_gemm1(hidden_states, torch.zeros(1).bfloat16(), permutation, config=CONFIG.gemm1)
+    rows = torch.zeros(permutation.max_rows, 128, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="gemm2_weights: expected 3-D"):
+        kernels.run_gemm2(rows, torch.zeros(1).bfloat16(), permutation, config=CONFIG.gemm2)
+    assert ran == []

@@ -22,14 +22,19 @@ from moe.tuning.candidates import Candidates, kernels_on
 CUDA = torch.device("cuda", 0)
 
 
+def clear_caches() -> None:
+    for cached in (kernels.kernels_for, kernels.kernel_for, kernels.unit_size):
+        cached.cache_clear()
+
+
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     for module in (wide_gemm1, wide_gemm2, swapped_gemm1, swapped_gemm2):
         monkeypatch.setattr(module, "is_hopper", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    kernels.unit_size.cache_clear()
+    clear_caches()
     yield CUDA
-    kernels.unit_size.cache_clear()
+    clear_caches()
 
 
 @pytest.mark.parametrize("model", ["qwen3-30b-a3b", "mixtral-8x7b", "nemotron-3-nano-30b-a3b"])

@@ -10,8 +10,9 @@ import torch
 from filelock import FileLock
 
 from moe.cli.layer import FORMATS, layer_of_shape
+from moe.compose import build_pipeline
 from moe.config import MoEConfig
-from moe.pipeline import MoEPipeline, build_pipeline
+from moe.pipeline import MoEPipeline
 from moe.runtime.cache_folder import cache_folder
 from moe.shapes import NAMED_SHAPES
 from moe.tuning import search

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from moe.base_config import Count, CountOrZero, FrozenConfig, PowerOfTwo
 from moe.gemm.config import GemmConfig, WeightLayout
+from moe.permute.config import PermuteConfig
 
 MAX_COLUMN_BLOCKS = 65535  # the grid's second axis
 # A slot streams its expert's weights by itself, so an expert chosen twice is read twice: from L2 in part, at about a fifth of
@@ -69,6 +70,30 @@ class FewTokenConfig(FrozenConfig):
                 f"{self.gemm1.weight_format.layout.name} and {self.gemm2.weight_format.layout.name}; permute the tokens"
             )
         return self
+
+    @classmethod
+    def of_stages(
+        cls,
+        permute: PermuteConfig,
+        gemm1: GemmConfig,
+        gemm2: GemmConfig,
+        tiles: FewTokenTiles = FewTokenTiles(),
+        *,
+        uses_pdl: bool = False,
+    ) -> FewTokenConfig | None:
+        """What the few-token kernels make of a layer's stages; None where they do not take it."""
+        if not takes(gemm1, gemm2):
+            return None
+        return cls(
+            num_experts=permute.num_experts,
+            top_k=permute.top_k,
+            gemm1=gemm1,
+            gemm2=gemm2,
+            local_expert_offset=permute.local_expert_offset,
+            slot_tile=tiles.slot_tile,
+            token_tile=tiles.token_tile,
+            uses_pdl=uses_pdl,
+        )
 
     @property
     def is_slice(self) -> bool:

@@ -7,8 +7,8 @@ import torch
 from fused.few_tokens.cases import FORMATS, make_case
 from gemm.cases import format_id
 
+from moe.compose import reference_pipeline
 from moe.fused.few_tokens.reference import few_token_experts_reference
-from moe.pipeline import reference_pipeline
 
 
 @pytest.mark.parametrize("weight_format", FORMATS, ids=format_id)

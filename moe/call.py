@@ -1,0 +1,191 @@
+"""LayerCall: the tensors of one call of a layer in one value; what they, and results of swapped stages, must be."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe.checks import expect, expect_separate, expect_type, is_as_expected
+from moe.config import MoEConfig
+from moe.flow import Permutation, SwigluParams, TopK
+from moe.gemm.checks import check_swiglu, check_weights
+from moe.stages import Finalizer, Gemm1, Gemm2, Permuter, Router
+
+
+class LayerCall(NamedTuple):
+    """What one call of a layer was given. Shapes and dtypes as `MoEPipeline` says."""
+
+    entry: Any  # logits [T, E], or where `is_chosen` the TopK that the caller chose
+    hidden_states: Tensor
+    w1: Tensor
+    w2: Tensor
+    swiglu: SwigluParams | None = None
+    bias: Tensor | None = None
+    output: Tensor | None = None
+    routing_replay_out: Tensor | None = None
+    is_chosen: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """0 for what has no tokens to count: `check_call` says what is wrong with it."""
+        first = self.entry.expert_ids if isinstance(self.entry, TopK) else self.entry
+        return first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
+
+
+def check_call(config: MoEConfig, call: LayerCall) -> None:
+    """Raise unless all tensors of the call fit the config, and it may be run forward only."""
+    first_name = "routing_logits"
+    first: Tensor
+    if call.is_chosen:
+        config.permute.check(call.entry)
+        first, first_name = call.entry.expert_ids, "expert_indices"
+    else:
+        config.routing.check(call.entry, call.bias, call.routing_replay_out)
+        first = call.entry
+    device, num_tokens = first.device, first.shape[0]
+    if not is_as_expected(call.hidden_states, (num_tokens, config.hidden_size), torch.bfloat16, device):
+        _refuse_hidden_states(config, call, first, first_name)
+    config.permute.check_num_tokens(num_tokens)
+    check_weights(config.gemm1, "gemm1_weights", call.w1, device)
+    check_weights(config.gemm2, "gemm2_weights", call.w2, device)
+    check_swiglu(config.gemm1, call.swiglu, device)
+    if call.output is not None or call.routing_replay_out is not None:
+        _check_written(config, call, first_name, device)
+    if torch.is_grad_enabled():
+        _refuse_gradients(call, first_name)
+
+
+def _refuse_hidden_states(config: MoEConfig, call: LayerCall, first: Tensor, first_name: str) -> None:
+    words = {
+        "dtype": "BF16 MoE: hidden_states must be bfloat16.",
+        "T": f"{first_name} and hidden_states must have the same number of tokens.",
+    }
+    dims = {"T": first.shape[0], "H": config.hidden_size}
+    expect("hidden_states", call.hidden_states, "T H", dims, dtype=torch.bfloat16, device=first.device, words=words)
+
+
+def _check_written(config: MoEConfig, call: LayerCall, first_name: str, device: torch.device) -> None:
+    """Raise unless what the call writes is memory of its own."""
+    read, replay_out = _read_tensors(call, first_name), call.routing_replay_out
+    if call.output is not None:
+        dims = {"T": call.num_tokens, "H": config.hidden_size}
+        expect("output", call.output, "T H", dims, dtype=torch.bfloat16, device=device)
+        expect_separate("output", call.output, read | {"routing_replay_out": replay_out})
+    if replay_out is not None:
+        expect_separate("routing_replay_out", replay_out, read)
+
+
+def _read_tensors(call: LayerCall, first_name: str) -> dict[str, Tensor | None]:
+    """By the names that callers know, in the order in which they are looked at."""
+    first, weights = (call.entry.expert_ids, call.entry.weights) if call.is_chosen else (call.entry, None)
+    tensors = {first_name: first, "routing_bias": call.bias, "expert_weights": weights}
+    tensors |= {"hidden_states": call.hidden_states, "gemm1_weights": call.w1, "gemm2_weights": call.w2}
+    if call.swiglu is not None:
+        tensors |= {f"gemm1_{name}": getattr(call.swiglu, name) for name in ("alpha", "beta", "clamp_limit")}
+    return tensors
+
+
+def _refuse_gradients(call: LayerCall, first_name: str) -> None:
+    chosen, swiglu = call.entry if call.is_chosen else None, call.swiglu
+    first = chosen.weights if chosen else call.entry
+    tensors: tuple[Tensor | None, ...] = (first, call.hidden_states, call.w1, call.w2, call.bias, call.output)
+    if swiglu is not None:
+        tensors += (swiglu.alpha, swiglu.beta, swiglu.clamp_limit)
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            break
+    else:
+        return
+    for name, tensor in (_read_tensors(call, first_name) | {"output": call.output}).items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor that needs no gradient, got requires_grad=True; the layer is forward only: "
+                "call it under torch.no_grad() or torch.inference_mode(), or pass .detach()"
+            )
+
+
+def checked_router(route: Router, config: MoEConfig) -> Router:
+    """A router that is none of ours, with its result checked."""
+
+    def run(logits: Tensor, bias: Tensor | None = None, *, replay_out: Tensor | None = None) -> TopK:
+        topk = route(logits, bias, replay_out=replay_out)
+        config.permute.check(topk)
+        if topk.expert_ids.shape[0] != logits.shape[0] or topk.expert_ids.device != logits.device:
+            dims = {"T": logits.shape[0], "K": config.top_k}
+            expect("expert_ids", topk.expert_ids, "T K", dims, dtype=torch.int32, device=logits.device)
+        return topk
+
+    return run
+
+
+def checked_permuter(permute: Permuter, config: MoEConfig) -> Permuter:
+    """A permuter that is none of ours, with its result checked."""
+
+    def run(topk: TopK) -> Permutation:
+        permutation = permute(topk)
+        _check_permutation(permutation, topk, config)
+        return permutation
+
+    return run
+
+
+def _check_permutation(permutation: Permutation, topk: TopK, config: MoEConfig) -> None:
+    name, device = "result of permute", topk.expert_ids.device
+    expect_type(name, permutation, Permutation, "moe.Permutation(..) makes one")
+    dims = {"T": topk.expert_ids.shape[0], "K": config.top_k}
+    shapes = {
+        "row_of_slot": "T K",
+        "token_of_row": "P",
+        "expert_of_tile": "tiles",
+        "row_limit_of_tile": "tiles",
+        "num_rows": "1",
+        "num_tiles": "1",
+    }
+    for field, shape in shapes.items():
+        expect(f"{name}: {field}", getattr(permutation, field), shape, dims, dtype=torch.int32, device=device)
+    if dims["P"] != dims["tiles"] * permutation.tile_rows:
+        raise ValueError(
+            f"{name}: expected token_of_row of tiles * tile_rows = {dims['tiles']} * {permutation.tile_rows} rows, got "
+            f"{dims['P']}; make both of one bound"
+        )
+
+
+def checked_gemm1(gemm1: Gemm1, config: MoEConfig) -> Gemm1:
+    """A gemm1 that is none of ours, with its result checked."""
+
+    def run(
+        hidden_states: Tensor, weights: Tensor, permutation: Permutation, *, swiglu: SwigluParams | None = None
+    ) -> Tensor:
+        result = gemm1(hidden_states, weights, permutation, swiglu=swiglu)
+        return _checked_rows("gemm1", result, (permutation.max_rows, config.intermediate_size), permutation)
+
+    return run
+
+
+def checked_gemm2(gemm2: Gemm2, config: MoEConfig) -> Gemm2:
+    """A gemm2 that is none of ours, with its result checked."""
+
+    def run(rows: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:
+        result = gemm2(rows, weights, permutation)
+        return _checked_rows("gemm2", result, (permutation.max_rows, config.hidden_size), permutation)
+
+    return run
+
+
+def checked_finalizer(finalize: Finalizer, config: MoEConfig) -> Finalizer:
+    """A finalizer that is none of ours, with its result checked."""
+
+    def run(rows: Tensor, topk: TopK, permutation: Permutation, *, output: Tensor | None = None) -> Tensor:
+        result = finalize(rows, topk, permutation, output=output)
+        return _checked_rows("finalize", result, (permutation.row_of_slot.shape[0], config.hidden_size), permutation)
+
+    return run
+
+
+def _checked_rows(stage: str, result: Tensor, shape: tuple[int, int], permutation: Permutation) -> Tensor:
+    device = permutation.row_of_slot.device
+    if not is_as_expected(result, shape, torch.bfloat16, device):
+        expect(f"result of {stage}", result, f"{shape[0]} {shape[1]}", {}, dtype=torch.bfloat16, device=device)
+    return result

@@ -1,0 +1,60 @@
+"""A pipeline put together for a device: which callable each stage is."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from moe.config import MoEConfig
+from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
+from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
+from moe.pipeline import MoEPipeline
+from moe.routing.reference import select_experts_reference
+from moe.stages import CheckedStage
+
+
+def reference_pipeline(config: MoEConfig) -> MoEPipeline:
+    """The layer in plain torch, on any device: what defines the right result, and the CPU backend."""
+    return MoEPipeline(
+        config,
+        route=partial(select_experts_reference, config=config.routing),
+        permute=partial(plan_permutation_reference, config=config.permute),
+        gemm1=partial(gather_gemm_reference, config=config.gemm1),
+        gemm2=partial(grouped_gemm_reference, config=config.gemm2),
+        finalize=partial(finalize_tokens_reference, config=config.finalize),
+    )
+
+
+def build_pipeline(config: MoEConfig, device: torch.device | str, *, uses_pdl: bool = True) -> MoEPipeline:
+    """The layer for a device: our kernels on CUDA, the references elsewhere and for whatever a kernel does not take.
+
+    Args:
+        device: "cuda", "cpu" or one of them; the pipeline runs where its tensors lie.
+        uses_pdl: programmatic dependent launches where kernels and GPU (compute capability 9.0 and up) have them. No
+            effect on the result.
+
+    Example:
+        >>> config = MoEConfig.create(hidden_size=2048, intermediate_size=768, num_experts=128, top_k=8)
+        >>> pipeline = build_pipeline(config, "cuda")
+        >>> output = pipeline(logits, hidden_states, w1, w2)
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return reference_pipeline(config)
+    # Here and not above: `import moe` needs neither triton nor numba, and a CPU pipeline neither.
+    from moe.fused.kernels import fused_experts_for
+    from moe.gemm.kernels import gemm1_for, gemm2_for, unit_size
+    from moe.permute.kernels import finalizer_for, permuter_for
+    from moe.routing.kernels import router_for
+
+    gemms = {"gemm1": config.gemm1, "gemm2": config.gemm2}
+    units = partial(unit_size, **gemms)
+    route = CheckedStage(*router_for(config.routing, device, uses_pdl=uses_pdl), config.routing)
+    permute = CheckedStage(*permuter_for(config.permute, device, uses_pdl=uses_pdl, unit_size=units), config.permute)
+    gemm1 = CheckedStage(*gemm1_for(config.gemm1, uses_pdl=uses_pdl), config.gemm1)
+    gemm2 = CheckedStage(*gemm2_for(config.gemm2, uses_pdl=uses_pdl), config.gemm2)
+    finalize = CheckedStage(*finalizer_for(config.finalize, device, uses_pdl=uses_pdl), config.finalize)
+    chain = (permute, gemm1, gemm2, finalize)
+    fused = fused_experts_for(config.permute, **gemms, tiles=config.few_tokens, stands_for=chain, uses_pdl=uses_pdl)
+    return MoEPipeline(config, route, *chain, fused=fused)
