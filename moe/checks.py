@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 WIDEST_LOAD_BYTES = 16  # that a kernel issues, and TMA's alignment
+DEVICES_OF_KERNELS = (
+    "cuda",
+)  # elsewhere references run, which read memory wherever it begins: weights mapped from a file
+# Numbers that mean something with their scales only. Which of them there are depends on torch's version.
+_QUANTISED = ("float8", "float4", "int8", "uint8", "int4", "uint4", "int2", "uint2", "quint", "qint")
 
 
 def expect(
@@ -26,7 +31,7 @@ def expect(
     """Raise unless `tensor` has this shape, dtype and device, is contiguous and aligned.
 
     Aligned: to 16 bytes, or to the power of two that divides a row of the last axis if that is less. So rows of an aligned
-    tensor pass, whichever they are.
+    tensor pass, whichever they are. On a CPU memory may begin anywhere.
 
     Args:
         name: the argument's name, as the caller knows it.
@@ -87,6 +92,9 @@ def _refuse(
     """Raise what is wrong first."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}; pass a tensor")
+    allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+    if tensor.dtype not in allowed:
+        expect_no_scales(name, tensor, allowed, lead=_lead(words, "dtype"))
     if tensor.dim() != len(axes):
         raise ValueError(
             f"{_lead(words, 'rank')}{name}: expected {len(axes)}-D {_wanted(axes, dims)}, got {tensor.dim()}-D "
@@ -99,7 +107,6 @@ def _refuse(
                 f"{_lead(words, axis)}{name}: expected {_wanted(axes, dims)}, got {list(tensor.shape)}; "
                 "pass a tensor of that shape, or arguments or a config that match"
             )
-    allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
     if tensor.dtype not in allowed:
         raise ValueError(
             f"{_lead(words, 'dtype')}{name}: expected {' or '.join(map(_dtype_name, allowed))}, got "
@@ -119,6 +126,20 @@ def _refuse(
         raise ValueError(
             f"{name}: expected memory aligned to {wanted} bytes, got an address {tensor.data_ptr() % wanted} bytes past one "
             "(a slice or a view at an odd offset); call .clone() on it"
+        )
+
+
+def is_quantised(dtype: torch.dtype) -> bool:
+    """Whether numbers of this dtype stand for others, by scales that lie elsewhere."""
+    return _dtype_name(dtype).startswith(_QUANTISED)
+
+
+def expect_no_scales(name: str, tensor: Tensor, allowed: Sequence[torch.dtype], *, lead: str = "") -> None:
+    """Raise ValueError for a quantised tensor where floating numbers are wanted: .to() would leave its scales out."""
+    if is_quantised(tensor.dtype) and any(dtype.is_floating_point for dtype in allowed):
+        raise ValueError(
+            f"{lead}{name}: expected {' or '.join(map(_dtype_name, allowed))}, got {_dtype_name(tensor.dtype)}, whose "
+            "numbers are quantised; dequantise it with its scales, which a mere conversion would leave out"
         )
 
 
@@ -195,7 +216,11 @@ def _kind_of(value: object) -> str:
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    return not tensor.numel() or tensor.data_ptr() % _alignment_bytes(tensor) == 0
+    return (
+        tensor.device.type not in DEVICES_OF_KERNELS
+        or not tensor.numel()
+        or tensor.data_ptr() % _alignment_bytes(tensor) == 0
+    )
 
 
 def _alignment_bytes(tensor: Tensor) -> int:

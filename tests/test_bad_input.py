@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe import trtllm_bf16_moe, trtllm_bf16_routed_moe
+from moe import checks, trtllm_bf16_moe, trtllm_bf16_routed_moe
 
 T, H, I, E, K = 5, 128, 64, 8, 2  # noqa: E741
 Arguments = dict[str, Any]
@@ -113,6 +113,8 @@ SHARED_CASES = [
     *map(gradient_case, ("hidden_states", "gemm1_weights", "gemm2_weights")),
     tensor_case("gemm1_fp32", "gemm1_weights", Tensor.float, "gemm1_weights must be bfloat16.", "float32"),
     tensor_case("gemm2_fp32", "gemm2_weights", Tensor.float, "gemm2_weights must be bfloat16.", "float32"),
+    tensor_case("gemm1_fp8", "gemm1_weights", lambda t: t.to(torch.float8_e4m3fn), "gemm1_weights", "dequantise it with its scales"),
+    tensor_case("gemm2_packed", "gemm2_weights", lambda t: t.flatten(1).byte(), "gemm2_weights", "dequantise it with its scales"),
     tensor_case("gemm1_3d", "gemm1_weights", lambda t: t.flatten(1, 2), "gemm1_weights", "[8, 256, 64]", "2I=128", "pack_weights"),
     tensor_case("gemm1_rows", "gemm1_weights", lambda t: t[:, :, :64].clone(), "intermediate_size has incorrect shape."),
     tensor_case(
@@ -317,6 +319,12 @@ def assert_refused(call: Callable[..., Any], arguments: Arguments, wrong: Case) 
         assert words in message, f"{words!r} is missing in: {message}"
     for name, value in before.items():
         assert torch.equal(value, arguments[name]), f"the refused call wrote to {name}"
+
+
+@pytest.fixture(autouse=True)
+def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU whose memory must be aligned, as a GPU's: references read it wherever it begins."""
+    monkeypatch.setattr(checks, "DEVICES_OF_KERNELS", ("cpu", "cuda"))
 
 
 def by_name(cases: list[Case]) -> Any:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe import checks
 from moe.checks import as_float, as_int, expect, expect_separate, is_as_expected
 from moe.gemm.config import ActivationType
 
@@ -21,8 +22,14 @@ WRONG = {
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def kernels_on_the_cpu(monkeypatch):
+    """A CPU whose memory must be aligned, as a GPU's."""
+    monkeypatch.setattr(checks, "DEVICES_OF_KERNELS", ("cpu",))
+
+
 @pytest.mark.parametrize("name", WRONG)
-def test_what_does_not_fit_is_refused_by_both_checks(name):
+def test_what_does_not_fit_is_refused_by_both_checks(name, kernels_on_the_cpu):
     tensor, says = WRONG[name]
     with pytest.raises(ValueError, match=says):
         expect("rows", tensor, "T 8", {"T": 12}, dtype=torch.bfloat16, device=CPU)
@@ -60,7 +67,7 @@ def test_an_empty_tensor_may_lie_anywhere():
     ],
     ids=str,
 )
-def test_rows_of_an_aligned_tensor_pass_whichever_they_are(columns, dtype):
+def test_rows_of_an_aligned_tensor_pass_whichever_they_are(columns, dtype, kernels_on_the_cpu):
     tensor = torch.zeros(9, columns, dtype=dtype)
     for first in range(9):
         rows = tensor[first:]
@@ -68,7 +75,40 @@ def test_rows_of_an_aligned_tensor_pass_whichever_they_are(columns, dtype):
         assert is_as_expected(rows, (9 - first, columns), dtype)
 
 
-def test_a_row_that_begins_between_rows_is_refused():
+def test_where_references_run_memory_may_begin_anywhere():
+    rows = MEMORY[1:97].view(12, 8)
+    expect("rows", rows, "T 8", {}, dtype=torch.bfloat16)
+    assert is_as_expected(rows, (12, 8), torch.bfloat16, CPU)
+
+
+QUANTISED = [
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int8,
+    torch.uint8,
+    torch.float4_e2m1fn_x2,
+    torch.float8_e8m0fnu,
+]
+
+
+@pytest.mark.parametrize("dtype", QUANTISED, ids=str)
+@pytest.mark.parametrize("shape", [(12, 8), (12, 4)], ids=["whole", "packed"])
+def test_quantised_numbers_are_named_as_such_and_their_scales_too(dtype, shape):
+    tensor = torch.zeros(shape, dtype=torch.uint8).view(dtype)
+    with pytest.raises(
+        ValueError, match=r"rows: expected bfloat16, got .*quantised; dequantise it with its scales"
+    ) as error:
+        expect("rows", tensor, "T 8", {"T": 12}, dtype=torch.bfloat16)
+    assert ".to(" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32, torch.int64], ids=str)
+def test_numbers_without_scales_are_to_be_converted(dtype):
+    with pytest.raises(ValueError, match=r"convert it with \.to\(torch\.bfloat16\)"):
+        expect("rows", RIGHT.to(dtype), "T 8", {}, dtype=torch.bfloat16)
+
+
+def test_a_row_that_begins_between_rows_is_refused(kernels_on_the_cpu):
     between = torch.zeros(64, dtype=torch.int32)[1:13].view(2, 6)
     with pytest.raises(ValueError, match=r"aligned to 8 bytes, got an address 4 bytes past one .*\.clone\(\)"):
         expect("ids", between, "T K", {}, dtype=torch.int32)

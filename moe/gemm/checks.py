@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.checks import expect, expect_type, is_as_expected
+from moe.checks import expect, expect_no_scales, expect_type, is_as_expected
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.config import BLOCK_MAJOR_K, GemmConfig, WeightLayout
 
@@ -15,6 +15,7 @@ def check_weights(config: GemmConfig, name: str, weights: Tensor, device: torch.
     if is_as_expected(weights, config.weight_shape, torch.bfloat16, device):
         return
     if isinstance(weights, Tensor) and config.weight_format.layout is WeightLayout.BlockMajorK:
+        expect_no_scales(name, weights, (torch.bfloat16,))
         _check_block(config, name, weights)
     axes, dims = _weight_axes(config)
     words = _weight_words(config, weights, axes)

@@ -6,7 +6,9 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from closeness import assert_close_to_exact, relative_error
@@ -357,6 +359,22 @@ def test_a_compiled_model_calls_us_without_a_graph_break(device: torch.device) -
     compiled = torch.compile(experts, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.equal(compiled(*inputs), experts(*inputs))
+
+
+@pytest.mark.parametrize("offset", [8, 2, 1])
+def test_weights_mapped_from_a_file_may_begin_anywhere(offset: int, tmp_path: Path) -> None:
+    experts = make_experts()
+    inputs = routed_tokens(experts, 7)
+    expected = experts(*inputs)
+    for name in ("gate_up_proj", "down_proj"):
+        weights = getattr(experts, name).data
+        file = tmp_path / name
+        file.write_bytes(bytes(offset) + weights.view(torch.int16).numpy().tobytes())
+        mapped = torch.from_numpy(np.memmap(file, mode="c"))[offset:].view(torch.uint8)
+        mapped = torch.frombuffer(mapped.numpy(), dtype=torch.bfloat16).view(weights.shape)
+        assert mapped.data_ptr() % 16 == offset
+        setattr(experts, name, nn.Parameter(mapped, requires_grad=False))
+    assert torch.equal(experts(*inputs), expected)
 
 
 def own_gate(self: nn.Module, gate_up: Tensor) -> Tensor:
