@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from moe.cli.arguments import make_parser
-from moe.cli.machine import UnfitMachine, pick_device
+from moe.cli.machine import UnfitMachine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     with torch.inference_mode():
         try:
-            options.device = pick_device(options.device)
             return options.command(options)
         except UnfitMachine as error:
             parser.error(str(error))

@@ -1,6 +1,7 @@
 """The commands, on a layer small enough for a test."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in (TINY, TINY_GROUPED):
         monkeypatch.setitem(NAMED_SHAPES, shape.name, shape)
     monkeypatch.setattr(commands, "measure_peaks", lambda device: Peaks(1e11, "float32", 1e10))
-    for budget in ("BUDGET_S", "TURN_BUDGET_S"):
-        monkeypatch.setattr(f"moe.cli.run.{budget}", {"cpu": 0.01, "cuda": 0.01})
+    monkeypatch.setattr("moe.cli.run.TURN_BUDGET_S", {"cpu": 0.01, "cuda": 0.01})
 
 
 @pytest.mark.parametrize("weights", ["hf", "flashinfer"])
@@ -42,6 +42,7 @@ def test_run_reports_every_stage_and_a_good_error(
         assert f"\n{stage} " in report
     assert "(good)" in report
     assert "agree with the routing reference: 100.00%" in report
+    assert max(map(len, report.splitlines())) <= 80
 
 
 def test_run_with_json_prints_nothing_but_json(device: torch.device, capsys: pytest.CaptureFixture[str]):
@@ -94,12 +95,11 @@ def test_bench_prints_a_line_a_token_count_and_writes_json(tmp_path, capsys: pyt
     ]
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[-4:]] == [
-        ["tiny", "1"],
-        ["tiny", "9"],
-        ["tiny-grouped", "1"],
-        ["tiny-grouped", "9"],
+    named = [
+        line.split()[0].rstrip(",") for line in lines if line.startswith("tiny") or line.split()[:1] in (["1"], ["9"])
     ]
+    assert named == ["tiny", "1", "9", "tiny-grouped", "1", "9"]
+    assert max(map(len, lines)) <= 80
     results = json.loads(file.read_text())["results"]
     assert [result["num_tokens"] for result in results] == [1, 9, 1, 9]
     assert all("experts" in result["stages"] for result in results)
@@ -131,9 +131,9 @@ def test_bench_runs_what_the_tables_say_beside_the_models_choice(
     assert [result["is_tuned"] for result in results] == [False, not is_untuned]
     assert ["untuned" in result["beside_us"] for result in results] == [False, not is_untuned]
     assert [result["tiles"]["tile_rows"] for result in results] == [None, None if is_untuned else 64]
-    header, _, tuned = capsys.readouterr().out.splitlines()[-3:]
-    cell = tuned.split()[header.split().index("untuned")]
-    assert (cell == "-") == is_untuned
+    first, second = re.findall(r"^ {8}roof .*", capsys.readouterr().out, re.MULTILINE)
+    assert "untuned" not in first
+    assert ("untuned" in second) != is_untuned
 
 
 def test_bench_without_matplotlib_names_the_extra_before_anything_is_timed(
@@ -205,7 +205,7 @@ def test_wrong_choices_alone_are_said_to_be_what_is_wrong(
 ):
     monkeypatch.setattr(exact.Accuracy, "chooses_alike", False)
     assert main(["run", "--model", "tiny", "--tokens", "8", "--device", "cpu"]) == 1
-    report = capsys.readouterr().out
+    report = " ".join(capsys.readouterr().out.split())
     assert "(good)" in report
     assert report.count("WRONG") == 1
     assert "agree with the routing reference: 100.00% (WRONG, expected more than 99.9%)" in report
@@ -322,15 +322,17 @@ def test_tune_shows_each_bucket_before_and_after(tmp_path, capsys: pytest.Captur
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "tiny"
     assert lines[2].split() == ["tokens", "model", "us", "tuned", "us", "gain", "choice"]
-    assert lines[-2].split()[:4] == ["48", "100.0", "80.0", "25.0%"]
-    assert "tile_rows 16" in lines[-2]
+    (row,) = [line for line in lines if line.split()[:1] == ["48"]]
+    assert row.split()[1:4] == ["100.0", "80.0", "25.0%"]
+    assert "tile_rows 16" in row
+    assert max(map(len, lines)) <= 80
 
     exported = tmp_path / "exported.json"
     assert main(["tune", "--show", "--model", "tiny", "--device", "cpu", "--export", str(exported)]) == 0
     shown = capsys.readouterr().out
-    assert lines[-2] in shown
+    assert row in shown
     assert "\ntiny\n" in shown
-    assert "shipped: none for cpu" in shown
+    assert "shipped" in shown
     assert f"{exported}: 2 entries" in shown
     assert len(json.loads(exported.read_text())["entries"]) == 2
 

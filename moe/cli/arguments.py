@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from pathlib import Path
 
 from moe.cli.beside import TURNS
@@ -18,22 +19,60 @@ from moe.cli.commands import (
 )
 from moe.cli.layer import FORMATS, ROUTINGS
 from moe.cli.machine import installed_version
+from moe.cli.text import wrap
 from moe.shapes import NAMED_SHAPES
 from moe.tuning.buckets import BUCKETS
 
 BENCH_TOKENS = (1, 128, 2048, 8192)
 LAUNCH_TOKENS = (1, 64)
 MAX_TUNED_TOKENS = 8192
-DESCRIPTION = "python -m moe: run a layer of a real model, time many, tune them, or say what is here."
+DESCRIPTION = "Run a layer of a real model, time many, tune them, or say what is here."
+EXAMPLES = """\
+examples:
+  python -m moe run                                        one layer, explained
+  python -m moe run --model deepseek-v3-ep8 --tokens 512 --routing zipf
+  python -m moe run --config config.json                   a model's own layer
+  python -m moe bench --model olmoe-1b-7b --tokens 1 128 --json bench.json
+  python -m moe tune --model qwen3-30b-a3b                 needs a GPU
+  python -m moe tune --model qwen3-30b-a3b --dry-run       what it would time
+  python -m moe info                                       device and versions
+
+`python -m moe COMMAND --help` lists what a command takes."""
+RUN_EXAMPLES = """\
+examples:
+  python -m moe run --model olmoe-1b-7b --tokens 256
+  python -m moe run --config config.json --routing zipf --seed 1
+  python -m moe run --json > run.json"""
+BENCH_EXAMPLES = """\
+examples:
+  python -m moe bench --model sonic-7b olmoe-1b-7b --tokens 1 128 2048
+  python -m moe bench --model olmoe-1b-7b --json bench.json --plot bench.svg"""
+LAUNCHES_EXAMPLES = """\
+example:
+  python -m moe launches --model qwen3-30b-a3b --tokens 1 64"""
+TUNE_EXAMPLES = """\
+examples:
+  python -m moe tune --model qwen3-30b-a3b --max-tokens 2048
+  python -m moe tune --model qwen3-30b-a3b --tokens 1 64 --dry-run
+  python -m moe tune --show"""
+INFO_EXAMPLES = """\
+example:
+  python -m moe info --json"""
+MODELS = "models: " + ", ".join(NAMED_SHAPES)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m moe", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(
+        prog="python -m moe",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"moe-stages {installed_version('moe-stages')}")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(metavar="COMMAND")
 
-    run = commands.add_parser("run", help="one layer of a model: time of each stage, load, error")
+    run = _add_command(commands, "run", "one layer of a model: time of each stage, load, error", RUN_EXAMPLES)
     run.set_defaults(command=run_command)
     _add_one_layer(run)
     run.add_argument(
@@ -42,10 +81,10 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--json", action="store_true", help="print values instead of text")
     _add_inputs(run)
 
-    bench = commands.add_parser("bench", help="many models and token counts, a line each, microseconds")
+    bench = _add_command(commands, "bench", "many models and token counts, a line each", BENCH_EXAMPLES)
     bench.set_defaults(command=bench_command)
     bench.add_argument(
-        "--model", choices=NAMED_SHAPES, nargs="+", metavar="NAME", help="default: all; to be named on a CPU"
+        "--model", type=_model, nargs="+", metavar="NAME", help="default: all; to be named on a CPU; see below"
     )
     _add_config(bench)
     bench.add_argument(
@@ -64,15 +103,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_inputs(bench)
 
-    launches = commands.add_parser("launches", help="every kernel launch of a call, and its time")
+    launches = _add_command(commands, "launches", "every kernel launch of a call, and its time", LAUNCHES_EXAMPLES)
     launches.set_defaults(command=launches_command)
     _add_one_layer(launches)
     launches.add_argument("--tokens", type=_count, nargs="+", default=LAUNCH_TOKENS, metavar="N", help="default: 1 64")
     _add_inputs(launches)
 
-    _add_tune(commands.add_parser("tune", help="find what is fastest for a layer on this GPU, and keep it"))
+    _add_tune(
+        _add_command(commands, "tune", "find what is fastest for a layer on this GPU, and keep it", TUNE_EXAMPLES)
+    )
 
-    info = commands.add_parser("info", help="device, versions, which stages run kernels here")
+    info = _add_command(commands, "info", "device, versions, which stages run kernels here", INFO_EXAMPLES)
     info.set_defaults(command=info_command)
     info.add_argument("--json", action="store_true", help="print values instead of text")
     _add_device(info)
@@ -81,9 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=tune_command)
-    parser.add_argument(
-        "--model", choices=NAMED_SHAPES, nargs="+", default=[], metavar="NAME", help=", ".join(NAMED_SHAPES)
-    )
+    parser.add_argument("--model", type=_model, nargs="+", default=[], metavar="NAME", help="one or more; see below")
     _add_config(parser)
     parser.add_argument(
         "--tokens", type=_tunable_count, nargs="+", metavar="N", help="default: all buckets up to --max-tokens"
@@ -95,23 +134,23 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stages", action="store_true", help="then time each stage before and after, where a table changes something"
     )
-    parser.add_argument("--show", action="store_true", help="tune nothing: print what the user's table holds")
+    parser.add_argument(
+        "--show", action="store_true", help="tune nothing: print what the tables hold, also without a GPU"
+    )
     parser.add_argument("--export", type=Path, metavar="FILE", help="add the entries of the user's table to this one")
-    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--dry-run", action="store_true", help="time nothing: list the candidates, also without a GPU")
+    _add_seed(parser)
     _add_device(parser)
 
 
 def _add_one_layer(parser: argparse.ArgumentParser) -> None:
     layer = parser.add_mutually_exclusive_group()
-    models = ", ".join(NAMED_SHAPES)
-    layer.add_argument("--model", choices=NAMED_SHAPES, metavar="NAME", help=f"{models}; default: {DEFAULT_MODEL}")
+    layer.add_argument("--model", type=_model, metavar="NAME", help=f"default: {DEFAULT_MODEL}; see below")
     _add_config(layer, to_format=parser)
 
 
 def _add_config(parser: argparse._ActionsContainer, to_format: argparse.ArgumentParser | None = None) -> None:
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="JSON of a MoEConfig, or a Hugging Face config.json"
-    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON of a MoEConfig, or a model's config.json")
     (to_format or parser).add_argument(
         "--format", choices=FORMATS, help="format of the weights in memory; default: hf (MajorK), or what --config says"
     )
@@ -123,11 +162,43 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--routing", choices=ROUTINGS, default="uniform", help="how the load spreads over experts; default: uniform"
     )
-    parser.add_argument("--seed", type=_seed, default=0)
+    _add_seed(parser)
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str, examples: str
+) -> argparse.ArgumentParser:
+    """A command whose help ends with examples, and the models' names where it takes one."""
+    epilog = examples if name == "info" else f"{wrap(MODELS, indent='  ')}\n\n{examples}"
+    return commands.add_parser(
+        name,
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="of random weights, inputs and load; default: 0"
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where one is")
+
+
+def _model(text: str) -> str:
+    """A known name, in any case and with or without an organisation before it."""
+    name = text.rpartition("/")[2].lower()
+    if name in NAMED_SHAPES:
+        return name
+    close = difflib.get_close_matches(name, NAMED_SHAPES, n=3) or [
+        known for known in NAMED_SHAPES if name and name in known
+    ]
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise argparse.ArgumentTypeError(f"no model is called {text!r}{hint} Known: {', '.join(NAMED_SHAPES)}")
 
 
 def _count(text: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,16 @@ from moe.cli.machine import STAGES, UnfitMachine, describe_machine, info_json
 from moe.cli.memory import expect_memory
 from moe.cli.plot import plot_bench
 from moe.cli.progress import Progress
+from moe.cli.result_file import ResultFile, today
 from moe.cli.run import Measurement, measure_layer, report_json
-from moe.cli.text import decimal
+from moe.cli.text import Unit, decimal, flops_unit, wrap
 from moe.tuning.measure import Peaks
 
-NAME_WIDTH = 17
 TIMED = (*STAGES, "experts", "whole")
 BESIDE = ("untuned", "dense", "grouped_mm", "eager_experts", "eager")
-# Each has a space before it, for a name or a number may be as wide as its column.
-COLUMNS = {name: max(11, len(name) + 1) for name in ("tokens", *TIMED, *BESIDE, "roof", "of roof", "error")}
+# Each has a space before it. 80 columns together.
+COLUMNS = {name: max(8, len(name) + 1) for name in ("tokens", *TIMED, "of roof", "error")}
+BESIDE_INDENT = 8
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def measure_all(
                 chosen, num_tokens, routing=routing, seed=seed, progress=progress, with_experts=True
             )
             sets = make_inputs(chosen, num_tokens, measurement.num_sets, routing=routing, seed=seed)
-            yield BenchLine(measurement, measure_beside(chosen, layer, sets, num_turns=num_turns))
+            yield BenchLine(measurement, measure_beside(chosen, layer, sets, progress, num_turns=num_turns))
             del sets, chosen, measurement
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -88,7 +88,7 @@ def _fitting(named: NamedLayer, token_counts: Sequence[int], device: torch.devic
         try:
             expect_memory(named, device, num_tokens)
         except UnfitMachine as error:
-            progress.step(f"left out: {error}")
+            progress.note(f"left out: {error}")
         else:
             fitting.append(num_tokens)
     return fitting
@@ -98,46 +98,60 @@ def print_bench(
     lines: Iterable[BenchLine],
     peaks: Peaks,
     device: torch.device,
-    json_file: Path | None,
+    progress: Progress,
+    json_file: ResultFile | None = None,
     plot_file: Path | None = None,
 ) -> bool:
-    """A line as each measurement comes, microseconds; the file is rewritten each time, so that a stopped run keeps its part.
+    """A line as each measurement comes; the file is rewritten each time, so that a stopped run keeps its part.
 
     The picture is drawn at the end.
 
     Returns:
-        Whether every result was within its error limit.
+        Whether every result was within its error limit, and all were written.
     """
-    print(
-        f"{peaks.matmul_flops / 1e12:,.1f} TFLOP/s {peaks.matmul_dtype} matmul, {peaks.copy_bytes_per_s / 1e9:,.0f} GB/s copy"
+    unit, flops = bench_unit(device), flops_unit(peaks.matmul_flops)
+    progress.result(
+        f"{flops.format(peaks.matmul_flops)} {flops.name} {peaks.matmul_dtype} matmul, "
+        f"{decimal(peaks.copy_bytes_per_s / 1e9)} GB/s copy; times in {unit.name}"
     )
-    print("model".ljust(NAME_WIDTH) + "".join(name.rjust(width) for name, width in COLUMNS.items()), flush=True)
     results: list[dict[str, object]] = []
     machine = describe_machine(device)
-    is_good = True
+    is_good, model = True, None
     for line in lines:
-        print(_text(line, peaks), flush=True)
+        if line.measurement.layer.shape.name != model:
+            model = line.measurement.layer.shape.name
+            progress.result(f"\n{model}, {line.measurement.routing} routing\n{HEADER}")
+        progress.result(bench_text(line, peaks, unit))
         is_good &= line.measurement.accuracy.is_good
         results.append(line.report(peaks))
         if json_file is not None:
-            report = {"machine": info_json(machine), "results": results}
-            json_file.write_text(json.dumps(report, indent=1) + "\n")
+            json_file.write({"machine": info_json(machine), "date": today(), "results": results})
     if plot_file is not None and results:
-        plot_bench(results, machine.name, plot_file)
-    return is_good
+        plot_bench(results, machine, plot_file)
+    return is_good and (json_file is None or json_file.is_written(progress))
 
 
-def _text(line: BenchLine, peaks: Peaks) -> str:
+def bench_unit(device: torch.device) -> Unit:
+    return Unit("us", 1.0) if device.type == "cuda" else Unit("ms", 1e3)
+
+
+def bench_text(line: BenchLine, peaks: Peaks, unit: Unit) -> str:
+    """Stages, error and share of the roof in a line, and what was timed beside them in one or two below."""
     measurement = line.measurement
-    cost = measurement.costs["whole"]
+    cost, timings = measurement.costs["whole"], measurement.timings
     roof_us = peaks.roof_us(cost.flops, cost.num_bytes)
+    accuracy = measurement.accuracy
     cells = [f"{measurement.num_tokens:,}"]
-    cells += [decimal(measurement.timings[name].median_us) for name in TIMED]
-    cells += [decimal(line.beside_us[name]) if name in line.beside_us else "-" for name in BESIDE]
-    cells += [
-        decimal(roof_us),
-        f"{100 * roof_us / measurement.timings['whole'].median_us:.0f}%",
-        f"{measurement.accuracy.relative_frobenius:.1e}" + ("" if measurement.accuracy.is_good else " !"),
-    ]
-    name = measurement.layer.shape.name.ljust(NAME_WIDTH)
-    return name + "".join(f" {cell.rjust(width - 1)}" for cell, width in zip(cells, COLUMNS.values(), strict=True))
+    cells += [unit.format(timings[name].median_us) for name in TIMED]
+    cells += [f"{100 * roof_us / timings['whole'].median_us:.0f}%"]
+    cells += [("" if accuracy.is_good else "!") + f"{accuracy.relative_frobenius:.1e}".replace("e-0", "e-")]
+    beside = [f"{name} {unit.format(line.beside_us[name])}" for name in BESIDE if name in line.beside_us]
+    text = ", ".join([f"roof {unit.format(roof_us)}", *beside])
+    return _row(cells) + "\n" + wrap(" " * BESIDE_INDENT + text, indent=" " * BESIDE_INDENT)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "".join(f" {cell.rjust(width - 1)}" for cell, width in zip(cells, COLUMNS.values(), strict=True))[1:]
+
+
+HEADER = _row(list(COLUMNS))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe.cli.layer import Inputs, Layer
 from moe.cli.load import Load, measure_load
+from moe.cli.progress import Progress
 from moe.compose import build_pipeline
 from moe.tuning.measure import measure_in_turns
 from moe.tuning.tuned import tuned_config
@@ -33,7 +34,9 @@ def tuned_layer(layer: Layer, num_tokens: int) -> Layer:
     return replace(layer, config=config, pipeline=build_pipeline(config, layer.device))
 
 
-def measure_beside(layer: Layer, untuned: Layer, sets: Sequence[Inputs], *, num_turns: int = TURNS) -> dict[str, float]:
+def measure_beside(
+    layer: Layer, untuned: Layer, sets: Sequence[Inputs], progress: Progress, *, num_turns: int = TURNS
+) -> dict[str, float]:
     """Microseconds a call, by name, medians over turns: what does not run here is left out; all of it without turns.
 
     experts: stages 2 to 5 of `layer`; untuned: those of `untuned`, where that is another layer; dense, grouped_mm: gemm1 and
@@ -42,6 +45,7 @@ def measure_beside(layer: Layer, untuned: Layer, sets: Sequence[Inputs], *, num_
     """
     if not num_turns:
         return {}
+    progress.step("timing other ways beside it")
     loads = [measure_load(layer, inputs) for inputs in sets]
     calls: Calls = {"experts": [_experts(layer, inputs) for inputs in sets]}
     if untuned is not layer:
@@ -51,7 +55,8 @@ def measure_beside(layer: Layer, untuned: Layer, sets: Sequence[Inputs], *, num_
     grouped = [grouped_gemms(layer, load) for load in loads]
     if runs(grouped):
         calls["grouped_mm"] = grouped
-    times = measure_in_turns(calls, device=layer.device, budget_s=BUDGET_S[layer.device.type], num_turns=num_turns)
+    budget_s = BUDGET_S[layer.device.type]
+    times = measure_in_turns(calls, device=layer.device, budget_s=budget_s, num_turns=num_turns, report=progress.tick)
     beside = {name: median(timing.median_us for timing in timings) for name, timings in times.items()}
     if sets[0].logits.shape[0] <= MAX_EAGER_TOKENS:
         beside["eager"] = eager_us(

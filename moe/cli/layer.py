@@ -22,6 +22,7 @@ from moe.shapes import NAMED_SHAPES, MoEShape
 
 FORMATS = {"hf": WeightFormat(), "flashinfer": FLASHINFER}
 ROUTINGS = ("uniform", "zipf")
+EXPECTED_FILE = "expected a MoEConfig or a Hugging Face config.json"
 UNWANTED = 50.0  # taken off a logit, keeps its expert from being chosen
 
 
@@ -122,17 +123,19 @@ def _read_config(file: Path, weight_format: str | None) -> MoEConfig:
         return MoEConfig.from_hf_config(fields, weight_format=None if weight_format is None else FORMATS[weight_format])
     except UnfitMachine:
         raise
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UnfitMachine(
-            f"--config {file}: expected a MoEConfig or a Hugging Face config.json, got one that does not read as either: "
-            f"{_line_of(error)}"
-        ) from error
+    except OSError as error:
+        raise UnfitMachine(f"--config {file}: {error.strerror}; {EXPECTED_FILE}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UnfitMachine(f"--config {file}: {_line_of(error)}; {EXPECTED_FILE}") from error
 
 
 def _line_of(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        first, *more = error.errors(include_url=False, include_input=False)
+        where = ".".join(map(str, first["loc"]))
+        return (f"{where}: " if where else "") + first["msg"] + (f" (and {len(more)} more)" if more else "")
+    if isinstance(error, json.JSONDecodeError):
+        return f"no JSON: {error}"
     return " ".join(str(error).split())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from moe.cli.text import wrap
 from moe.compose import build_pipeline
 from moe.config import MoEConfig
 from moe.pipeline import MoEPipeline
@@ -45,13 +46,6 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UnfitMachine("--device cuda: expected a GPU that torch can use, got none; see `python -m moe info`")
     return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device("cpu")
-
-
-def expect_writable(option: str, file: Path) -> None:
-    """Raise UnfitMachine where a result could not be written in the end."""
-    folder = file.parent
-    if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
-        raise UnfitMachine(f"{option} {file}: expected a file in a folder that can be written; name another")
 
 
 def _lines(path: Path) -> list[str]:
@@ -104,7 +98,7 @@ def installed_version(package: str) -> str:
 
 def info_text(machine: Machine) -> str:
     """The report of `python -m moe info`."""
-    lines = [f"device    {machine.device}: {machine.name}, {machine.details}", "", "versions"]
+    lines = [wrap(f"device    {machine.device}: {machine.name}, {machine.details}", indent=" " * 10), "", "versions"]
     lines += [f"  {name:<14} {version}" for name, version in machine.versions.items()]
     lines += ["", "stages on this device"]
     for stage, function in machine.stages.items():

@@ -11,15 +11,16 @@ from moe.cli.layer import Inputs, Layer, make_inputs
 from moe.cli.load import Cost, Load, mean_costs, measure_load, stage_costs
 from moe.cli.machine import STAGES, function_of_stage, is_kernel
 from moe.cli.progress import Progress
-from moe.cli.text import Unit, decimal, flops_unit, histogram, table, time_unit
-from moe.tuning.measure import Peaks, Timing, measure_in_turns, measure_us, median_turn
+from moe.cli.text import Unit, decimal, flops_unit, histogram, table, time_unit, wrap
+from moe.tuning.measure import Peaks, Timing, measure_in_turns, median_turn
 from moe.tuning.problem import sets_for
 
 MAX_CHECKED_TOKENS = 64
-BUDGET_S = {"cuda": 0.3, "cpu": 2.0}  # a stage
-# The layer with and without routing. A GPU that is busy for 50 ms and more lowers its clock, so little in each turn.
+# The layer and its stages take turns, for a machine's speed drifts. A GPU that is busy for 50 ms and more lowers its clock, so
+# little in each turn.
 TURNS = 3
-TURN_BUDGET_S = {"cuda": 0.02, "cpu": 0.7}
+TURN_BUDGET_S = {"cuda": 0.02, "cpu": 0.5}
+VARIES = 1.5  # third quartile over first: more than that is not the layer's doing
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,11 @@ def measure_layer(
         for name, call in stage_calls(layer, with_experts=with_experts).items()
     }
     device = layer.device
-    progress.detail("timing the layer")  # before the stages, while the GPU is cool
-    layers = {name: its_calls for name, its_calls in calls.items() if name not in STAGES}
-    turns = measure_in_turns(layers, device=device, budget_s=TURN_BUDGET_S[device.type], num_turns=TURNS)
+    progress.detail(f"timing the layer and its stages, {TURNS} turns of each")
+    turns = measure_in_turns(
+        calls, device=device, budget_s=TURN_BUDGET_S[device.type], num_turns=TURNS, report=progress.tick
+    )
     timings = {name: median_turn(its_turns) for name, its_turns in turns.items()}
-    for name in STAGES:
-        progress.detail(f"timing {name}")
-        timings[name] = measure_us(calls[name], device=device, budget_s=BUDGET_S[device.type])
-    timings = {name: timings[name] for name in calls}
     progress.detail(f"float64 reference of {min(num_tokens, MAX_CHECKED_TOKENS)} tokens")
     accuracy = check_accuracy(layer, sets[0], MAX_CHECKED_TOKENS, progress)
     return Measurement(layer, num_tokens, routing, num_sets, loads[0], costs, timings, accuracy)
@@ -98,7 +96,7 @@ def report_text(measurement: Measurement, peaks: Peaks) -> str:
 def _dimensions_text(measurement: Measurement) -> str:
     shape = measurement.layer.shape
     local = "" if shape.num_local_experts == shape.num_experts else f" ({shape.num_local_experts} of them here)"
-    return (
+    return wrap(
         f"{shape.name}: hidden {shape.hidden_size}, intermediate {shape.intermediate_size}, {shape.num_experts} experts"
         f"{local}, top-{shape.top_k}, {shape.method} routing\n"
         f"{measurement.num_tokens:,} tokens, {measurement.routing} routing, random bf16 weights"
@@ -112,7 +110,7 @@ def _times_text(measurement: Measurement, peaks: Peaks) -> str:
     for name, timing in measurement.timings.items():
         cost = measurement.costs[name]
         roof_us = peaks.roof_us(cost.flops, cost.num_bytes)
-        bound = "arithmetic" if cost.flops / peaks.matmul_flops > cost.num_bytes / peaks.copy_bytes_per_s else "memory"
+        bound = "compute" if cost.flops / peaks.matmul_flops > cost.num_bytes / peaks.copy_bytes_per_s else "memory"
         rows.append(
             (
                 name,
@@ -125,18 +123,27 @@ def _times_text(measurement: Measurement, peaks: Peaks) -> str:
                 _runner_of(measurement.layer, name),
             )
         )
-    header = ("stage", f"median {unit.name}", "quartiles", flops.name, "GB/s", "of roof", "bound by", "runs")
+    header = ("stage", f"median {unit.name}", "quartiles", flops.name, "GB/s", "of roof", "bound", "runs")
     return table(header, rows) + (
         f"\nroof: the larger of operations / {flops.format(peaks.matmul_flops)} {flops.name} and fewest bytes / "
         f"{decimal(1e-9 * peaks.copy_bytes_per_s)} GB/s,\n      both measured on this device just now "
-        f"({peaks.matmul_dtype} matmul; copy, bytes read and written)"
-        "\nwhole: all stages as one call; its bytes leave out what passes between stages"
+        f"({peaks.matmul_dtype} matmul; copy, in and out)"
+        "\nwhole: all stages as one call; its bytes leave out what passes between stages\n"
+        f"{_samples_text(measurement.timings)}"
     )
 
 
+def _samples_text(timings: dict[str, Timing]) -> str:
+    """How many samples the medians are of, and a warning where they are far apart."""
+    counts = sorted({timing.num_samples for timing in timings.values()})
+    text = f"medians of {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "") + " samples"
+    varying = [name for name, timing in timings.items() if timing.third_quartile_us > VARIES * timing.first_quartile_us]
+    if varying:
+        text += f"; {', '.join(varying)} varied widely: is something else running on this machine?"
+    return wrap(text)
+
+
 def _spread_text(timing: Timing, unit: Unit) -> str:
-    if timing.num_samples == 1:
-        return "one sample"
     return f"{unit.format(timing.first_quartile_us)} .. {unit.format(timing.third_quartile_us)}"
 
 
@@ -144,7 +151,7 @@ def _runner_of(layer: Layer, name: str) -> str:
     if name not in STAGES:
         return ""
     function = function_of_stage(layer.pipeline, name)
-    return "kernel" if is_kernel(function) else "torch reference"
+    return "kernel" if is_kernel(function) else "torch"
 
 
 def _load_text(load: Load) -> str:
@@ -152,9 +159,9 @@ def _load_text(load: Load) -> str:
     idle = len(rows) - load.num_active
     return (
         f"rows an expert: min {min(rows)}, mean {load.num_real / len(rows):.1f}, max {max(rows)}; "
-        f"imbalance {load.imbalance:.2f} (max / mean); {idle} of {len(rows)} experts idle\n"
+        f"imbalance {load.imbalance:.2f} (max / mean)\n{idle} of {len(rows)} experts idle\n"
         f"{histogram(rows)}\n"
-        f"padding: {load.num_rows:,} rows for {load.num_real:,} real ones, {100 * load.padding_share:.0f}% padding "
+        f"{load.num_rows:,} rows for {load.num_real:,} real ones: {100 * load.padding_share:.0f}% padding "
         f"(tiles of {load.tile_rows} rows)"
     )
 
@@ -162,7 +169,7 @@ def _load_text(load: Load) -> str:
 def _accuracy_text(accuracy: Accuracy) -> str:
     verdict = "good" if accuracy.is_close else f"WRONG, over the limit of {ERROR_LIMIT:.0e}"
     choices = "" if accuracy.chooses_alike else f" (WRONG, expected more than {100 * MIN_SAME_CHOICES:.1f}%)"
-    return (
+    return wrap(
         f"error against float64 over {accuracy.num_checked} tokens: relative Frobenius "
         f"{accuracy.relative_frobenius:.2e} ({verdict})\n"
         f"worst element: off by {accuracy.worst_error:.2e} where {accuracy.worst_exact:+.3f} is exact "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = " .:-=+*%#"  # where the terminal cannot show the blocks
 HISTOGRAM_LINES = 3
-FALLBACK_WIDTH = 100  # columns, where stdout is no terminal
+WIDTH = 80  # columns of what the commands print, whatever the terminal
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -23,7 +24,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return text.ljust(widths[column]) if is_left else text.rjust(widths[column])
 
     text = ["  ".join(cell(column, value) for column, value in enumerate(line)).rstrip() for line in lines]
-    return "\n".join([text[0], "─" * max(map(len, text)) if shows_blocks() else "-" * max(map(len, text)), *text[1:]])
+    rule = ("─" if shows_blocks() else "-") * min(max(map(len, text)), WIDTH)
+    return "\n".join([text[0], rule, *text[1:]])
 
 
 def histogram(values: Sequence[int], *, num_lines: int = HISTOGRAM_LINES, indent: int = 6) -> str:
@@ -31,7 +33,7 @@ def histogram(values: Sequence[int], *, num_lines: int = HISTOGRAM_LINES, indent
 
     A value above zero shows at least the lowest block, so that only zeros are blank.
     """
-    width = max(shutil.get_terminal_size((FALLBACK_WIDTH, 24)).columns - indent - 1, 8)
+    width = max(shutil.get_terminal_size((WIDTH, 24)).columns - indent - 1, 8)
     band = 1 << (min(width, max(len(values), 1)).bit_length() - 1)
     band = len(values) if len(values) <= width else band
     blocks = BLOCKS if shows_blocks() else ASCII_BLOCKS
@@ -47,6 +49,16 @@ def histogram(values: Sequence[int], *, num_lines: int = HISTOGRAM_LINES, indent
     return "\n".join(lines)
 
 
+def wrap(text: str, *, indent: str = "") -> str:
+    """The lines of `text` broken at WIDTH columns, the lines after a break indented. Words are left whole."""
+    return "\n".join(
+        textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        if len(line) > WIDTH
+        else line
+        for line in text.splitlines()
+    )
+
+
 def shows_blocks() -> bool:
     """Whether stdout can encode the block characters."""
     try:
@@ -57,8 +69,16 @@ def shows_blocks() -> bool:
 
 
 def decimal(value: float) -> str:
-    """About three digits: 0.12, 12.3, 1,234."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+    """About three digits: 0.012, 0.12, 12.3, 1,234."""
+    return (
+        f"{value:.3f}"
+        if 0 < value < 0.1
+        else f"{value:.2f}"
+        if value < 10
+        else f"{value:.1f}"
+        if value < 1000
+        else f"{value:,.0f}"
+    )
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,23 @@ from moe.cli.machine import STAGES, UnfitMachine
 from moe.cli.memory import expect_memory
 from moe.cli.progress import Progress
 from moe.cli.run import stage_calls
-from moe.cli.text import decimal, table
+from moe.cli.text import decimal, table, wrap
 from moe.compose import build_pipeline
-from moe.runtime.cache_folder import can_write
+from moe.runtime.cache_folder import cache_folder, can_write
+from moe.tuning.candidates import Candidates, kernels_of_hopper, kernels_on, left_to_the_model
 from moe.tuning.gpu import GpuModel
 from moe.tuning.lookup import is_tuned
 from moe.tuning.measure import measure_us
 from moe.tuning.problem import sets_for
 from moe.tuning.search import buckets_of, describe, tune
 from moe.tuning.table import (
+    SHIPPED_TABLES,
     LayerKey,
     TableEntry,
     UnusableTable,
     export_into,
     load_table,
+    read_gpu,
     shipped_table_path,
     user_table_path,
 )
@@ -70,7 +73,7 @@ def tune_layers(
             try:
                 expect_memory(layer, device, min(buckets))  # a larger one that does not fit is left out by itself
             except UnfitMachine as error:
-                progress.step(f"left out: {error}")
+                progress.note(f"left out: {error}")
                 is_complete = False
                 continue
             progress.step(layer.name)
@@ -91,7 +94,7 @@ def tune_layers(
         ]
         lines += [entries_text(entries)] if entries else []
         lines += [f"left out, see above: {', '.join(left_out)} tokens"] if left_out else []
-        print("\n".join(lines), flush=True)
+        progress.result("\n".join(lines))
     return is_complete
 
 
@@ -110,7 +113,7 @@ def print_stages(
         tuned = {bucket: tuned_config(named.config, bucket, gpu) for bucket in buckets_of(token_counts, max_num_tokens)}
         changed = {bucket: config for bucket, config in tuned.items() if config != named.config}
         if not changed:
-            print(f"\n{named.name}, stages: the model's choice in every bucket", flush=True)
+            progress.result(f"\n{named.name}, stages: the model's choice in every bucket")
             continue
         layer = make_layer(named, device, seed=seed, progress=progress)
         rows: list[tuple[str, ...]] = []
@@ -123,7 +126,8 @@ def print_stages(
                 cells = ("-" if us is None else decimal(us) for us in (model_us, tuned_us))
                 gain = "-" if model_us is None or tuned_us is None else f"{100 * (model_us / tuned_us - 1):.1f}%"
                 rows.append((f"{bucket:,}" if stage == EXPERTS_STAGES[0] else "", stage, *cells, gain))
-        print(f"\n{named.name}, stages\n{table(('tokens', 'stage', 'model us', 'tuned us', 'gain'), rows)}", flush=True)
+        header = ("tokens", "stage", "model us", "tuned us", "gain")
+        progress.result(f"\n{named.name}, stages\n{table(header, rows)}")
 
 
 def _stage_us(layer: Layer, num_tokens: int, seed: int) -> dict[str, float]:
@@ -140,23 +144,59 @@ def _stage_us(layer: Layer, num_tokens: int, seed: int) -> dict[str, float]:
     }
 
 
-def show_table(layers: Sequence[NamedLayer], device: torch.device) -> None:
+def show_tables(layers: Sequence[NamedLayer], device: torch.device) -> None:
     """Print what the user's table holds for this GPU, a layer at a time, those of `layers` by name; and of the shipped one
-    how much, and whether it is used."""
-    gpu = GpuModel.of(device)
-    reasons: list[str] = []
-    shipped = load_table(shipped_table_path(gpu), gpu, report=reasons.append)
-    if shipped is not None:
-        print(f"shipped: {shipped_table_path(gpu)}: {len(shipped.entries)} entries, for what the user's table lacks")
-    else:
-        print(f"shipped: {reasons[0] if reasons else f'none for {gpu.name}'}")
-    path = user_table_path(gpu)
-    entries = _entries_in(path, gpu)
-    print(f"user's: {path}: {len(entries)} entries")
+    how much, and whether it is used. Without a GPU, the same of every table that is here."""
     names = {LayerKey.of(layer.config): layer.name for layer in layers}
+    if device.type == "cuda":
+        gpu = GpuModel.of(device)
+        _show_shipped(shipped_table_path(gpu), gpu)
+        _show_users(user_table_path(gpu), gpu, names)
+        return
+    print("no GPU here: the tables for all GPU models")
+    for path in sorted(SHIPPED_TABLES.glob("*.json")):
+        _show_shipped(path, read_gpu(path))
+    users = [path for path in sorted(cache_folder().glob("*-kernels*.json")) if read_gpu(path)]
+    for path in users:
+        _show_users(path, read_gpu(path), names)
+    if not users:
+        print(f"user's: none in {cache_folder()}")
+
+
+def _show_shipped(path: Path, gpu: GpuModel | None) -> None:
+    reasons: list[str] = []
+    shipped = load_table(path, gpu, report=reasons.append) if gpu else None
+    if shipped is not None and gpu is not None:
+        print(f"shipped, for {gpu.name}: {len(shipped.entries)} entries for what the user's table lacks\n  {path}")
+    else:
+        print(wrap(f"shipped: {reasons[0] if reasons else f'none for {gpu.name}' if gpu else f'no table in {path}'}"))
+
+
+def _show_users(path: Path, gpu: GpuModel | None, names: dict[LayerKey, str]) -> None:
+    entries = _entries_in(path, gpu) if gpu else ()
+    print(f"user's: {path}: {len(entries)} entries")
     for key in dict.fromkeys(entry.key for entry in entries):
         text = ", ".join(f"{name} {value}" for name, value in key.model_dump(mode="json").items())
-        print(f"\n{names.get(key, text)}\n{entries_text([entry for entry in entries if entry.key == key])}")
+        print(f"\n{names.get(key) or wrap(text)}\n{entries_text([entry for entry in entries if entry.key == key])}")
+
+
+def show_candidates(
+    layers: Iterable[NamedLayer], token_counts: Sequence[int] | None, device: torch.device, *, max_num_tokens: int
+) -> None:
+    """Print what a search would time, a bucket at a time: without a GPU, what it would on a Hopper GPU."""
+    kernels_of = kernels_on(device) if device.type == "cuda" else kernels_of_hopper
+    for layer in layers:
+        where = device if device.type == "cuda" else "a Hopper GPU"
+        print(f"\n{layer.name}, on {where}; nothing is timed")
+        for bucket in buckets_of(token_counts, max_num_tokens):
+            candidates = Candidates(left_to_the_model(layer.config), bucket, kernels_of)
+            model, *others = candidates.compositions()
+            print(f"{bucket:,} tokens: {describe(model)}")
+            for choice in others:
+                print(wrap(f"  or {describe(choice)}", indent=" " * 7))
+            for axis in candidates.variants(model):
+                for choice in axis(model):
+                    print(wrap(f"  then, with the best of these, {describe(choice)}", indent=" " * 7))
 
 
 def export_table(file: Path, device: torch.device) -> None:
@@ -192,7 +232,8 @@ def entries_text(entries: Sequence[TableEntry]) -> str:
         )
         for entry in sorted(entries, key=lambda entry: entry.bucket)
     ]
-    return table(("tokens", "model us", "tuned us", "gain", "choice"), rows)
+    lines = table(("tokens", "model us", "tuned us", "gain", "choice"), rows).splitlines()
+    return "\n".join(wrap(line, indent=" " * lines[0].index("choice")) for line in lines)
 
 
 def _entries_in(path: Path, gpu: GpuModel) -> Sequence[TableEntry]:

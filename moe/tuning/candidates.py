@@ -142,6 +142,14 @@ def left_to_the_model(config: MoEConfig) -> MoEConfig:
     return MoEConfig(**fields | {"finalize": {}, "few_tokens": {}})
 
 
+def kernels_of_hopper(gemm: GemmConfig, tile_rows: int) -> tuple[GemmKernel, ...]:
+    """Which grouped GEMM kernels may run on a Hopper GPU, told without one: others than the portable ones take a gated gemm1,
+    and the wide ones tiles of 64 rows and more."""
+    if gemm.activation is not None and not gemm.is_gated:
+        return ("portable",)
+    return ("portable", "swapped", "wide") if tile_rows >= MIN_WIDE_ROWS else ("portable", "swapped")
+
+
 def kernels_on(device: torch.device) -> KernelsOf:
     """Which grouped GEMM kernels run on a device, by config and tile_rows; on a CPU the reference stands for "portable"."""
     if device.type != "cuda":

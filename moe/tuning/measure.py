@@ -46,6 +46,7 @@ def measure_us(
     device: torch.device | str,
     budget_s: float = 0.3,
     clock: Callable[[], float] = time.perf_counter,
+    is_warm: bool = False,
 ) -> Timing:
     """Time a call, or several that take turns.
 
@@ -58,6 +59,7 @@ def measure_us(
         calls: the work; each is called at least once before timing starts, which compiles what needs compiling.
         budget_s: seconds to spend on timing; at least 1 sample (CPU) or 5 (CUDA) are taken, at most 25.
         clock: seconds, for the CPU.
+        is_warm: the calls were made before, so that a CPU need not make them once more in advance.
     """
     calls = [calls] if callable(calls) else list(calls)
     if not calls:
@@ -65,7 +67,7 @@ def measure_us(
     if torch.device(device).type == "cuda":
         with torch.cuda.device(device):
             return _measure_graph_us(calls, budget_s)
-    return _measure_clock_us(calls, budget_s, clock)
+    return _measure_clock_us([] if is_warm else calls, calls, budget_s, clock)
 
 
 def measure_in_turns(
@@ -74,22 +76,31 @@ def measure_in_turns(
     device: torch.device | str,
     budget_s: float,
     num_turns: int,
+    report: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Timing]]:
     """A, B, A, B, ..: the timing of each in every turn, by name. Power and clock drift, and so all have their share of it.
 
     Args:
         calls: by name, what `measure_us` takes.
         budget_s: seconds a turn of each.
+        report: is told how many of all timings are done, and how many there are, before each.
     """
     timings: dict[str, list[Timing]] = {name: [] for name in calls}
-    for _ in range(num_turns):
-        for name, its_calls in calls.items():
-            timings[name].append(measure_us(its_calls, device=device, budget_s=budget_s))
+    for turn in range(num_turns):
+        for number, (name, its_calls) in enumerate(calls.items()):
+            if report is not None:
+                report(turn * len(calls) + number, num_turns * len(calls))
+            timings[name].append(measure_us(its_calls, device=device, budget_s=budget_s, is_warm=turn > 0))
     return timings
 
 
 def median_turn(turns: Sequence[Timing]) -> Timing:
-    """Medians over the turns of what was timed in turns, and how many samples they had together."""
+    """Medians over the turns of what was timed in turns, and how many samples they had together.
+
+    Turns of one sample each are the samples: their quartiles are those over the turns.
+    """
+    if all(turn.num_samples == 1 for turn in turns):
+        return _summarise([turn.median_us for turn in turns])
     return Timing(
         median(turn.median_us for turn in turns),
         median(turn.first_quartile_us for turn in turns),
@@ -98,8 +109,13 @@ def median_turn(turns: Sequence[Timing]) -> Timing:
     )
 
 
-def _measure_clock_us(calls: list[Callable[[], object]], budget_s: float, clock: Callable[[], float]) -> Timing:
-    for call in calls:
+def _measure_clock_us(
+    first_calls: list[Callable[[], object]],
+    calls: list[Callable[[], object]],
+    budget_s: float,
+    clock: Callable[[], float],
+) -> Timing:
+    for call in first_calls:
         call()
     samples: list[float] = []
     begin = clock()

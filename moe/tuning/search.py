@@ -179,12 +179,13 @@ def _tune_buckets(
     gpu, entries = GpuModel.of(where), []
     with torch.no_grad(), _planners_ahead(config, all_candidates, where) as planners:
         w1, w2 = make_weights(config, where, seed=seed) if weights is None else weights
-        for candidates in all_candidates:
+        for number, candidates in enumerate(all_candidates, 1):
             TABLES.refresh(gpu)  # processes on other GPUs of this model add to them too
             if not force and is_tuned(config, candidates.num_tokens, gpu):
                 continue
             if candidates.runs_grouped:
                 planners.wait()
+            report(f"{candidates.num_tokens:,} tokens, bucket {number} of {len(all_candidates)}")
             entry = _tune_bucket(candidates, w1, w2, seed=seed, timer=timer, report=report)
             if entry is not None:
                 remember(gpu, [entry])
@@ -297,7 +298,6 @@ def _tune_bucket(
 ) -> TableEntry | None:
     """The entry of a bucket, or None where the model's own choice does not run."""
     config, bucket = candidates.config, candidates.num_tokens
-    report(f"{bucket:,} tokens")
     model = TuningChoice()
     try:
         problem = make_problem(config, bucket, w1, w2, seed=seed)

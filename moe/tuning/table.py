@@ -159,6 +159,14 @@ def load_table(path: Path, gpu: GpuModel, *, report: Report = warn) -> TuningTab
         return None
 
 
+def read_gpu(path: Path) -> GpuModel | None:
+    """Which GPU model a table is for; None for what is no table."""
+    try:
+        return TuningTable.model_validate_json(path.read_bytes()).gpu
+    except (OSError, ValidationError):
+        return None
+
+
 def merge_into(path: Path, gpu: GpuModel, entries: Iterable[TableEntry], *, report: Report = warn) -> TuningTable:
     """Add entries to a file, over those that it holds for the same layer and bucket, and return the whole table.
 
