@@ -52,6 +52,22 @@ def reduce_kernel(in_ptr, sum_ptr, largest_ptr, running_ptr, SIZE: tl.constexpr)
     tl.store(running_ptr + index, tl.cumsum(values, 0))
 
 
+@triton.jit
+def extremes_kernel(in_ptr, extremes_ptr, places_ptr, SIZE: tl.constexpr):
+    values = tl.load(in_ptr + tl.arange(0, SIZE))
+    tl.store(extremes_ptr, tl.max(values, 0))
+    tl.store(extremes_ptr + 1, tl.min(values, 0))
+    tl.store(places_ptr, tl.argmax(values, 0))
+    tl.store(places_ptr + 1, tl.argmin(values, 0))
+
+
+@triton.jit
+def copy_few_kernel(in_ptr, out_ptr, num_values, is_wanted, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    mask = (index < num_values) & (is_wanted > 0)
+    tl.store(out_ptr + index, tl.load(in_ptr + index, mask=mask, other=-1.0), mask=mask)
+
+
 def random_bf16(*shape: int, device: torch.device, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(device)
 
@@ -115,3 +131,19 @@ def test_reductions_of_bf16_go_by_value(triton_device) -> None:
     reduce_kernel[(1,)](values, total, largest, running, SIZE=8)
     assert (total.item(), largest.item()) == (-2.75, 8.0)
     assert torch.equal(running, values.cumsum(0))
+
+
+def test_extremes_of_bf16_and_their_places_go_by_value(triton_device) -> None:
+    values = torch.tensor([1.0, -2.0, 0.5, -16.0, 8.0, 0.25, -16.0, 8.0], device=triton_device).bfloat16()
+    extremes = torch.zeros(2, dtype=torch.bfloat16, device=triton_device)
+    places = torch.zeros(2, dtype=torch.int32, device=triton_device)
+    extremes_kernel[(1,)](values, extremes, places, SIZE=8)
+    assert extremes.tolist() == [8.0, -16.0]
+    assert places.tolist() == [4, 3]  # of equal ones the first
+
+
+@pytest.mark.parametrize("is_wanted", [0, 1])
+def test_a_mask_of_a_tensor_and_a_scalar_masks(triton_device, is_wanted) -> None:
+    values, out = (torch.full((8,), value, device=triton_device) for value in (3.0, 7.0))
+    copy_few_kernel[(1,)](values, out, 5, is_wanted, SIZE=8)
+    assert out.tolist() == [3.0 if is_wanted and index < 5 else 7.0 for index in range(8)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 import triton.language as tl
+from emulation import offline_compile
 from emulation.offline_compile import compile_kernel
 from emulation.offline_driver import offline_gpu
 
@@ -64,3 +66,23 @@ def test_a_kernel_that_needs_too_much_shared_memory_is_refused_as_on_the_gpu():
     x, out = torch.empty(256, 256, dtype=torch.bfloat16), torch.empty(256, 256)
     with offline_gpu(89), pytest.raises(triton.runtime.errors.OutOfResources):
         dot_kernel[(1,)](x, out, 256, SIZE=256, num_warps=8)
+
+
+def test_ptxas_is_the_one_that_triton_uses_with_what_it_passes(monkeypatch):
+    commands = []
+    monkeypatch.setattr(offline_compile, "_run", lambda *command: commands.append(command) or "")
+    ran = []
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **more: ran.append(command) or real(command, **more))
+    signature = {"x_ptr": "*bf16", "out_ptr": "*fp32", "num_rows": "i32", "SIZE": "constexpr"}
+    monkeypatch.setattr(offline_compile, "_registers_and_stack", lambda cubin: (255, 8))
+    monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
+    for arch in (80, 90, 100):
+        report = compile_kernel(dot_kernel, signature, {"SIZE": 64}, arch, num_warps=4)
+        assert report.spill_bytes == 0
+        of_triton = next(command for command in ran if "-v" in command)
+        assert {part for part in of_triton if "regAlloc" in part} == {
+            part for part in commands[-1] if "regAlloc" in part
+        }
+        assert commands[-1][0] == of_triton[0]
+        ran.clear()
