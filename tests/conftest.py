@@ -24,6 +24,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# What tests assert in modules of helpers reads as well as in their own.
+for module in (
+    "closeness",
+    "fused.few_tokens.cases",
+    "gemm.contract",
+    "gemm.family",
+    "gemm.hopper.contract",
+    "gemm.hopper.offline",
+):
+    pytest.register_assert_rewrite(module)
+
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IS_SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ ALL_FORMATS = [
 ]
 UNGATED_FORMATS = ALL_FORMATS[::2]  # without gate and up there is no order
 GARBAGE = 1 << 30
+ABSENT_IDS = (-1, 1 << 30, 2**31 - 1, -(2**31))
 
 
 def format_id(weight_format: WeightFormat) -> str:
@@ -85,14 +87,16 @@ def make_case(
     expert_ids: Tensor | None = None,
     local: slice | None = None,
     is_integer: bool = False,
+    padding_token: int = GARBAGE,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> GemmCase:
     """A case with distinct random experts a token, or those of `expert_ids`; `local` is this rank's slice of experts.
 
-    What must not be read is poisoned: NaN in padding rows, garbage in token_of_row of padding rows and in the tile list
-    past num_tiles. is_integer draws small integers and a first column of 32: products sum exactly in fp32, to numbers near
-    1024, of 11 bits where bf16 has 8, and so large that their sigmoid is 1.
+    What must not be read is poisoned: NaN in padding rows, garbage in token_of_row past num_rows and in the tile list past
+    num_tiles. padding_token is what token_of_row has on padding rows before that, where the planner says -1. is_integer draws
+    small integers and a first column of 32: products sum exactly in fp32, to numbers near 1024, of 11 bits where bf16 has 8,
+    and so large that their sigmoid is 1.
     """
     local = local or slice(0, num_experts)
     num_local = local.stop - local.start
@@ -122,7 +126,7 @@ def make_case(
         tile_rows=tile_rows,
     )
     topk = TopK(expert_ids, torch.ones(expert_ids.shape, device=device))
-    permutation = _poisoned(plan_permutation_reference(topk, config=permute_config))
+    permutation = _poisoned(plan_permutation_reference(topk, config=permute_config), padding_token)
     logical = draw(num_local, config.weight_rows, in_features, scale=in_features**-0.5)
     rows = draw(len(expert_ids) if config.activation else permutation.max_rows, in_features)
     if is_integer:
@@ -141,7 +145,14 @@ def make_case(
     )
 
 
-def _poisoned(permutation: Permutation) -> Permutation:
+def ids_of_loads(loads: Sequence[int], *, seed: int = 0) -> Tensor:
+    """[T, 2] expert ids in random order of which expert e comes loads[e] times, and some are no expert's."""
+    absent = list(ABSENT_IDS[: 4 - sum(loads) % 2])
+    ids = torch.tensor([expert for expert, load in enumerate(loads) for _ in range(load)] + absent)
+    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))].view(-1, 2)
+
+
+def _poisoned(permutation: Permutation, padding_token: int) -> Permutation:
     def with_garbage_from(values: Tensor, first: int) -> Tensor:
         values = values.clone()
         values[first:] = GARBAGE
@@ -149,9 +160,10 @@ def _poisoned(permutation: Permutation) -> Permutation:
 
     num_tiles = int(permutation.num_tiles)
     token_of_row = permutation.token_of_row
+    token_of_row = torch.where(token_of_row < 0, padding_token, token_of_row)
     return replace(
         permutation,
-        token_of_row=torch.where(token_of_row < 0, GARBAGE, token_of_row),
+        token_of_row=with_garbage_from(token_of_row, int(permutation.num_rows)),
         expert_of_tile=with_garbage_from(permutation.expert_of_tile, num_tiles),
         row_limit_of_tile=with_garbage_from(permutation.row_limit_of_tile, num_tiles),
     )

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from gemm.hopper_cases import permutation_of_counts
+from gemm.hopper.cases import permutation_of_counts
 
 from moe.config import MoEConfig
 from moe.gemm import kernels

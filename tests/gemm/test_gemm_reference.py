@@ -6,22 +6,15 @@ import pytest
 import torch
 from closeness import assert_close_to_exact, assert_rounded_once
 from gemm.cases import ALL_FORMATS, UNGATED_FORMATS, GemmCase, format_id, make_case
-from torch import Tensor
+from gemm.family import run_reference
 
 from moe.flow import SwigluParams
 from moe.gemm.config import FLASHINFER
-from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
-
-
-def run(case: GemmCase, swiglu: SwigluParams | None = None) -> Tensor:
-    if case.config.activation is None:
-        return grouped_gemm_reference(case.rows, case.weights, case.permutation, config=case.config)
-    return gather_gemm_reference(case.rows, case.weights, case.permutation, config=case.config, swiglu=swiglu)
 
 
 def assert_is_rounded_truth(case: GemmCase, swiglu: SwigluParams | None = None) -> None:
     exact = case.exact(swiglu).flatten(0, 1)
-    actual = case.by_slot(run(case, swiglu)).flatten(0, 1)
+    actual = case.by_slot(run_reference(case, swiglu)).flatten(0, 1)
     assert_close_to_exact(actual, exact.to(torch.bfloat16), exact)
     assert_rounded_once(actual, exact)
 
@@ -45,7 +38,7 @@ def test_gemms_without_gate(poisoned_memory, activation, weight_format):
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
 def test_few_tokens_and_odd_dims(poisoned_memory, num_tokens, activation):
     case = make_case(in_features=40, out_features=72, activation=activation, num_tokens=num_tokens, num_experts=11)
-    assert run(case).shape == (case.permutation.max_rows, 72)
+    assert run_reference(case).shape == (case.permutation.max_rows, 72)
     assert_is_rounded_truth(case)
 
 
@@ -73,9 +66,9 @@ def test_swiglu_parameters_by_local_expert(names):
 @pytest.mark.parametrize("activation", ["Swiglu", None])
 def test_autocast_changes_no_bit(activation):
     case = make_case(in_features=192, out_features=80, activation=activation)
-    expected = case.by_slot(run(case))
+    expected = case.by_slot(run_reference(case))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(case.by_slot(run(case)), expected)
+        assert torch.equal(case.by_slot(run_reference(case)), expected)
 
 
 def test_wide_sums_as_those_of_qwen3_30b():

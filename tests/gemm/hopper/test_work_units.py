@@ -1,12 +1,14 @@
 """The order of work of the Hopper GEMMs, against plain Python."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from gemm.hopper_cases import permutation_of_counts
+from gemm.hopper.cases import permutation_of_counts
 
 from moe.gemm.hopper import work_units
 from moe.gemm.hopper.problem import WIDE_UNITS
-from moe.gemm.hopper.work_units import plan_units, plan_units_reference
+from moe.gemm.hopper.work_units import plan_units, plan_units_reference, units_of
 from moe.gemm.swapped.tile import SWAPPED_UNITS
 
 COUNTS = {
@@ -74,3 +76,12 @@ def test_an_expert_of_several_units_shares_its_rows_evenly():
         [0, 96, 176, 304, 432, 560],
         [96, 74, 128, 128, 128, 116],
     ]
+
+
+def test_units_are_not_shared_with_another_stream(hopper):
+    permutation = permutation_of_counts([300, 20], 128, 517, device=hopper)
+    permutation = replace(permutation, units=plan_units(permutation, WIDE_UNITS))
+    assert units_of(permutation, WIDE_UNITS) is permutation.units
+    assert units_of(permutation, SWAPPED_UNITS) is not permutation.units
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert units_of(permutation, WIDE_UNITS) is not permutation.units

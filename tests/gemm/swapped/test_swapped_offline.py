@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from emulation.offline_driver import Launch, offline_gpu
+from gemm.hopper.cases import permutation_of_counts
 from gemm.hopper.offline import NUM_SMS, assert_overlaps_without_spills, empty
-from gemm.hopper_cases import permutation_of_counts
 from triton import knobs
 
 from moe.flow import SwigluParams
@@ -133,25 +133,3 @@ def test_boxes_hold_weight_rows_in_logical_order(weight_format, is_gated):
         up = logical[expert, out_features:][columns, first_k : first_k + 64]
         expected = [*expected, up] if weight_format.gate_up_order == "gate_up" else [up, *expected]
     assert torch.equal(box, torch.cat(expected))
-
-
-@pytest.mark.parametrize("tile_rows", [8, 256], ids="tile_rows{}".format)
-def test_other_row_tiles_are_refused(tile_rows):
-    config = GemmConfig(num_experts=1, in_features=128, out_features=128)
-    permutation = permutation_of_counts([5], tile_rows, 5)
-    with pytest.raises(ValueError, match=f"tile_rows={tile_rows}; use portable_gemm2"):
-        swapped_gemm2(empty(permutation.max_rows, 128), empty(1, 128, 128), permutation, config=config)
-
-
-def test_relu2_is_refused():
-    config = GemmConfig(num_experts=1, in_features=128, out_features=128, activation=ActivationType.Relu2)
-    permutation = permutation_of_counts([5], 64, 5)
-    with pytest.raises(ValueError, match="expected SwiGLU"):
-        swapped_gemm1(empty(5, 128), empty(1, 128, 128), permutation, config=config)
-
-
-def test_no_tokens_give_no_rows_and_no_launch():
-    config = GemmConfig(num_experts=1, in_features=128, out_features=128)
-    permutation = permutation_of_counts([0], 64, 0, extra_tiles=0)
-    out = swapped_gemm2(empty(0, 128), empty(1, 128, 128), permutation, config=config)
-    assert out.shape == (0, 128)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from emulation.offline_driver import Launch, offline_gpu
+from gemm.hopper.cases import permutation_of_counts
 from gemm.hopper.offline import NUM_SMS, assert_overlaps_without_spills, empty
-from gemm.hopper_cases import permutation_of_counts
 from triton import knobs
 
 from moe.flow import SwigluParams
@@ -80,23 +80,3 @@ def test_every_launch_of_a_dependent_chain_waits_and_triggers_once(uses_pdl):
         assert launch.report.count("griddepcontrol.wait") == launch.report.count("griddepcontrol.launch") == uses_pdl
     assert_is_tight(gpu.launches[1])
     assert_is_tight(gpu.launches[3])
-
-
-@pytest.mark.parametrize("tile_rows", [16, 32], ids="tile_rows{}".format)
-def test_small_row_tiles_are_refused(tile_rows):
-    config = GemmConfig(num_experts=1, in_features=128, out_features=128)
-    permutation = permutation_of_counts([5], tile_rows, 5)
-    with pytest.raises(ValueError, match=f"tile_rows={tile_rows}; use portable_gemm2"):
-        wide_gemm2(empty(permutation.max_rows, 128), empty(1, 128, 128), permutation, config=config)
-
-
-def test_relu2_is_refused():
-    config = GemmConfig(num_experts=1, in_features=128, out_features=128, activation=ActivationType.Relu2)
-    with pytest.raises(ValueError, match="expected SwiGLU"):
-        wide_gemm1(empty(5, 128), empty(1, 128, 128), permutation_of_counts([5], 64, 5), config=config)
-
-
-def test_no_tokens_give_no_rows_and_no_launch():
-    config = GemmConfig(num_experts=1, in_features=128, out_features=128)
-    permutation = permutation_of_counts([0], 64, 0, extra_tiles=0)
-    assert wide_gemm2(empty(0, 128), empty(1, 128, 128), permutation, config=config).shape == (0, 128)

@@ -37,8 +37,3 @@ def permutation_of_counts(
         num_tiles=int32([len(experts)]),
         tile_rows=tile_rows,
     )
-
-
-def real_rows(permutation: Permutation) -> torch.Tensor:
-    """[P] bool: rows that hold a token."""
-    return permutation.token_of_row >= 0
