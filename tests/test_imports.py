@@ -23,7 +23,8 @@ LEVELS = (
     {"call", "workspace"},
     {"pipeline"},
     {"compose"},
-    {"parallel", "training", "tuning"},
+    {"training", "tuning"},
+    {"parallel"},  # runs its experts as the tuning tables say
     {"trtllm", "cli"},
     {"integrations", "testing"},
     {"__init__", "__main__"},

@@ -1,0 +1,154 @@
+"""The collectives that exchanges are made of, over torch.distributed: every tensor contiguous, every error with a name."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REPORT_S = 2.0  # after a failure, how long ranks wait for one another's word that they live
+
+
+@dataclass(frozen=True)
+class Transport:
+    """This rank's place among the others, and what it does with them. `what` names the tensors in errors."""
+
+    rank: int
+    num_ranks: int
+    all_gather: Callable[[str, Tensor], Tensor]  # (what, [n, ..]) -> [num_ranks * n, ..], by rank
+    all_to_all: Callable[..., Tensor]  # (what, rows, num_sent=None, num_received=None) -> rows of all ranks, by rank
+    broadcast: Callable[[str, Tensor], Tensor]  # (what, tensor) -> rank 0's, written into it too
+    group: Any = None  # the torch.distributed group underneath; None: no processes
+
+
+def alone() -> Transport:
+    """One rank, which keeps what it has."""
+    return Transport(
+        0,
+        1,
+        all_gather=lambda what, tensor: tensor,
+        all_to_all=lambda what, rows, num_sent=None, num_received=None: rows,
+        broadcast=lambda what, tensor: tensor,
+    )
+
+
+def transport_of(group_or_mesh: Any) -> Transport:
+    """The collectives of a process group, a DeviceMesh of one dimension, or (None) of the default group; `alone` without one.
+
+    Raises:
+        ValueError: a mesh of several dimensions.
+        TypeError: something else.
+    """
+    import torch.distributed as dist
+
+    if isinstance(group_or_mesh, Transport):
+        return group_or_mesh
+    if group_or_mesh is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return alone()
+        group_or_mesh = dist.group.WORLD
+    if hasattr(group_or_mesh, "get_group"):
+        if group_or_mesh.ndim != 1:
+            raise ValueError(
+                f"group_or_mesh: expected a mesh of one dimension, got {group_or_mesh.ndim}; pass mesh['name of the experts' axis']"
+            )
+        group_or_mesh = group_or_mesh.get_group()
+    if not isinstance(group_or_mesh, dist.ProcessGroup):
+        raise TypeError(
+            f"group_or_mesh: expected a ProcessGroup, a DeviceMesh or None, got {type(group_or_mesh).__name__}; "
+            "torch.distributed.new_group makes one"
+        )
+    collectives = _Collectives(group_or_mesh)
+    return Transport(
+        dist.get_rank(group_or_mesh),
+        dist.get_world_size(group_or_mesh),
+        collectives.all_gather,
+        collectives.all_to_all,
+        collectives.broadcast,
+        group_or_mesh,
+    )
+
+
+@dataclass(frozen=True)
+class _Collectives:
+    group: Any
+
+    def all_gather(self, what: str, tensor: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        gathered = tensor.new_empty((self.group.size() * tensor.shape[0], *tensor.shape[1:]))
+        assert tensor.is_contiguous()
+        assert gathered.is_contiguous()
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        self._run("all_gather", what, tensor, lambda: gather(gathered, tensor, group=self.group))
+        return gathered
+
+    def all_to_all(
+        self, what: str, rows: Tensor, num_sent: Sequence[int] | None = None, num_received: Sequence[int] | None = None
+    ) -> Tensor:
+        import torch.distributed as dist
+
+        num_rows = rows.shape[0] if num_received is None else sum(num_received)
+        received = rows.new_empty((num_rows, *rows.shape[1:]))
+        assert rows.is_contiguous()
+        assert received.is_contiguous()
+        sizes_received, sizes_sent = (None if counts is None else list(counts) for counts in (num_received, num_sent))
+        self._run(
+            "all_to_all",
+            what,
+            rows,
+            lambda: dist.all_to_all_single(received, rows, sizes_received, sizes_sent, group=self.group),
+        )
+        return received
+
+    def broadcast(self, what: str, tensor: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        assert tensor.is_contiguous()
+        first = dist.get_global_rank(self.group, 0)
+        self._run("broadcast", what, tensor, lambda: dist.broadcast(tensor, first, group=self.group))
+        return tensor
+
+    def _run(self, collective: str, what: str, tensor: Tensor, start: Callable[[], object]) -> None:
+        """Start it; a failure says who, what and how long."""
+        begin = time.monotonic()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of torch 2.13, about a name that 2.11 has alone
+                start()
+        except RuntimeError as error:
+            seconds = time.monotonic() - begin
+            silent = _silent_ranks(self.group)
+            raise RuntimeError(
+                f"{collective} of {what}: rank {self.group.rank()} of {self.group.size()} gave up after {seconds:.1f} s "
+                f"(timeout of the group: {_timeout_text(self.group, tensor.device)}); {silent}; {error}"
+            ) from error
+
+
+def _silent_ranks(group: Any) -> str:
+    """Which ranks do not say, within two seconds, that they failed too: dead, or late."""
+    import torch.distributed as dist
+
+    try:
+        store = dist.distributed_c10d._get_process_group_store(group)
+        store.set(f"moe-gave-up-{group.rank()}", "1")
+        silent = [rank for rank in range(group.size()) if rank != group.rank()]
+        end = time.monotonic() + REPORT_S
+        while silent and time.monotonic() < end:
+            silent = [rank for rank in silent if not store.check([f"moe-gave-up-{rank}"])]
+            time.sleep(0.05)
+    except (RuntimeError, AttributeError, KeyError):
+        return "no word of the other ranks: their store is gone"
+    return f"dead or late: rank {', '.join(map(str, silent))}" if silent else "every rank gave up"
+
+
+def _timeout_text(group: Any, device: torch.device) -> str:
+    try:
+        return f"{group._get_backend(device).options._timeout.total_seconds():g} s"
+    except (RuntimeError, AttributeError):
+        return "torch's default"
