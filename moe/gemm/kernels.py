@@ -13,14 +13,9 @@ from torch import Tensor
 from moe.flow import Permutation, SwigluParams, UnitSize
 from moe.gemm.checks import check_gather, check_grouped
 from moe.gemm.config import GemmConfig, GemmKernel
-from moe.gemm.hopper.problem import WIDE_UNITS
 from moe.gemm.portable.gemm1 import launch_portable_gemm1
 from moe.gemm.portable.gemm2 import launch_portable_gemm2
-from moe.gemm.swapped import gemm1 as swapped1
-from moe.gemm.swapped import gemm2 as swapped2
-from moe.gemm.swapped.tile import SWAPPED_UNITS
-from moe.gemm.wide import gemm1 as wide1
-from moe.gemm.wide import gemm2 as wide2
+from moe.runtime import triton_versions
 
 # Rows of an expert in the mean, on an H200. At 32 rows the portable kernels were 3 to 5% faster than the swapped ones, at 48 2 to
 # 6% (with tiles of half the rows), at 64 rows 6 to 9% slower; at 128 rows the swapped ones were 1 to 23% faster than the wide
@@ -43,17 +38,36 @@ def _takes_all(config: GemmConfig, tile_rows: int, device: torch.device) -> bool
     return True
 
 
+def _hopper_kernels() -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
+    """Those in Gluon, of gemm1 and of gemm2: none where this Triton's Gluon is not one that they were written in."""
+    if not triton_versions.has_known_gluon():
+        return (), ()
+    try:
+        from moe.gemm.hopper.problem import WIDE_UNITS
+        from moe.gemm.swapped import gemm1 as swapped1
+        from moe.gemm.swapped import gemm2 as swapped2
+        from moe.gemm.swapped.tile import SWAPPED_UNITS
+        from moe.gemm.wide import gemm1 as wide1
+        from moe.gemm.wide import gemm2 as wide2
+    except (ImportError, AttributeError) as error:
+        triton_versions.warn_that_hopper_steps_aside(missing=str(error))
+        return (), ()
+    return (
+        (
+            Kernel("swapped", swapped1.takes, swapped1.swapped_gemm1, SWAPPED_UNITS),
+            Kernel("wide", wide1.takes, wide1.wide_gemm1, WIDE_UNITS),
+        ),
+        (
+            Kernel("swapped", swapped2.takes, swapped2.swapped_gemm2, SWAPPED_UNITS),
+            Kernel("wide", wide2.takes, wide2.wide_gemm2, WIDE_UNITS),
+        ),
+    )
+
+
+_HOPPER_GEMM1, _HOPPER_GEMM2 = _hopper_kernels()
 KERNELS = {
-    "gemm1": (
-        Kernel("portable", _takes_all, launch_portable_gemm1),
-        Kernel("swapped", swapped1.takes, swapped1.swapped_gemm1, SWAPPED_UNITS),
-        Kernel("wide", wide1.takes, wide1.wide_gemm1, WIDE_UNITS),
-    ),
-    "gemm2": (
-        Kernel("portable", _takes_all, launch_portable_gemm2),
-        Kernel("swapped", swapped2.takes, swapped2.swapped_gemm2, SWAPPED_UNITS),
-        Kernel("wide", wide2.takes, wide2.wide_gemm2, WIDE_UNITS),
-    ),
+    "gemm1": (Kernel("portable", _takes_all, launch_portable_gemm1), *_HOPPER_GEMM1),
+    "gemm2": (Kernel("portable", _takes_all, launch_portable_gemm2), *_HOPPER_GEMM2),
 }
 
 

@@ -81,12 +81,18 @@ def has_known_gluon() -> bool:
 
 
 @functools.cache
-def warn_that_hopper_steps_aside() -> None:
-    """Say once in a process what is slower, and why."""
-    oldest, newest = (".".join(map(str, edge(_LAUNCHERS))) for edge in (min, max))
+def warn_that_hopper_steps_aside(missing: str = "") -> None:
+    """Say once in a process what is slower, and why: the release, or what its Gluon lacks."""
+    lacks = f" without what Hopper's kernels call ({missing})" if missing else ""
+    launches = "" if missing else "kernels go through Triton's own launcher, and "
     warnings.warn(
-        f"triton: expected {oldest} to {newest}, got {triton.__version__}; kernels go through Triton's own launcher, "
-        f"and the portable GEMM kernels stand for Hopper's: right, and slower. Install a Triton up to {newest}",
+        f"triton: expected {known_releases()}, got {triton.__version__}{lacks}; {launches}the portable GEMM kernels stand "
+        "for Hopper's: right, and slower. Install one of the expected releases",
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def known_releases() -> str:
+    oldest, newest = (".".join(map(str, edge(_LAUNCHERS))) for edge in (min, max))
+    return f"{oldest} to {newest}"
