@@ -37,13 +37,11 @@ def finalize_kernel(
     if IS_UNROLLED:
         for choice in tl.static_range(TOP_K):
             row = row_of_choice[choice]
-            values = tl.load(rows_ptr + row * HIDDEN + column, mask=in_row & (row >= 0), other=0.0)
-            total += weight_of_choice[choice] * values.to(tl.float32)
+            total += weight_of_choice[choice] * _load_row(rows_ptr, row, column, in_row, HIDDEN)
     else:
         for choice in range(TOP_K):
             row, weight = _load_slot(row_of_slot_ptr, weights_ptr, token * TOP_K + choice)
-            values = tl.load(rows_ptr + row * HIDDEN + column, mask=in_row & (row >= 0), other=0.0)
-            total += weight * values.to(tl.float32)
+            total += weight * _load_row(rows_ptr, row, column, in_row, HIDDEN)
     tl.store(output_ptr + token * HIDDEN + column, total.to(tl.bfloat16), mask=in_row)
 
 
@@ -54,3 +52,11 @@ def _load_slot(row_of_slot_ptr, weights_ptr, slot):
     # Masked, not branched, so that a row can be loaded before the one before it has come. Neither factor of a slot
     # without a row is read, and 0 * 0 leaves the sum as it is.
     return row, tl.load(weights_ptr + slot, mask=row >= 0, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_row(rows_ptr, row, column, in_row, HIDDEN: tl.constexpr):
+    """A row's columns as float32, zeros where there is no row."""
+    # Compared as a tensor: the interpreter of Triton 3.9 takes no tensor & scalar for a mask.
+    has_row = tl.broadcast_to(row, column.shape) >= 0
+    return tl.load(rows_ptr + row * HIDDEN + column, mask=in_row & has_row, other=0.0).to(tl.float32)
