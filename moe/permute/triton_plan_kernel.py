@@ -6,11 +6,38 @@ block. A program takes the first two from the histograms that it made (`plan_ker
 """
 # mypy: allow-untyped-defs
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 COMPARED = tl.constexpr(32)  # ids that a block is compared with at once
 PADDED = tl.constexpr(16)  # padding rows of an expert written at once: divides every TILE_ROWS
+
+
+class Choices(NamedTuple):
+    """What the tokens chose, and which experts lie here."""
+
+    expert_ids_ptr: Any
+    num_slots: Any
+    first_expert: Any
+    num_experts: Any
+
+
+class Maps(NamedTuple):
+    """What placing a slot writes."""
+
+    row_of_slot_ptr: Any
+    token_of_row_ptr: Any
+    expert_of_tile_ptr: Any
+    row_limit_of_tile_ptr: Any
+
+
+class Segments(NamedTuple):
+    """[BINS] each, by expert: its first row, and its number of slots."""
+
+    first_row: Any
+    count: Any
 
 
 @triton.jit(do_not_specialize=["num_slots", "first_expert", "num_experts"])
@@ -32,32 +59,18 @@ def plan_kernel(
     COUNTED: tl.constexpr,
 ):
     """The whole plan in one launch. A program counts all slots and places one block of them."""
+    choices = Choices(expert_ids_ptr, num_slots, first_expert, num_experts)
+    maps = Maps(row_of_slot_ptr, token_of_row_ptr, expert_of_tile_ptr, row_limit_of_tile_ptr)
     start = tl.program_id(0) * BLOCK
     count = tl.zeros([BINS], tl.int32)
     before = tl.zeros([BINS], tl.int32)
     for first in range(0, num_slots, COUNTED):
         slot = first + tl.arange(0, COUNTED)
-        expert, is_local = _load_experts(expert_ids_ptr, slot, num_slots, first_expert, num_experts)
+        expert, is_local = _load_experts(choices, slot)
         count += tl.histogram(expert, BINS, mask=is_local)
         before += tl.histogram(expert, BINS, mask=is_local & (slot < start))
-    first_row = _first_rows(count, num_rows_ptr, num_tiles_ptr, TILE_ROWS)
-    _place_block(
-        expert_ids_ptr,
-        row_of_slot_ptr,
-        token_of_row_ptr,
-        expert_of_tile_ptr,
-        row_limit_of_tile_ptr,
-        first_row,
-        count,
-        before,
-        start,
-        num_slots,
-        first_expert,
-        num_experts,
-        TOP_K,
-        TILE_ROWS,
-        BLOCK,
-    )
+    segments = Segments(_first_rows(count, num_rows_ptr, num_tiles_ptr, TILE_ROWS), count)
+    _place_block(choices, maps, segments, before, start, TOP_K, TILE_ROWS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_slots", "chunk_slots", "first_expert", "num_experts"])
@@ -72,11 +85,12 @@ def count_kernel(
     BLOCK: tl.constexpr,
 ):
     """Count the slots of each expert in one chunk."""
+    choices = Choices(expert_ids_ptr, num_slots, first_expert, num_experts)
     start = tl.program_id(0) * chunk_slots
     count = tl.zeros([BINS], tl.int32)
     for first in range(start, min(start + chunk_slots, num_slots), BLOCK):
         slot = first + tl.arange(0, BLOCK)
-        expert, is_local = _load_experts(expert_ids_ptr, slot, num_slots, first_expert, num_experts)
+        expert, is_local = _load_experts(choices, slot)
         count += tl.histogram(expert, BINS, mask=is_local)
     expert = tl.arange(0, BINS)
     tl.store(counts_ptr + tl.program_id(0) * num_experts + expert, count, mask=expert < num_experts)
@@ -125,39 +139,25 @@ def place_kernel(
     BLOCK: tl.constexpr,
 ):
     """Place the slots of one chunk, block by block."""
+    choices = Choices(expert_ids_ptr, num_slots, first_expert, num_experts)
+    maps = Maps(row_of_slot_ptr, token_of_row_ptr, expert_of_tile_ptr, row_limit_of_tile_ptr)
     expert = tl.arange(0, BINS)
     is_expert = expert < num_experts
     count = tl.load(slots_before_ptr + num_chunks * num_experts + expert, mask=is_expert, other=0)
     before = tl.load(slots_before_ptr + tl.program_id(0) * num_experts + expert, mask=is_expert, other=0)
-    first_row = _first_rows(count, num_rows_ptr, num_tiles_ptr, TILE_ROWS)
+    segments = Segments(_first_rows(count, num_rows_ptr, num_tiles_ptr, TILE_ROWS), count)
     start = tl.program_id(0) * chunk_slots
     for first in range(start, min(start + chunk_slots, num_slots), BLOCK):
-        before += _place_block(
-            expert_ids_ptr,
-            row_of_slot_ptr,
-            token_of_row_ptr,
-            expert_of_tile_ptr,
-            row_limit_of_tile_ptr,
-            first_row,
-            count,
-            before,
-            first,
-            num_slots,
-            first_expert,
-            num_experts,
-            TOP_K,
-            TILE_ROWS,
-            BLOCK,
-        )
+        before += _place_block(choices, maps, segments, before, first, TOP_K, TILE_ROWS, BLOCK)
 
 
 @triton.jit
-def _load_experts(expert_ids_ptr, slot, num_slots, first_expert, num_experts):
+def _load_experts(choices, slot):
     """Local ids of the slots' experts, 0 where the expert is not local, and whether it is."""
-    expert = tl.load(expert_ids_ptr + slot, mask=slot < num_slots, other=-1)
+    expert = tl.load(choices.expert_ids_ptr + slot, mask=slot < choices.num_slots, other=-1)
     # Compared before the subtraction, which may wrap for a garbage id.
-    is_local = (expert >= first_expert) & (expert < first_expert + num_experts)
-    return tl.where(is_local, expert - first_expert, 0), is_local
+    is_local = (expert >= choices.first_expert) & (expert < choices.first_expert + choices.num_experts)
+    return tl.where(is_local, expert - choices.first_expert, 0), is_local
 
 
 @triton.jit
@@ -173,41 +173,34 @@ def _first_rows(count, num_rows_ptr, num_tiles_ptr, TILE_ROWS: tl.constexpr):
 
 @triton.jit
 def _place_block(
-    expert_ids_ptr,
-    row_of_slot_ptr,
-    token_of_row_ptr,
-    expert_of_tile_ptr,
-    row_limit_of_tile_ptr,
-    first_row,  # [BINS] of each expert
-    count,  # [BINS] slots of each expert
+    choices,
+    maps,
+    segments,
     before,  # [BINS] slots of each expert before this block
     start,
-    num_slots,
-    first_expert,
-    num_experts,
     TOP_K: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write all that follows from slots [start, start + BLOCK), and return how many of them each expert has."""
     slot = start + tl.arange(0, BLOCK)
-    expert, is_local = _load_experts(expert_ids_ptr, slot, num_slots, first_expert, num_experts)
+    expert, is_local = _load_experts(choices, slot)
     rank = tl.gather(before, expert, 0)
-    for first in range(start, min(start + BLOCK, num_slots), COMPARED):
+    for first in range(start, min(start + BLOCK, choices.num_slots), COMPARED):
         other_slot = first + tl.arange(0, COMPARED)
-        other, is_other_local = _load_experts(expert_ids_ptr, other_slot, num_slots, first_expert, num_experts)
+        other, is_other_local = _load_experts(choices, other_slot)
         is_earlier = is_other_local[:, None] & (other_slot[:, None] < slot[None, :])
         rank += tl.sum((is_earlier & (other[:, None] == expert[None, :])).to(tl.int32), 0)
 
-    segment = tl.gather(first_row, expert, 0)
+    segment = tl.gather(segments.first_row, expert, 0)
     row = segment + rank
-    tl.store(row_of_slot_ptr + slot, tl.where(is_local, row, -1), mask=slot < num_slots)
-    tl.store(token_of_row_ptr + row, slot // TOP_K, mask=is_local)
+    tl.store(maps.row_of_slot_ptr + slot, tl.where(is_local, row, -1), mask=slot < choices.num_slots)
+    tl.store(maps.token_of_row_ptr + row, slot // TOP_K, mask=is_local)
 
-    row_limit = segment + tl.gather(count, expert, 0)
+    row_limit = segment + tl.gather(segments.count, expert, 0)
     is_first_of_tile = is_local & (rank % TILE_ROWS == 0)
-    tl.store(expert_of_tile_ptr + row // TILE_ROWS, expert, mask=is_first_of_tile)
-    tl.store(row_limit_of_tile_ptr + row // TILE_ROWS, row_limit, mask=is_first_of_tile)
+    tl.store(maps.expert_of_tile_ptr + row // TILE_ROWS, expert, mask=is_first_of_tile)
+    tl.store(maps.row_limit_of_tile_ptr + row // TILE_ROWS, row_limit, mask=is_first_of_tile)
 
     is_last = is_local & (row + 1 == row_limit)
     if tl.max(is_last.to(tl.int32), 0) > 0:
@@ -215,5 +208,5 @@ def _place_block(
         for first in range(0, TILE_ROWS, PADDED):
             padding = (row_limit + first)[:, None] + tl.arange(0, PADDED)[None, :]
             is_padding = is_last[:, None] & (padding < padded_limit[:, None])
-            tl.store(token_of_row_ptr + padding, -1, mask=is_padding)
-    return tl.histogram(expert, first_row.shape[0], mask=is_local)
+            tl.store(maps.token_of_row_ptr + padding, -1, mask=is_padding)
+    return tl.histogram(expert, before.shape[0], mask=is_local)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 
 from moe.fused.few_tokens.tile_device import (
+    Choices,
+    Rows,
     expert_of_slot,
     first_step,
     load_vector,
@@ -48,7 +50,7 @@ def few_token_gemm1_kernel(
             tl.extra.cuda.gdc_launch_dependents()
     # Slots are the grid's fast axis: those that share an expert read a block of its weights one after another, from L2.
     slot = tl.program_id(0)
-    expert, is_local = expert_of_slot(expert_ids_ptr, slot, first_expert, num_experts)
+    expert, is_local = expert_of_slot(Choices(expert_ids_ptr, first_expert, num_experts), slot)
     if not is_local:
         return
     lane = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -57,14 +59,15 @@ def few_token_gemm1_kernel(
     first_ptrs = weights_ptr + expert * (WEIGHT_ROWS * IN_FEATURES)
     first_ptrs += first_step(row, ROW_STRIDE, BLOCK_STRIDE, BLOCK_K)
     second_ptrs = first_ptrs + (8 if IS_SHUFFLED else OUT_FEATURES) * ROW_STRIDE
+    first_rows, second_rows = Rows(first_ptrs, in_lanes), Rows(second_ptrs, in_lanes)
     vector_ptr = hidden_states_ptr + (slot // TOP_K).to(tl.int64) * IN_FEATURES
 
     first = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     second = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for first_k in tl.static_range(0, IN_FEATURES, BLOCK_K):
-        first_weights = load_weights(first_ptrs, in_lanes, first_k, IN_FEATURES, BLOCK_STRIDE, BLOCK_K, IS_EVEN_N)
+        first_weights = load_weights(first_rows, first_k, IN_FEATURES, BLOCK_STRIDE, IS_EVEN_N)
         if IS_GATED:
-            second_weights = load_weights(second_ptrs, in_lanes, first_k, IN_FEATURES, BLOCK_STRIDE, BLOCK_K, IS_EVEN_N)
+            second_weights = load_weights(second_rows, first_k, IN_FEATURES, BLOCK_STRIDE, IS_EVEN_N)
         vector = load_vector(vector_ptr, first_k, IN_FEATURES, BLOCK_N, BLOCK_K, num_warps)
         first += first_weights.to(tl.float32) * vector
         if IS_GATED:

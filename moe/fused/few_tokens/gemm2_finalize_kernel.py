@@ -1,16 +1,29 @@
 """GEMM2 and the weighted sum of a token's K rows, on CUDA cores. One program per (token, block of H)."""
 # mypy: allow-untyped-defs
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from moe.fused.few_tokens.tile_device import (
+    Choices,
+    Rows,
     expert_of_slot,
     first_step,
     load_vector,
     load_weights,
     row_and_column_of_lane,
 )
+
+
+class Operands(NamedTuple):
+    """What the slots of a token are multiplied from."""
+
+    choices: Any
+    expert_weights_ptr: Any  # [T, TOP_K] bf16 or fp32
+    activation_ptr: Any  # [T * TOP_K, IN_FEATURES] bf16
+    rows: Any  # Rows of the first local expert's weight
 
 
 @triton.jit(do_not_specialize=["first_expert", "num_experts"])
@@ -43,23 +56,17 @@ def few_token_gemm2_finalize_kernel(
     lane = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_lanes = lane < OUT_FEATURES
     row, column = row_and_column_of_lane(lane, False, IS_SHUFFLED)
-    weight_ptrs = weights_ptr + first_step(row, ROW_STRIDE, BLOCK_STRIDE, BLOCK_K)
+    choices = Choices(expert_ids_ptr, first_expert, num_experts)
+    rows = Rows(weights_ptr + first_step(row, ROW_STRIDE, BLOCK_STRIDE, BLOCK_K), in_lanes)
+    operands = Operands(choices, expert_weights_ptr, activation_ptr, rows)
 
     # Before the wait: ids and weights were complete when gemm1's wait returned, and only then did gemm1 trigger this.
     prefetched = ()
     for step in tl.static_range(NUM_PREFETCHED):
-        expert, _ = expert_of_slot(expert_ids_ptr, first_slot + step // NUM_STEPS, first_expert, num_experts)
-        prefetched = prefetched + (  # type: ignore[assignment]  # noqa: RUF005 - Triton has no starred tuples
-            load_weights(
-                weight_ptrs + expert * (OUT_FEATURES * IN_FEATURES),
-                in_lanes,
-                step % NUM_STEPS * BLOCK_K,
-                IN_FEATURES,
-                BLOCK_STRIDE,
-                BLOCK_K,
-                IS_EVEN_N,
-            ),
-        )
+        expert, _ = expert_of_slot(choices, first_slot + step // NUM_STEPS)
+        rows_of_expert = Rows(rows.ptrs + expert * (OUT_FEATURES * IN_FEATURES), in_lanes)
+        weights = load_weights(rows_of_expert, step % NUM_STEPS * BLOCK_K, IN_FEATURES, BLOCK_STRIDE, IS_EVEN_N)
+        prefetched = prefetched + (weights,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no starred tuples
     if USES_PDL:
         tl.extra.cuda.gdc_wait()
         if TRIGGERS:
@@ -68,112 +75,68 @@ def few_token_gemm2_finalize_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     if IS_UNROLLED:
         for choice in tl.static_range(TOP_K):
+            prefetched_of_slot = prefetched[choice * NUM_STEPS : (choice + 1) * NUM_STEPS]
             total += _weighted_row(
-                activation_ptr,
-                weight_ptrs,
-                expert_ids_ptr,
-                expert_weights_ptr,
-                first_slot + choice,
-                prefetched[choice * NUM_STEPS : (choice + 1) * NUM_STEPS],
-                in_lanes,
-                first_expert,
-                num_experts,
-                IN_FEATURES,
-                OUT_FEATURES,
-                BLOCK_STRIDE,
-                BLOCK_N,
-                BLOCK_K,
-                SKIPS_ABSENT,
-                IS_EVEN_N,
-                num_warps,
-            )
+                operands, first_slot + choice, prefetched_of_slot,
+                IN_FEATURES, OUT_FEATURES, BLOCK_STRIDE, SKIPS_ABSENT, IS_EVEN_N, num_warps,
+            )  # fmt: skip
     else:
         for choice in range(TOP_K):
             total += _weighted_row(
-                activation_ptr,
-                weight_ptrs,
-                expert_ids_ptr,
-                expert_weights_ptr,
-                first_slot + choice,
-                (),
-                in_lanes,
-                first_expert,
-                num_experts,
-                IN_FEATURES,
-                OUT_FEATURES,
-                BLOCK_STRIDE,
-                BLOCK_N,
-                BLOCK_K,
-                SKIPS_ABSENT,
-                IS_EVEN_N,
-                num_warps,
-            )
+                operands, first_slot + choice, (),
+                IN_FEATURES, OUT_FEATURES, BLOCK_STRIDE, SKIPS_ABSENT, IS_EVEN_N, num_warps,
+            )  # fmt: skip
     out_ptrs = out_ptr + tl.program_id(0).to(tl.int64) * OUT_FEATURES + column
     tl.store(out_ptrs, total.to(tl.bfloat16), mask=in_lanes)
 
 
 @triton.jit
 def _weighted_row(
-    activation_ptr,
-    weight_ptrs,
-    expert_ids_ptr,
-    expert_weights_ptr,
+    operands,
     slot,
     prefetched,
-    in_lanes,
-    first_expert,
-    num_experts,
     IN_FEATURES: tl.constexpr,
     OUT_FEATURES: tl.constexpr,
     BLOCK_STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     SKIPS_ABSENT: tl.constexpr,
     IS_EVEN_N: tl.constexpr,
     num_warps: tl.constexpr,
 ):
     """[BLOCK_N] fp32: the slot's weight times its row of gemm2, rounded to bf16; zeros where its expert is not local."""
-    expert, is_local = expert_of_slot(expert_ids_ptr, slot, first_expert, num_experts)
-    expert_weight = tl.load(expert_weights_ptr + slot).to(tl.float32)
-    weight_ptrs += expert * (OUT_FEATURES * IN_FEATURES)
-    activation_ptr += slot.to(tl.int64) * IN_FEATURES
+    expert, is_local = expert_of_slot(operands.choices, slot)
+    expert_weight = tl.load(operands.expert_weights_ptr + slot).to(tl.float32)
+    rows = Rows(operands.rows.ptrs + expert * (OUT_FEATURES * IN_FEATURES), operands.rows.in_lanes)
+    vector_ptr = operands.activation_ptr + slot.to(tl.int64) * IN_FEATURES
     if SKIPS_ABSENT:
-        row = tl.zeros((BLOCK_N,), tl.float32)
+        row = tl.zeros((rows.ptrs.shape[0],), tl.float32)
         if is_local:
-            row = _row(
-                activation_ptr, weight_ptrs, prefetched, in_lanes,
-                IN_FEATURES, BLOCK_STRIDE, BLOCK_N, BLOCK_K, IS_EVEN_N, num_warps,
-            )  # fmt: skip
+            row = _row(rows, vector_ptr, prefetched, IN_FEATURES, BLOCK_STRIDE, IS_EVEN_N, num_warps)
     else:
-        row = _row(
-            activation_ptr, weight_ptrs, prefetched, in_lanes,
-            IN_FEATURES, BLOCK_STRIDE, BLOCK_N, BLOCK_K, IS_EVEN_N, num_warps,
-        )  # fmt: skip
+        row = _row(rows, vector_ptr, prefetched, IN_FEATURES, BLOCK_STRIDE, IS_EVEN_N, num_warps)
     # Selected, not multiplied by zero: an absent slot's activation is uninitialised memory.
     return tl.where(is_local, expert_weight * row.to(tl.bfloat16).to(tl.float32), 0.0)
 
 
 @triton.jit
 def _row(
-    activation_ptr,
-    weight_ptrs,
+    rows,
+    vector_ptr,
     prefetched,
-    in_lanes,
     IN_FEATURES: tl.constexpr,
     BLOCK_STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     IS_EVEN_N: tl.constexpr,
     num_warps: tl.constexpr,
 ):
     """[BLOCK_N] fp32: an expert's rows times one activation; the first steps' weights are the prefetched ones."""
+    BLOCK_N: tl.constexpr = rows.ptrs.shape[0]
+    BLOCK_K: tl.constexpr = rows.ptrs.shape[1]
     products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for first_k in tl.static_range(0, IN_FEATURES, BLOCK_K):
         if first_k // BLOCK_K < len(prefetched):
             weights = prefetched[first_k // BLOCK_K]
         else:
-            weights = load_weights(weight_ptrs, in_lanes, first_k, IN_FEATURES, BLOCK_STRIDE, BLOCK_K, IS_EVEN_N)
+            weights = load_weights(rows, first_k, IN_FEATURES, BLOCK_STRIDE, IS_EVEN_N)
         products += weights.to(tl.float32) * load_vector(
-            activation_ptr, first_k, IN_FEATURES, BLOCK_N, BLOCK_K, num_warps
+            vector_ptr, first_k, IN_FEATURES, BLOCK_N, BLOCK_K, num_warps
         )
     return tl.sum(products, 1)

@@ -11,18 +11,35 @@ Element k of a row lies at k // 64 * BLOCK_STRIDE + k % 64: MajorK or BlockMajor
 """
 # mypy: allow-untyped-defs
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 
+class Choices(NamedTuple):
+    """What the tokens chose, and which experts lie here."""
+
+    expert_ids_ptr: Any  # [T, K] int32
+    first_expert: Any
+    num_experts: Any  # local ones
+
+
+class Rows(NamedTuple):
+    """The rows of an expert's weight that a program's lanes hold."""
+
+    ptrs: Any  # [BLOCK_N, BLOCK_K], of the first step
+    in_lanes: Any  # [BLOCK_N] bool
+
+
 @triton.jit
-def expert_of_slot(expert_ids_ptr, slot, first_expert, num_experts):
+def expert_of_slot(choices, slot):
     """The slot's local expert as int64, 0 where it is not local, and whether it is."""
-    expert = tl.load(expert_ids_ptr + slot)
+    expert = tl.load(choices.expert_ids_ptr + slot)
     # Compared before the subtraction, which may wrap for a garbage id.
-    is_local = (expert >= first_expert) & (expert < first_expert + num_experts)
+    is_local = (expert >= choices.first_expert) & (expert < choices.first_expert + choices.num_experts)
     # int64: all experts' weights pass 2^31 elements.
-    return tl.where(is_local, expert - first_expert, 0).to(tl.int64), is_local
+    return tl.where(is_local, expert - choices.first_expert, 0).to(tl.int64), is_local
 
 
 @triton.jit
@@ -45,26 +62,25 @@ def first_step(row, ROW_STRIDE: tl.constexpr, BLOCK_STRIDE: tl.constexpr, BLOCK_
 
 @triton.jit
 def load_weights(
-    weight_ptrs,  # [BLOCK_N, BLOCK_K], of the first step
-    in_lanes,  # [BLOCK_N] bool, all true where IS_EVEN_N
+    rows,
     first_k: tl.constexpr,
     IN_FEATURES: tl.constexpr,
     BLOCK_STRIDE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    IS_EVEN_N: tl.constexpr,
+    IS_EVEN_N: tl.constexpr,  # all lanes hold a row
 ):
     """[BLOCK_N, BLOCK_K] bf16: the step from first_k on; zeros past the rows' end.
 
     Read once, so it is the first to leave the L1 cache, where the vector stays for the other programs.
     """
-    weight_ptrs += first_k // 64 * BLOCK_STRIDE
+    BLOCK_K: tl.constexpr = rows.ptrs.shape[1]
+    weight_ptrs = rows.ptrs + first_k // 64 * BLOCK_STRIDE
     if first_k + BLOCK_K > IN_FEATURES:
         in_row = tl.arange(0, BLOCK_K) < IN_FEATURES - first_k
-        mask = in_lanes[:, None] & in_row[None, :]
+        mask = rows.in_lanes[:, None] & in_row[None, :]
         return tl.load(weight_ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
     if IS_EVEN_N:
         return tl.load(weight_ptrs, eviction_policy="evict_first")
-    return tl.load(weight_ptrs, mask=in_lanes[:, None], other=0.0, eviction_policy="evict_first")
+    return tl.load(weight_ptrs, mask=rows.in_lanes[:, None], other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
