@@ -9,7 +9,9 @@ from torch import Tensor
 from moe.flow import Permutation, RowUnits, TopK, UnitSize
 from moe.permute.chunks import NUMBA_CHUNKING
 from moe.permute.config import PermuteConfig
-from moe.permute.numba_plan_kernel import Totals, build_count_kernel, build_plan_kernel, mark_rows
+from moe.permute.numba_block import PlanBlock, Totals
+from moe.permute.numba_count_kernel import build_count_kernel
+from moe.permute.numba_plan_kernel import build_plan_kernel
 from moe.runtime.dependent_launch import launches_dependents
 from moe.runtime.device import current_stream
 from moe.runtime.numba_launch import NumbaKernel
@@ -178,7 +180,7 @@ def kernels_for(
             plan_kernel_of(num_bins, WARPS, config.top_k, Totals.COUNTS, size, uses_pdl=uses_pdl),
         )
     num_warps = FEW_WARPS if num_slots <= FEW_WARPS * WARP_SIZE else WARPS
-    is_whole = num_slots <= mark_rows(num_bins, num_warps) * WARP_SIZE
+    is_whole = num_slots <= PlanBlock(num_bins, num_warps, Totals.CHUNK).round_slots
     totals = Totals.CHUNK if is_whole else Totals.SLOTS
     return (plan_kernel_of(num_bins, num_warps, config.top_k, totals, size, uses_pdl=uses_pdl),)
 
@@ -200,9 +202,8 @@ def plan_kernel_of(
     *,
     uses_pdl: bool = False,
 ) -> NumbaKernel:
-    function = build_plan_kernel(
-        num_bins=num_bins, num_warps=num_warps, top_k=top_k, totals=totals, uses_pdl=uses_pdl, unit_size=unit_size
-    )
+    block = PlanBlock(num_bins, num_warps, totals, unit_size)
+    function = build_plan_kernel(block=block, top_k=top_k, uses_pdl=uses_pdl)
     parameters = (*("*int32",) * 8, *("int32",) * 5, "*int32", "*int32", "int32")
     built_for = f"plan_kernel {num_bins} {top_k} {totals} {unit_size} {uses_pdl}"
     return NumbaKernel(function, parameters, num_warps * WARP_SIZE, built_for)

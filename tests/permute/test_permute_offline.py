@@ -48,8 +48,8 @@ def launches_of_finalize(
 @pytest.mark.parametrize("totals", ["chunk", "slots", "counts"])
 @pytest.mark.parametrize(("num_bins", "num_warps"), [(32, 8), (128, 32), (512, 32), (2048, 8), (2048, 32)])
 def test_a_block_of_the_plan_finds_its_registers(num_bins, num_warps, totals, tmp_path) -> None:
+    from moe.permute.numba_block import Totals
     from moe.permute.numba_plan import plan_kernel_of
-    from moe.permute.numba_plan_kernel import Totals
 
     kernel = plan_kernel_of(num_bins, num_warps, 8, Totals(totals))
     registers, stack_bytes = resources(kernel.compile_ptx(HOPPER), tmp_path)
@@ -64,8 +64,8 @@ def test_a_block_of_the_plan_finds_its_registers(num_bins, num_warps, totals, tm
     [(32, 8, "chunk"), (128, 32, "slots"), (256, 32, "counts"), (512, 32, "counts"), (2048, 32, "chunk")],
 )
 def test_a_block_that_makes_units_too_finds_its_registers(num_bins, num_warps, totals, unit_size, tmp_path) -> None:
+    from moe.permute.numba_block import Totals
     from moe.permute.numba_plan import plan_kernel_of
-    from moe.permute.numba_plan_kernel import Totals
 
     kernel = plan_kernel_of(num_bins, num_warps, 8, Totals(totals), unit_size, uses_pdl=True)
     registers, stack_bytes = resources(kernel.compile_ptx(HOPPER), tmp_path)
@@ -87,8 +87,8 @@ def test_counting_leaves_room_for_two_blocks_on_a_multiprocessor(num_bins, tmp_p
 @pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="the simulator compiles nothing")
 @pytest.mark.parametrize("uses_pdl", [False, True], ids=["alone", "dependent"])
 def test_planning_kernels_wait_and_trigger_once_where_they_are_dependent(uses_pdl) -> None:
+    from moe.permute.numba_block import Totals
     from moe.permute.numba_plan import count_kernel_of, plan_kernel_of
-    from moe.permute.numba_plan_kernel import Totals
 
     kernels = [count_kernel_of(128, 32, uses_pdl=uses_pdl)]
     kernels += [plan_kernel_of(128, 32, 8, totals, uses_pdl=uses_pdl) for totals in Totals]

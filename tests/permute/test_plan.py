@@ -168,11 +168,11 @@ def test_both_sides_of_the_one_launch_border_agree(poisoned_memory, planner) -> 
 
 
 def test_a_block_takes_rounds_where_not_all_of_its_warps_have_room_to_mark(poisoned_memory, numba_device) -> None:
+    from moe.permute.numba_block import PlanBlock, Totals
     from moe.permute.numba_plan import FEW_WARPS, numba_plan_permutation
-    from moe.permute.numba_plan_kernel import mark_rows
 
     planner = Stage(numba_plan_permutation, numba_device)
-    assert mark_rows(2048, FEW_WARPS) < FEW_WARPS
+    assert PlanBlock(2048, FEW_WARPS, Totals.SLOTS).mark_rows < FEW_WARPS
     expert_ids = random_ids(25, 12, 8, numba_device)
     assert_agrees(planner, expert_ids, config_of(2048, 8))
     assert_agrees(planner, expert_ids * 186, config_of(2048, 8))
