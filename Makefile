@@ -1,4 +1,5 @@
 # make demo    install into .venv and run one real layer on the device that is here
+# make smoke   every kernel once, in the mode that runs it: about a minute on two cores
 # make test    every test mode, each a process of its own; the GPU's too where there is one
 # make bench   time every named layer, whole and stage by stage, into bench.json
 # make bench-dense    time stages and layers in turns with cuBLAS GEMMs of the same size, into bench-dense.json
@@ -14,32 +15,48 @@ CUDA := $(if $(shell command -v nvidia-smi),cuda13)
 comma := ,
 empty :=
 
-.PHONY: demo test test-plain test-emulated test-interpreter test-simulator test-gpu bench bench-dense lint format clean
+.PHONY: demo smoke smoke-plain smoke-emulated test test-plain test-emulated test-interpreter test-simulator test-gpu bench bench-dense lint format clean say-demo
 
-demo: $(VENV)/.installed-run
-	$(BIN)/python -m moe run --model $(MODEL)
+# A line at once, before pip and before torch is loaded: both are silent for seconds.
+demo: say-demo $(VENV)/.installed-run
+	@echo "running it; loading torch takes a few seconds"
+	@$(BIN)/python -m moe run --model $(MODEL)
+
+say-demo:
+	@echo "one layer of $(MODEL): installed into $(VENV) if it is not, then timed stage by stage"
+
+# Modes side by side, each saying how far it is: half of them on each of two cores.
+smoke: $(VENV)/.installed-test
+	$(MAKE) --no-print-directory -k -j2 smoke-plain smoke-emulated
+
+smoke-plain: $(VENV)/.installed-test
+	@MOE_TESTS_MODE=plain $(PYTEST) -q -m "not gpu" tests/test_smoke.py
+
+smoke-emulated: $(VENV)/.installed-test
+	@MOE_TESTS_MODE=interpreter TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter tests/test_smoke.py
+	@MOE_TESTS_MODE=simulator NUMBA_ENABLE_CUDASIM=1 $(PYTEST) -q -m simulator tests/test_smoke.py
 
 test: $(VENV)/.installed-test
-	$(MAKE) -j2 --output-sync=line test-plain test-emulated
-	$(MAKE) test-gpu
+	$(MAKE) --no-print-directory -k -j2 test-plain test-emulated
+	$(MAKE) --no-print-directory test-gpu
 
 test-emulated: $(VENV)/.installed-test
 	$(MAKE) test-interpreter
 	$(MAKE) test-simulator
 
 test-plain: $(VENV)/.installed-test
-	$(PYTEST) -q -m "not gpu"
-	$(PYTEST) -q tests/benchmarks --benchmark-disable
+	@MOE_TESTS_MODE=plain $(PYTEST) -q -m "not gpu"
+	@MOE_TESTS_MODE=benchmarks $(PYTEST) -q tests/benchmarks --benchmark-disable
 
 test-interpreter: $(VENV)/.installed-test
-	TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter
+	@MOE_TESTS_MODE=interpreter TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter
 
 test-simulator: $(VENV)/.installed-test
-	NUMBA_ENABLE_CUDASIM=1 $(PYTEST) -q -m simulator
+	@MOE_TESTS_MODE=simulator NUMBA_ENABLE_CUDASIM=1 $(PYTEST) -q -m simulator
 
 test-gpu: $(VENV)/.installed-test
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
-	then $(PYTEST) -q -m gpu; else echo "no GPU here: skipping pytest -m gpu"; fi
+	then MOE_TESTS_MODE=gpu $(PYTEST) -q -m gpu; else echo "no GPU here: skipping pytest -m gpu"; fi
 
 bench: $(VENV)/.installed-run
 	$(BIN)/python -m moe bench --json bench.json
@@ -68,5 +85,7 @@ $(VENV)/.installed-lint: EXTRAS = dev
 $(VENV)/.installed-%: SELECTED = $(if $(strip $(EXTRAS)),[$(subst $(empty) $(empty),$(comma),$(strip $(EXTRAS)))])
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV); the first time takes minutes, most of them for torch"
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".$(SELECTED)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -e ".$(SELECTED)" & pip=$$!; \
+	while sleep 10 && kill -0 $$pip 2>/dev/null; do echo "  still installing: $$(du -sm $(VENV) | cut -f1) MB so far"; done & \
+	wait $$pip; done=$$?; kill $$! 2>/dev/null; exit $$done
 	@touch $@

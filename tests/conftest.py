@@ -60,6 +60,13 @@ MARKERS_OF_FIXTURE = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    from mode_progress import ModeProgress
+
+    if mode := os.environ.get("MOE_TESTS_MODE"):
+        config.pluginmanager.register(ModeProgress(mode, config))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for fixture, markers in MARKERS_OF_FIXTURE.items():

@@ -1,0 +1,153 @@
+"""Every kernel once, in the mode that runs it: `make smoke`, in a minute or two. What is wrong with one all over shows here."""
+
+import ast
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from closeness import assert_close_to_exact
+from problems import experts_in_float64, make_problem, random_topk
+
+import moe
+from moe import MoEConfig, reference_pipeline
+from moe.fused.few_tokens.config import FewTokenConfig
+from moe.permute.config import PermuteConfig
+from moe.permute.reference import plan_permutation_reference
+
+LAYER = MoEConfig.create(hidden_size=128, intermediate_size=64, num_experts=8, top_k=2)
+IS_SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+COMPILED_ONLY = {"swapped_gemm1_kernel", "swapped_gemm2_kernel", "wide_gemm1_kernel", "wide_gemm2_kernel"}
+RUN = {
+    *(
+        "plan_kernel",
+        "count_kernel",
+        "scan_kernel",
+        "place_kernel",
+        "finalize_kernel",
+        "topk_kernel",
+        "plan_units_kernel",
+    ),
+    *("portable_gemm1_kernel", "portable_gemm2_kernel", "few_token_gemm1_kernel", "few_token_gemm2_finalize_kernel"),
+}
+
+if IS_SIMULATED:
+    import emulation.numba_launch  # noqa: F401
+
+
+def test_no_kernel_is_left_out():
+    package = Path(moe.__file__).parent
+    trees = [ast.parse(path.read_text()) for path in package.rglob("*_kernel.py")]
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    kernels = {node.name for node in functions if node.name.endswith("_kernel") and not node.name.startswith("build_")}
+    assert kernels == COMPILED_ONLY | RUN
+
+
+def test_references_give_the_layer():
+    problem = make_problem(LAYER, 9)
+    pipeline = reference_pipeline(LAYER)
+    topk = pipeline.route(problem.logits)
+    exact = experts_in_float64(topk, problem.hidden_states, problem.w1, problem.w2)
+    output = pipeline(problem.logits, problem.hidden_states, problem.w1, problem.w2)
+    assert_close_to_exact(output, output, exact)
+
+
+def test_the_portable_gemms_and_finalize_give_the_layer(triton_device, poisoned_memory):
+    from moe.gemm.portable.gemm1 import portable_gemm1
+    from moe.gemm.portable.gemm2 import portable_gemm2
+    from moe.permute.finalize import finalize_tokens
+    from moe.permute.triton_plan import plan_permutation
+
+    problem = make_problem(LAYER, 9, device=triton_device)
+    topk = random_topk(9, 8, 2, device=triton_device)
+    permutation = plan_permutation(topk, config=LAYER.permute)
+    activation = portable_gemm1(problem.hidden_states, problem.w1, permutation, config=LAYER.gemm1)
+    rows = portable_gemm2(activation, problem.w2, permutation, config=LAYER.gemm2)
+    output = finalize_tokens(rows, topk, permutation, config=LAYER.finalize)
+    assert_is_the_layer(output, topk, problem)
+
+
+def test_the_few_token_kernels_give_the_layer(triton_device, poisoned_memory):
+    from moe.fused.few_tokens.experts import few_token_experts
+
+    problem = make_problem(LAYER, 3, device=triton_device)
+    topk = random_topk(3, 8, 2, device=triton_device)
+    config = FewTokenConfig(num_experts=8, top_k=2, gemm1=LAYER.gemm1, gemm2=LAYER.gemm2)
+    output = few_token_experts(topk, problem.hidden_states, problem.w1, problem.w2, config=config)
+    assert_is_the_layer(output, topk, problem)
+
+
+def assert_is_the_layer(output, topk, problem):
+    tensors = topk, problem.hidden_states, problem.w1, problem.w2
+    assert_close_to_exact(output, reference_pipeline(LAYER).run_experts(*tensors), experts_in_float64(*tensors))
+
+
+@pytest.mark.parametrize("max_slots", [4096, 8], ids=["one-launch", "three-launches"])
+def test_the_planner_in_triton_places_every_slot(triton_device, max_slots, monkeypatch):
+    from moe.permute import triton_plan
+
+    monkeypatch.setattr(triton_plan, "CHUNKING", replace(triton_plan.CHUNKING, max_slots_in_one_launch=max_slots))
+    assert_plans_alike(triton_plan.plan_permutation, 5, 4, triton_device)
+
+
+@pytest.mark.parametrize("max_slots", [16384, 8], ids=["one-launch", "two-launches"])
+def test_the_planner_in_numba_places_every_slot(numba_device, max_slots, monkeypatch):
+    from moe.permute import numba_plan
+
+    monkeypatch.setattr(numba_plan, "CHUNKING", replace(numba_plan.CHUNKING, max_slots_in_one_launch=max_slots))
+    assert_plans_alike(numba_plan.numba_plan_permutation, 5, 4, numba_device)
+
+
+def assert_plans_alike(plan, num_tokens, top_k, device):
+    config = PermuteConfig(num_experts=8, num_local_experts=8, top_k=top_k)
+    topk = random_topk(num_tokens, 8, top_k, device=device)
+    made, wanted = plan(topk, config=config), plan_permutation_reference(topk, config=config)
+    assert torch.equal(made.row_of_slot, wanted.row_of_slot)
+    assert (int(made.num_rows), int(made.num_tiles)) == (int(wanted.num_rows), int(wanted.num_tiles))
+
+
+def test_routing_chooses_as_the_reference(numba_device):
+    from moe.routing.reference import select_experts_reference
+    from moe.routing.topk import select_experts
+
+    logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).to(numba_device)
+    chosen, wanted = (select(logits, config=LAYER.routing) for select in (select_experts, select_experts_reference))
+    assert torch.equal(chosen.expert_ids, wanted.expert_ids)
+
+
+@pytest.mark.skipif(IS_SIMULATED or IS_INTERPRETED, reason="an emulation compiles nothing")
+@pytest.mark.parametrize("family", ["swapped", "wide"])
+def test_the_hopper_gemms_compile(family):
+    from emulation.offline_driver import offline_gpu
+    from gemm.hopper.cases import permutation_of_counts
+    from gemm.hopper.offline import empty
+
+    from moe.gemm.swapped.gemm1 import swapped_gemm1
+    from moe.gemm.swapped.gemm2 import swapped_gemm2
+    from moe.gemm.wide.gemm1 import wide_gemm1
+    from moe.gemm.wide.gemm2 import wide_gemm2
+
+    gemm1, gemm2 = {"swapped": (swapped_gemm1, swapped_gemm2), "wide": (wide_gemm1, wide_gemm2)}[family]
+    layer = MoEConfig.create(hidden_size=256, intermediate_size=128, num_experts=4, top_k=2)
+    permutation = permutation_of_counts([70, 0, 9, 64], 64, 80)
+    with offline_gpu(arch=90) as gpu:
+        rows = gemm1(empty(80, 256), empty(*layer.gemm1.weight_shape), permutation, config=layer.gemm1)
+        gemm2(rows, empty(*layer.gemm2.weight_shape), permutation, config=layer.gemm2)
+    names = [launch.report.name for launch in gpu.launches]
+    assert [name for name in names if family in name] == [f"{family}_gemm1_kernel", f"{family}_gemm2_kernel"]
+    assert all(launch.report.spill_bytes == 0 for launch in gpu.launches)
+
+
+def test_units_are_planned(triton_device):
+    from gemm.hopper.cases import permutation_of_counts
+
+    from moe.gemm.hopper.problem import WIDE_UNITS
+    from moe.gemm.hopper.work_units import plan_units, plan_units_reference
+
+    permutation = permutation_of_counts([70, 0, 9, 64], 64, 80, device=triton_device)
+    made, wanted = plan_units(permutation, WIDE_UNITS), plan_units_reference(permutation, WIDE_UNITS)
+    num_units = int(wanted.counts[0])
+    assert made.counts.tolist() == wanted.counts.tolist()
+    assert torch.equal(made.records[:, :num_units].cpu(), wanted.records[:, :num_units])
