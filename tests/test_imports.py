@@ -24,7 +24,7 @@ LEVELS = (
     {"pipeline"},
     {"compose"},
     {"training", "tuning"},
-    {"parallel"},  # runs its experts as the tuning tables say
+    {"parallel", "operators"},  # run experts as the tuning tables say
     {"trtllm", "cli"},
     {"integrations", "testing"},
     {"__init__", "__main__"},

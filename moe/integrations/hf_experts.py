@@ -1,0 +1,226 @@
+"""What an experts module of transformers computes, and whether the layer computes the same from its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from moe.checks import is_quantised
+from moe.expert_ids import ID_DTYPES
+from moe.gemm.config import DIM_MULTIPLE, ActivationType, WeightLayout
+
+OTHERWISE = "leave this model on another experts_implementation, such as 'grouped_mm'"
+DEQUANTISE = (
+    "dequantise the weights with their scales (model.dequantize(), or dequantize=True in the quantization_config that it "
+    f"is loaded with), or {OTHERWISE}"
+)
+_W1 = "weights (gate_up_proj or up_proj)"
+_PLAIN_TYPES = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)  # isinstance would let quantised subclasses through
+
+
+class Gate(NamedTuple):
+    """SwiGLU's parameters, of all experts alike; None as in SwigluParams."""
+
+    alpha: float | None = None
+    beta: float | None = None
+    clamp_limit: float | None = None
+
+
+class Form(NamedTuple):  # a tuple, which torch.compile can follow
+    """What the experts compute, by the layer's names."""
+
+    activation: ActivationType
+    layout: WeightLayout
+    gate: Gate
+
+
+def form_of(experts: nn.Module, path: str) -> Form:
+    """What the experts compute.
+
+    Raises:
+        ValueError: anything but W2 act(gate) * up with a gate that the layer has, or W2 relu(up)^2 without one.
+    """
+    has_gate = getattr(experts, "has_gate", True)
+    expect_not_quantised(experts, path)
+    wanted = {"has_bias": False, "has_post_expert_norm": False}
+    if has_gate:
+        wanted["is_concatenated"] = True
+    for name, value in wanted.items():
+        if getattr(experts, name, value) != value:
+            raise ValueError(f"{path}.{name}: expected {value}, got {not value}; {OTHERWISE}")
+    layout = WeightLayout.MajorMn if experts.is_transposed else WeightLayout.MajorK
+    activation = getattr(experts, "act_fn", None)
+    # By module and not by import: this runs each call, compiled ones included.
+    if has_gate and cast(Any, type(experts))._apply_gate.__module__ != "transformers.integrations.moe":
+        return Form(ActivationType.Swiglu, layout, _own_gate_of(experts, path))
+    is_known = _is_silu if has_gate else _is_squared_relu
+    if not is_known(activation):
+        raise ValueError(
+            f"{path}.act_fn: expected {'silu' if has_gate else 'squared relu'}, got {_name_of(activation)}; {OTHERWISE}"
+        )
+    return Form(ActivationType.Swiglu if has_gate else ActivationType.Relu2, layout, Gate())
+
+
+def weights_of(experts: nn.Module) -> tuple[Tensor, Tensor]:
+    w1 = experts.gate_up_proj if getattr(experts, "has_gate", True) else experts.up_proj
+    return cast(Tensor, w1), cast(Tensor, experts.down_proj)
+
+
+def expect_weights(experts: nn.Module, path: str, gathered_dtype: torch.dtype | None = None) -> None:
+    """Raise unless the weights will be plain bfloat16 of sizes that the kernels take, when they are called.
+
+    Args:
+        gathered_dtype: what fully_shard makes of them for a call; None where they are not sharded by it.
+    """
+    w1, w2 = weights_of(experts)
+    for name, weights in ((_W1, w1), ("down_proj", w2)):
+        if weights.dim() != 3:
+            raise ValueError(
+                f"{path}: expected {name} [E, rows, columns], got {list(weights.shape)}: sharded or flattened by a wrapper? "
+                "Call use_moe before the model is wrapped, or shard it by torch's fully_shard"
+            )
+    if gathered_dtype is None:
+        _expect_plain(path, {_W1: w1, "down_proj": w2})
+    elif gathered_dtype != torch.bfloat16:
+        raise ValueError(
+            f"{path}: expected weights that fully_shard gathers in bfloat16, got {gathered_dtype}; pass "
+            f"mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16) to it, or {OTHERWISE}"
+        )
+    if any(size % DIM_MULTIPLE for size in w2.shape[1:]):
+        raise ValueError(
+            f"{path}: expected hidden and intermediate sizes that are multiples of {DIM_MULTIPLE}, got down_proj "
+            f"{list(w2.shape)}; {OTHERWISE}"
+        )
+
+
+def expect_tensors(path: str, hidden_states: Tensor, w1: Tensor, w2: Tensor) -> None:
+    """Raise unless the tensors are plain, bfloat16, and need no gradient."""
+    tensors = {"hidden_states": hidden_states, _W1: w1, "down_proj": w2}
+    _expect_plain(path, tensors)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
+        name = next(name for name, tensor in tensors.items() if tensor.requires_grad)
+        raise ValueError(
+            f"{path}: forward only: expected no gradient, but {name} asks for one and gradients are enabled (the "
+            "parameters of every freshly loaded model do); run the model under torch.no_grad() or "
+            "torch.inference_mode(), and train with experts_implementation='grouped_mm'"
+        )
+
+
+def expect_choice(path: str, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+    """Raise unless ids are whole numbers and weights are not: swapped arguments, masks and one-hot rows are neither."""
+    if top_k_index.dtype not in ID_DTYPES:
+        raise ValueError(
+            f"{path}: expected top_k_index [T, K] of an integer dtype, got {top_k_index.dtype}; pass the ids of the experts"
+        )
+    if not top_k_weights.is_floating_point():
+        raise ValueError(
+            f"{path}: expected top_k_weights [T, K] of a floating dtype, got {top_k_weights.dtype}; convert it with .float()"
+        )
+
+
+def expect_not_quantised(experts: nn.Module, path: str) -> None:
+    """Raise for weights that mean something with their scales only."""
+    for name in ("gate_up_proj", "up_proj", "down_proj"):
+        weights = getattr(experts, name, None)
+        if isinstance(weights, Tensor) and is_quantised(weights.dtype):
+            raise ValueError(
+                f"{path}: expected {name} in bfloat16, got {weights.dtype} ({type(experts).__name__}), whose numbers are "
+                f"quantised; {DEQUANTISE}"
+            )
+
+
+def _expect_plain(path: str, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float32 and autocasts_to_bfloat16(tensor.device):
+            continue
+        if tensor.dtype != torch.bfloat16:
+            raise ValueError(
+                f"{path}: expected {name} in bfloat16, got {tensor.dtype}; load the model with dtype=torch.bfloat16, call "
+                "it under torch.autocast to bfloat16, shard it first by fully_shard with "
+                f"mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16), or {OTHERWISE}"
+            )
+        if type(tensor) not in _PLAIN_TYPES:
+            raise ValueError(
+                f"{path}: expected {name} to be a plain tensor, got {type(tensor).__name__}; load the model without "
+                f"quantisation and without tensor parallelism of its experts, or {OTHERWISE}"
+            )
+
+
+def autocasts_to_bfloat16(device: torch.device) -> bool:
+    """Whether matrices are multiplied in bfloat16 by torch.autocast here."""
+    if device.type == "meta":  # which autocast does not know
+        return False
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
+
+
+# class, its activation and its numbers -> the gate that it computes; None where the layer has none like it
+_OWN_GATES: dict[tuple[object, ...], Gate | None] = {}
+
+
+def _own_gate_of(experts: nn.Module, path: str) -> Gate:
+    """The layer's gate that does what the module's own `_apply_gate` does."""
+    limit = getattr(experts, "swiglu_limit", getattr(experts, "limit", None))
+    alpha = getattr(experts, "swiglu_alpha", getattr(experts, "alpha", None))
+    key = (type(experts), _name_of(getattr(experts, "act_fn", None)), limit, alpha)
+    if key not in _OWN_GATES:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"{path}._apply_gate: expected a gate that was tried before; call check_model, then compile"
+            )
+        _OWN_GATES[key] = next((gate for gate in _gates(limit, alpha) if _is_gate_of(experts, gate)), None)
+    gate = _OWN_GATES[key]
+    if gate is None:
+        raise ValueError(
+            f"{path}._apply_gate: expected silu(gate) * up, or SwiGLU with a limit, alpha and up + 1, got a gate of its "
+            f"own; {OTHERWISE}"
+        )
+    return gate
+
+
+def _gates(limit: object, alpha: object) -> Iterator[Gate]:
+    numbers = (
+        value if isinstance(value, (int, float)) and not isinstance(value, bool) else None for value in (alpha, limit)
+    )
+    alpha, limit = next(numbers), next(numbers)
+    for clamp_limit in dict.fromkeys((None, limit)):
+        for factor in dict.fromkeys((None, alpha)):
+            for beta in (None, 1.0):
+                yield Gate(factor, beta, clamp_limit)
+
+
+def _is_gate_of(experts: nn.Module, gate: Gate) -> bool:
+    """Whether the module's gate does what `gate` does, tried on numbers of all sizes that matter in float32."""
+    line = torch.linspace(-24, 24, 97)
+    pairs = torch.cartesian_prod(line, line)  # [N, 2]
+    gates, ups = pairs.T.reshape(2, -1, 97)
+    try:
+        with torch.no_grad():
+            own = cast(Any, experts)._apply_gate(torch.cat((gates, ups), dim=-1))
+    except Exception:  # whatever code of somebody else raises: it is not the function
+        return False
+    return own.shape == gates.shape and torch.allclose(
+        own.double(), _gated(gates.double(), ups.double(), gate), 1e-4, 1e-5
+    )
+
+
+def _gated(gate: Tensor, up: Tensor, numbers: Gate) -> Tensor:
+    if numbers.clamp_limit is not None:
+        gate, up = gate.clamp(max=numbers.clamp_limit), up.clamp(-numbers.clamp_limit, numbers.clamp_limit)
+    return gate * torch.sigmoid((numbers.alpha or 1.0) * gate) * (up + (numbers.beta or 0.0))
+
+
+def _is_silu(activation: Any) -> bool:
+    return activation is nn.functional.silu or type(activation).__name__ in ("SiLU", "SiLUActivation")
+
+
+def _is_squared_relu(activation: Any) -> bool:
+    return type(activation).__name__ == "ReLUSquaredActivation"
+
+
+def _name_of(function: Callable[..., Any] | None) -> str:
+    return getattr(function, "__name__", type(function).__name__)

@@ -1,0 +1,120 @@
+"""The layer as operators of torch: what compiled, exported and fake-tensor programs call in the place of Python code."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, library
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from moe.config import MoEConfig
+from moe.expert_ids import as_int32_ids
+from moe.flow import SwigluParams, TopK
+from moe.gemm.config import WeightFormat, WeightLayout
+from moe.tuning.tuned import TunedPipeline, tuned_pipeline
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a call with this tensor only asks what its result would be: then the operator answers, and no code of ours runs."""
+    return (
+        torch.compiler.is_compiling()
+        or tensor.device.type == "meta"
+        or isinstance(tensor, (FakeTensor, FunctionalTensor))
+    )
+
+
+def run_experts(
+    hidden_states: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    activation: int,
+    weight_layout: int,
+    is_batch_invariant: bool,
+    alpha: float | None = None,
+    beta: float | None = None,
+    clamp_limit: float | None = None,
+) -> Tensor:
+    """Chosen experts whose weights are all here: hidden_states [..., H] bfloat16 -> the same shape.
+
+    Args:
+        expert_ids: [T, K] of any integer dtype; ids outside [0, E) are skipped.
+        expert_weights: [T, K] of any floating dtype.
+        w1, w2: bfloat16, MajorK or MajorMn.
+        activation, weight_layout: numbers of ActivationType and WeightLayout.
+        alpha, beta, clamp_limit: as in SwigluParams, of all experts alike.
+    """
+    num_local_experts, hidden_size, intermediate_size = w2.shape
+    if weight_layout == WeightLayout.MajorMn:
+        hidden_size, intermediate_size = intermediate_size, hidden_size
+    device = hidden_states.device
+    pipeline = _pipeline(
+        hidden_size,
+        intermediate_size,
+        num_local_experts,
+        expert_ids.shape[-1],
+        activation,
+        weight_layout,
+        is_batch_invariant,
+        device,
+    )
+    if expert_weights.dtype not in (torch.bfloat16, torch.float32):
+        expert_weights = expert_weights.float()
+    topk = TopK(as_int32_ids(expert_ids, num_local_experts), expert_weights.contiguous())
+    swiglu = None
+    if alpha is not None or beta is not None or clamp_limit is not None:
+        parameters = (_of_all_experts(value, num_local_experts, device) for value in (alpha, beta, clamp_limit))
+        swiglu = SwigluParams(*parameters)
+    output = pipeline.run_experts(topk, hidden_states.reshape(-1, hidden_size).contiguous(), w1, w2, swiglu=swiglu)
+    return output.view(hidden_states.shape)
+
+
+_run_experts_operator = library.custom_op("moe::run_experts", run_experts, mutates_args=())
+
+
+@_run_experts_operator.register_fake
+def _(hidden_states: Tensor, *_others: object) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@cache
+def _pipeline(
+    hidden_size: int,
+    intermediate_size: int,
+    num_local_experts: int,
+    top_k: int,
+    activation: int,
+    weight_layout: int,
+    is_batch_invariant: bool,
+    device: torch.device,
+) -> TunedPipeline:
+    config = MoEConfig.create(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        # A rank may hold fewer experts than a token chooses; the ids beyond its own are then experts elsewhere.
+        num_experts=max(num_local_experts, top_k),
+        num_local_experts=num_local_experts,
+        top_k=top_k,
+        activation=activation,
+        weight_format=WeightFormat(layout=WeightLayout(weight_layout)),
+        is_batch_invariant=is_batch_invariant,
+    )
+    return tuned_pipeline(config, device)
+
+
+def _of_all_experts(value: float | None, num_experts: int, device: torch.device) -> Tensor | None:
+    """[E] float32, kept, unless a CUDA graph is captured: it would own the memory."""
+    if value is None:
+        return None
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _filled.__wrapped__(value, num_experts, device)
+    return _filled(value, num_experts, device)
+
+
+@cache
+def _filled(value: float, num_experts: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it may be read under any mode
+        return torch.full((num_experts,), value, dtype=torch.float32, device=device)
