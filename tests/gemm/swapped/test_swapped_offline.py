@@ -1,4 +1,4 @@
-"""What ptxas makes of the swapped GEMMs, and where their boxes of weights come from."""
+"""What ptxas makes of the swapped GEMMs: no spills, wgmma that overlaps, copies that are asynchronous."""
 
 from dataclasses import replace
 
@@ -10,21 +10,14 @@ from gemm.hopper.offline import NUM_SMS, assert_overlaps_without_spills, empty
 from triton import knobs
 
 from moe.flow import SwigluParams
-from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, WeightFormat, WeightLayout
+from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, WeightFormat
 from moe.gemm.hopper.work_units import plan_units_reference
 from moe.gemm.swapped.gemm1 import swapped_gemm1
 from moe.gemm.swapped.gemm2 import swapped_gemm2
-from moe.gemm.swapped.tile import SWAPPED_UNITS, weight_boxes
-from moe.gemm.weight_format import pack_weights
+from moe.gemm.swapped.tile import SWAPPED_UNITS
 
 pytestmark = pytest.mark.skipif(knobs.runtime.interpret, reason="nothing is compiled in the interpreter")
 
-FORMATS = {
-    "huggingface": WeightFormat(),
-    "flashinfer": FLASHINFER,
-    "shuffled_MajorK": WeightFormat(is_shuffled=True),
-    "BlockMajorK": WeightFormat(layout=WeightLayout.BlockMajorK),
-}
 COMPILED = {"huggingface-tile_rows16": (WeightFormat(), 16), "flashinfer-tile_rows64": (FLASHINFER, 64)}
 
 
@@ -98,38 +91,3 @@ def test_dependent_gemms_compile_alike(has_units):
         "cp.async.bulk.prefetch.L2.global" in text for text in gemms[0].report.ptx.split("griddepcontrol.wait")
     ]
     assert prefetches == [True, False]
-
-
-@pytest.mark.parametrize("is_gated", [True, False], ids=["gated", "not_gated"])
-@pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS)
-def test_boxes_hold_weight_rows_in_logical_order(weight_format, is_gated):
-    """Each element that a box names, by the descriptor's shape and strides, is the logical weight's."""
-    in_features, out_features = 128, 256
-    activation = ActivationType.Swiglu if is_gated else None
-    config = GemmConfig(
-        num_experts=2,
-        in_features=in_features,
-        out_features=out_features,
-        activation=activation,
-        weight_format=weight_format,
-    )
-    logical = torch.arange(2 * config.weight_rows * in_features, dtype=torch.int32).view(2, -1, in_features)
-    packed = pack_weights(logical, weight_format, is_gated=is_gated)
-    boxes = weight_boxes(packed.bfloat16(), config)
-    expert, first_k, first_column = 1, 64, 64 if is_gated else 128
-    rows_of_column = 2 if is_gated and weight_format.is_shuffled else 1
-    outer, k = (expert * 2 + 1, 0) if weight_format.layout is WeightLayout.BlockMajorK else (expert, first_k)
-    row = outer * config.weight_rows + first_column * rows_of_column
-    start = [row // 32, 0, 0] if weight_format.is_shuffled else [row]
-    if is_gated:
-        start = [0, row // 32, 0, 0] if weight_format.is_shuffled else [0, row]
-    start.append(k)
-    first = sum(coordinate * stride for coordinate, stride in zip(start, boxes.strides))
-    assert all(c + size <= limit for c, size, limit in zip(start, boxes.box, boxes.shape))
-    box = packed.flatten().as_strided(boxes.box, boxes.strides, first).reshape(128, 64)
-    columns = slice(first_column, first_column + (64 if is_gated else 128))
-    expected = [logical[expert, columns, first_k : first_k + 64]]
-    if is_gated:
-        up = logical[expert, out_features:][columns, first_k : first_k + 64]
-        expected = [*expected, up] if weight_format.gate_up_order == "gate_up" else [up, *expected]
-    assert torch.equal(box, torch.cat(expected))
