@@ -46,7 +46,8 @@ examples:
 BENCH_EXAMPLES = """\
 examples:
   python -m moe bench --model sonic-7b olmoe-1b-7b --tokens 1 128 2048
-  python -m moe bench --model olmoe-1b-7b --json bench.json --plot bench.svg"""
+  python -m moe bench --model olmoe-1b-7b --json bench.json --plot bench.svg
+  python -m moe bench --stage gemm2=mine.py:my_gemm2 --model sonic-7b"""
 LAUNCHES_EXAMPLES = """\
 example:
   python -m moe launches --model qwen3-30b-a3b --tokens 1 64"""
@@ -93,6 +94,11 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="write all values to this file as well")
     bench.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw the roofline and time by tokens (needs matplotlib)"
+    )
+    bench.add_argument(
+        "--stage",
+        metavar="STAGE=MODULE:FUNCTION",
+        help="check and time a stage of your own, as gemm2=my.module:my_gemm2, beside ours; MODULE may be a file.py",
     )
     bench.add_argument(
         "--turns",

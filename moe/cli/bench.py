@@ -64,7 +64,7 @@ def measure_all(
         num_turns: of what is timed beside the layer; 0 leaves that out.
     """
     for named in named_layers:
-        fitting = _fitting(named, token_counts, device, progress)
+        fitting = fitting_tokens(named, token_counts, device, progress)
         if not fitting:
             continue
         layer = make_layer(named, device, seed=seed, progress=progress)
@@ -81,7 +81,9 @@ def measure_all(
         del layer
 
 
-def _fitting(named: NamedLayer, token_counts: Sequence[int], device: torch.device, progress: Progress) -> list[int]:
+def fitting_tokens(
+    named: NamedLayer, token_counts: Sequence[int], device: torch.device, progress: Progress
+) -> list[int]:
     """The token counts, each once, that fit what is free before anything is made."""
     fitting = []
     for num_tokens in dict.fromkeys(token_counts):

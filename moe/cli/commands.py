@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from moe.cli.bench import measure_all, print_bench
+from moe.cli.bench import bench_unit, fitting_tokens, measure_all, print_bench
 from moe.cli.beside import tuned_layer
 from moe.cli.layer import NamedLayer, layers_of, make_layer
 from moe.cli.machine import (
@@ -19,9 +19,10 @@ from moe.cli.machine import (
     pick_device,
 )
 from moe.cli.memory import expect_memory
+from moe.cli.own_stage import OwnStage, measure_stage, read_stage, stage_table
 from moe.cli.plot import expect_plot
 from moe.cli.progress import Progress
-from moe.cli.result_file import ResultFile
+from moe.cli.result_file import ResultFile, today
 from moe.cli.run import measure_layer, report_json, report_text
 from moe.cli.text import wrap
 from moe.shapes import NAMED_SHAPES
@@ -55,16 +56,21 @@ def run_command(options: argparse.Namespace) -> int:
 
 def bench_command(options: argparse.Namespace) -> int:
     layers = layers_of(options.model or [], options.config, options.format)
+    own = None if options.stage is None else read_stage(options.stage)
+    if own is not None and options.plot is not None:
+        raise UnfitMachine("--plot: draws whole layers; with --stage, write --json instead")
     if options.plot is not None:
         expect_plot(options.plot)
     json_file = None if options.json is None else ResultFile("--json", options.json)
     device = pick_device(options.device)
-    if not layers and device.type != "cuda":
+    if not (layers or own) and device.type != "cuda":
         raise UnfitMachine(
             "bench: expected --model or --config on a CPU, got none; all models would take hours, so name some"
         )
     with Progress(shows_details=False) as progress:
         peaks = _measure_peaks(device, progress)
+        if own is not None:
+            return _bench_stage(own, layers, device, peaks, json_file, options, progress)
         lines = measure_all(
             layers or layers_of(list(NAMED_SHAPES), None, options.format),
             options.tokens,
@@ -76,6 +82,39 @@ def bench_command(options: argparse.Namespace) -> int:
             num_turns=options.turns,
         )
         return 0 if print_bench(lines, peaks, device, progress, json_file, options.plot) else 1
+
+
+def _bench_stage(
+    own: OwnStage,
+    layers: list[NamedLayer],
+    device: torch.device,
+    peaks: Peaks,
+    json_file: ResultFile | None,
+    options: argparse.Namespace,
+    progress: Progress,
+) -> int:
+    unit = bench_unit(device)
+    results: list[dict[str, object]] = []
+    machine = info_json(describe_machine(device))
+    is_good = True
+    for named in layers or layers_of([DEFAULT_MODEL], None, options.format):
+        token_counts = fitting_tokens(named, options.tokens, device, progress)
+        if not token_counts:
+            continue
+        layer = make_layer(named, device, seed=options.seed, progress=progress)
+        lines = []
+        for num_tokens in token_counts:
+            chosen = layer if options.untuned else tuned_layer(layer, num_tokens)
+            chance = {"routing": options.routing, "seed": options.seed}
+            lines.append(measure_stage(own, chosen, num_tokens, **chance, num_turns=options.turns, progress=progress))
+            is_good &= lines[-1].accuracy.is_good
+            results.append(lines[-1].report(peaks))
+            if json_file is not None:
+                json_file.write({"machine": machine, "date": today(), "results": results})
+        head = f"{named.name}, {own.name} by {own.source.partition('=')[2]}, {unit.name}"
+        progress.result(f"\n{head}\n{stage_table(lines, peaks, unit)}")
+    is_written = json_file is None or json_file.is_written(progress)
+    return 0 if is_good and is_written else 1
 
 
 def launches_command(options: argparse.Namespace) -> int:
