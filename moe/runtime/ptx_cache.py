@@ -16,7 +16,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from moe.runtime.cache_folder import cache_folder, can_write, replace_file
+from moe.runtime.cache_folder import cache_folder, can_write, make_folder, replace_file, warn_not_kept
 
 MAX_FILES = 512  # a kernel takes 20 to 200 KB
 _COMPILERS = ("numba", "numba-cuda", "llvmlite")
@@ -69,11 +69,12 @@ def _read(path: Path) -> str | None:
 
 def _write(path: Path, ptx: str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         replace_file(path, f"// {_hash(ptx)}\n{ptx}")
         _remove_oldest(path.parent)
-    except OSError:
-        pass  # the next process makes it again
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        warn_not_kept(path.parent, reason, "each process makes the PTX of its kernels again, 2 to 4 s a kernel")
 
 
 def _remove_oldest(folder: Path) -> None:

@@ -13,8 +13,10 @@ from moe.tuning.buckets import bucket_of
 from moe.tuning.choice import TuningChoice
 from moe.tuning.gpu import GpuModel
 from moe.tuning.table import (
+    Entries,
     LayerKey,
     TableEntry,
+    by_layer,
     load_table,
     merge_into,
     shipped_table_path,
@@ -48,7 +50,7 @@ class Tables:
 
     def add(self, gpu: GpuModel, entries: Iterable[TableEntry]) -> None:
         with self._lock:
-            self._choices_of_gpu[gpu] = {**self.of(gpu), **_by_layer(entries)}
+            self._choices_of_gpu[gpu] = {**self.of(gpu), **_choices_by_layer(entries)}
             self.generation += 1
 
     def refresh(self, gpu: GpuModel) -> None:
@@ -85,10 +87,26 @@ def is_tuned(config: MoEConfig, bucket: int, device: torch.device | str | GpuMod
     return (LayerKey.of(config), bucket) in TABLES.of(_gpu_of(device))
 
 
-def remember(gpu: GpuModel, entries: Iterable[TableEntry]) -> None:
-    """Add entries to the user's table, and use them in this process from now on, even where the file cannot be written."""
-    table = merge_into(user_table_path(gpu), gpu, entries)
+def remember(gpu: GpuModel, entries: Iterable[TableEntry], *, seen: Entries | None = None) -> list[TableEntry]:
+    """Add entries to the user's table, and use it in this process from now on, even where the file cannot be written.
+
+    Args:
+        seen: as in `merge_into`.
+
+    Returns:
+        What counts for the layers and buckets of these entries now: other processes' entries where those were first.
+    """
+    entries = list(entries)
+    table = merge_into(user_table_path(gpu), gpu, entries, seen=seen)
     TABLES.add(gpu, table.entries)
+    stands = by_layer(table.entries)
+    return [stands[entry.key, entry.bucket] for entry in entries]
+
+
+def users_entries(gpu: GpuModel) -> Entries:
+    """What the user's table holds at this moment."""
+    table = load_table(user_table_path(gpu), gpu, report=_LOGGER.debug)
+    return by_layer(table.entries) if table else {}
 
 
 def forget_tables() -> None:
@@ -106,9 +124,9 @@ def _load(gpu: GpuModel) -> Choices:
     choices: dict[tuple[LayerKey, int], TuningChoice] = {}
     for table in (shipped, users):
         if table is not None:
-            choices |= _by_layer(table.entries)
+            choices |= _choices_by_layer(table.entries)
     return choices
 
 
-def _by_layer(entries: Iterable[TableEntry]) -> dict[tuple[LayerKey, int], TuningChoice]:
+def _choices_by_layer(entries: Iterable[TableEntry]) -> dict[tuple[LayerKey, int], TuningChoice]:
     return {(entry.key, entry.bucket): entry.choice for entry in entries}

@@ -12,7 +12,7 @@ from functools import partial
 from statistics import median
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import Tensor
 
 from moe.checks import expect_count
@@ -21,12 +21,12 @@ from moe.config import MoEConfig
 from moe.gemm.checks import check_weights
 from moe.permute.compile_ahead import CompilingAhead
 from moe.pipeline import MoEPipeline
-from moe.runtime.cache_folder import cache_folder, can_write
+from moe.runtime.cache_folder import cache_folder, can_write, file_lock
 from moe.tuning.buckets import BUCKETS, bucket_of, buckets_up_to
 from moe.tuning.candidates import Candidates, kernels_on, left_to_the_model
 from moe.tuning.choice import TuningChoice
 from moe.tuning.gpu import GpuModel
-from moe.tuning.lookup import TABLES, is_tuned, remember
+from moe.tuning.lookup import TABLES, is_tuned, remember, users_entries
 from moe.tuning.measure import measure_us
 from moe.tuning.problem import ERROR_LIMIT, Problem, make_problem, make_weights
 from moe.tuning.table import LayerKey, TableEntry
@@ -70,7 +70,8 @@ def tune(
         force: tune also buckets that the tables hold.
 
     Returns:
-        The entries of the buckets that were tuned now; none for those that were before.
+        The entries of the buckets that were tuned now; none for those that were before. Where another process that tuned
+        the same at the same time, on another GPU, wrote its entry first, that one: all processes take one choice.
 
     Raises:
         TypeError: a config that is none, a number that is no int.
@@ -144,7 +145,7 @@ def _only_search_on(device: torch.device, report: Report) -> Iterator[None]:
     """One search at a time on a GPU, in this process and others: two would time one another."""
     with _SEARCHING, ExitStack() as stack:
         if can_write(folder := cache_folder()):
-            lock = FileLock(folder / f"{_name_of(device)}.search.lock")
+            lock = file_lock(folder / f"{_name_of(device)}.search.lock")
             try:
                 lock.acquire(timeout=0)
                 stack.callback(lock.release)
@@ -152,8 +153,12 @@ def _only_search_on(device: torch.device, report: Report) -> Iterator[None]:
                 report(f"waiting for another process that tunes on {device}")
                 lock.acquire()
                 stack.callback(lock.release)
-            except (OSError, NotImplementedError):  # a file system without locks
-                pass
+            except (OSError, NotImplementedError) as error:  # the latter from file systems without locks
+                report(
+                    f"{lock.lock_file} cannot be locked ({error}): a second search on {device} would disturb this one"
+                )
+        else:
+            report(f"{folder} cannot be written: a second search on {device} would disturb this one")
         yield
 
 
@@ -186,10 +191,13 @@ def _tune_buckets(
             if candidates.runs_grouped:
                 planners.wait()
             report(f"{candidates.num_tokens:,} tokens, bucket {number} of {len(all_candidates)}")
+            seen = users_entries(gpu)
             entry = _tune_bucket(candidates, w1, w2, seed=seed, timer=timer, report=report)
             if entry is not None:
-                remember(gpu, [entry])
-                entries.append(entry)
+                (stands,) = remember(gpu, [entry], seen=seen)
+                if stands != entry:
+                    report(f"  another process was first: {describe(stands.choice)} counts for all")
+                entries.append(stands)
     if where.type == "cuda":
         torch.cuda.empty_cache()  # what the search allocated would else be missing to its caller
     return entries

@@ -9,17 +9,16 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe.base_config import Count, FrozenConfig
 from moe.config import MoEConfig
 from moe.gemm.config import GateUpOrder
-from moe.runtime.cache_folder import cache_folder, replace_file
+from moe.runtime.cache_folder import cache_folder, file_lock, make_folder, replace_file
 from moe.tuning.choice import TuningChoice
 from moe.tuning.gpu import KERNELS_VERSION, GpuModel, has_same_minor, torch_version, triton_version
 
@@ -118,6 +117,9 @@ class TuningTable(FrozenConfig):
         return "\n".join(["{", *lines, f'  "entries": [\n{rows}\n  ]' if rows else '  "entries": []', "}", ""])
 
 
+Entries = Mapping[tuple[LayerKey, int], TableEntry]
+
+
 class UnusableTable(ValueError):
     """A file that is no table of ours, or one whose timings do not hold here."""
 
@@ -167,8 +169,19 @@ def read_gpu(path: Path) -> GpuModel | None:
         return None
 
 
-def merge_into(path: Path, gpu: GpuModel, entries: Iterable[TableEntry], *, report: Report = warn) -> TuningTable:
+def merge_into(
+    path: Path,
+    gpu: GpuModel,
+    entries: Iterable[TableEntry],
+    *,
+    seen: Entries | None = None,
+    report: Report = warn,
+) -> TuningTable:
     """Add entries to a file, over those that it holds for the same layer and bucket, and return the whole table.
+
+    Args:
+        seen: what the file held when the search for these entries began; an entry is left out where another process has
+            written one since: of several that search at once, the first counts for all. None: these entries win.
 
     Safe with other processes that do the same, and against being killed: the file is always a whole table. One that is
     no table of ours, or whose timings do not hold any more, is renamed to end in .bak first. What cannot be written is
@@ -177,15 +190,30 @@ def merge_into(path: Path, gpu: GpuModel, entries: Iterable[TableEntry], *, repo
     entries = tuple(entries)
     path = Path(os.path.realpath(path))  # a link stays one
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT_S):
-            table = TuningTable.create(gpu, (*_kept_entries(path, gpu, report), *entries))
+        make_folder(path.parent)
+        with file_lock(f"{path}.lock", timeout=LOCK_TIMEOUT_S):
+            table = _merged(gpu, _kept_entries(path, gpu, report), entries, seen)
             replace_file(path, table.text())
             return table
     except (OSError, NotImplementedError) as error:  # the latter from file systems without locks
         report(f"{path} cannot be written, so what was tuned is lost when this process ends: {_line_of(error)}")
     known = load_table(path, gpu, report=_LOGGER.debug)
-    return TuningTable.create(gpu, (*(known.entries if known else ()), *entries))
+    return _merged(gpu, known.entries if known else (), entries, seen)
+
+
+def by_layer(entries: Iterable[TableEntry]) -> dict[tuple[LayerKey, int], TableEntry]:
+    """Entries by layer and bucket."""
+    return {(entry.key, entry.bucket): entry for entry in entries}
+
+
+def _merged(
+    gpu: GpuModel, known: Iterable[TableEntry], entries: Iterable[TableEntry], seen: Entries | None
+) -> TuningTable:
+    stands = by_layer(known)
+    for place, entry in by_layer(entries).items():
+        if seen is None or stands.get(place) == seen.get(place):
+            stands[place] = entry
+    return TuningTable.create(gpu, stands.values())
 
 
 def export_into(path: Path, gpu: GpuModel, entries: Iterable[TableEntry]) -> TuningTable:

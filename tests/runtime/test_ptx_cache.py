@@ -9,6 +9,7 @@ import torch
 import moe
 from moe.runtime import numba_launch
 from moe.runtime import ptx_cache as module
+from moe.runtime.cache_folder import warn_not_kept
 from moe.runtime.ptx_cache import cached_ptx
 
 IS_SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
@@ -71,7 +72,12 @@ def test_a_broken_file_is_made_again(fault: str, folder: Path):
 def test_nothing_is_kept_where_there_is_no_folder_to_write_to(folder: Path):
     folder.parent.write_text("a file")
     make = Maker()
-    assert [cached_ptx("plan 128", make) for _ in range(2)] == [PTX] * 2
+    warn_not_kept.cache_clear()
+    with pytest.warns(
+        UserWarning, match="cannot be written .*each process makes the PTX of its kernels again"
+    ) as caught:
+        assert [cached_ptx("plan 128", make) for _ in range(2)] == [PTX] * 2
+    assert len(caught) == 1
     assert make.num_calls == 2
     assert folder.parent.read_text() == "a file"
 

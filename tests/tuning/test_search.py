@@ -21,7 +21,7 @@ from moe.tuning.gpu import GpuModel
 from moe.tuning.lookup import forget_tables, is_tuned, look_up
 from moe.tuning.problem import make_problem, make_weights, num_sets_of
 from moe.tuning.search import tune
-from moe.tuning.table import merge_into, user_table_path
+from moe.tuning.table import load_table, merge_into, user_table_path
 
 CONFIG = MoEConfig.create(hidden_size=64, intermediate_size=32, num_experts=8, top_k=2)
 CPU = torch.device("cpu")
@@ -216,6 +216,27 @@ def test_buckets_that_another_process_adds_meanwhile_are_skipped():
         return clock(choice, calls)
 
     assert [entry.bucket for entry in tune_here(timer, [16, 64, 96])] == [16, 96]
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["first time", "anew"])
+def test_of_two_processes_that_tune_a_bucket_at_once_the_first_that_writes_counts(force: bool):
+    path, gpu = user_table_path(GpuModel.of(CPU)), GpuModel.of(CPU)
+    if force:
+        tune_here(Clock(), [64])
+    (other,) = tune_here(Clock(lambda choice: 50.0 if choice.finalize_block_h == 256 else 100.0), [16])
+    other = other.model_copy(update={"bucket": 64})
+    lines: list[str] = []
+
+    def timer(choice, calls):
+        merge_into(path, gpu, [other])  # while this process still searches
+        return 50.0 if choice.finalize_block_h == 512 else 100.0
+
+    (stands,) = tune_here(timer, [64], force=force, report=lines.append)
+    assert stands == other
+    assert look_up(CONFIG, 64, CPU) is None  # a CPU has nothing to choose
+    assert look_up(CONFIG, 64, gpu) == other.choice
+    assert [entry for entry in load_table(path, gpu).entries if entry.bucket == 64] == [other]
+    assert any("another process was first: finalize_block_h 256 counts for all" in line for line in lines)
 
 
 def test_a_search_without_a_folder_to_write_to_holds_in_this_process(

@@ -27,6 +27,7 @@ from moe.tuning.table import (
     TableEntry,
     TuningTable,
     UnusableTable,
+    by_layer,
     export_into,
     load_table,
     merge_into,
@@ -463,6 +464,25 @@ def _merge_many(path: Path, process: int) -> None:
     for number in range(MERGES):
         key = LayerKey(**dict(KEY) | {"hidden_size": 1 + process * MERGES + number})
         merge_into(path, GPU, [entry(key=key), entry(64, tuned_us=1.0 + process)])
+
+
+def _merge_one(path: Path, process: int) -> None:
+    merge_into(path, GPU, [entry(64, tuned_us=1.0 + process)], seen={})
+
+
+def test_of_processes_that_saw_no_entry_the_first_that_writes_counts(tmp_path: Path):
+    path = tmp_path / "table.json"
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_merge_one, args=(path, number)) for number in range(NUM_PROCESSES)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    (first,) = load_and_reports(path)[0].entries
+    for process in range(NUM_PROCESSES):
+        assert merge_into(path, GPU, [entry(64, tuned_us=1.0 + process)], seen={}).entries == (first,)
+    newer = entry(64, tuned_us=0.5)
+    assert merge_into(path, GPU, [newer], seen=by_layer([first])).entries == (newer,)
 
 
 def test_four_processes_that_tune_at_once_lose_nothing(tmp_path: Path):
