@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from moe.base_config import plain_error
-from moe.checks import as_float, as_int, expect, is_as_expected, plain_number
+from moe.checks import as_float, as_int, expect, plain_number
 from moe.config import NAMES_OF_FIELDS, MoEConfig, stage_fields
 from moe.flow import ExpertOutputs, SwigluParams, TopK
 from moe.gemm.config import BLOCK_MAJOR_K, ActivationType, WeightFormat, WeightLayout
@@ -323,8 +323,9 @@ _FLAT_NAMES = {
 
 
 def _hidden_size(hidden_states: Tensor) -> int:
+    """H. The pipeline checks the rest; what has no H is refused here."""
     shape: tuple[int, ...] = getattr(hidden_states, "shape", ())
-    if len(shape) != 2 or not is_as_expected(hidden_states, shape, torch.bfloat16):
+    if len(shape) != 2 or hidden_states.dtype is not torch.bfloat16 or not hidden_states.is_contiguous():
         words = {"dtype": "BF16 MoE: hidden_states must be bfloat16."}
         expect("hidden_states", hidden_states, "T H", {}, dtype=torch.bfloat16, words=words)
     return shape[1]

@@ -72,14 +72,21 @@ class TritonKernel:
         return self.kernel[grid](*arguments, *numbers, **COMPILER_OPTIONS, **self.fixed)
 
     def _launch_on(self, device_index: int, grid: Grid, tensors: Tensors, numbers: tuple[int, ...]) -> None:
-        key: list[Any] = [device_index, *[None if tensor is None else tensor.dtype for tensor in tensors]]
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        # One loop: what this takes is a third of the host's time for a launch.
+        key: list[Any] = [device_index]
+        pointers: list[int | None] = []
+        bits = 0
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+                pointers.append(None)
+            else:
+                pointer = tensor.data_ptr()
+                bits |= pointer
+                key.append(tensor.dtype)
+                pointers.append(pointer)
         for number in numbers:
             key.append(_kind_of_number(number))
-        bits = 0
-        for pointer in pointers:
-            if pointer:
-                bits |= pointer
         if bits % ALIGNMENT_BYTES:
             key += [bool(pointer and pointer % ALIGNMENT_BYTES) for pointer in pointers]
         handle = self._kept.get(tuple(key))
