@@ -50,7 +50,8 @@ def check_call(config: MoEConfig, call: LayerCall) -> None:
     config.permute.check_num_tokens(num_tokens)
     check_weights(config.gemm1, "gemm1_weights", call.w1, device)
     check_weights(config.gemm2, "gemm2_weights", call.w2, device)
-    check_swiglu(config.gemm1, call.swiglu, device)
+    if call.swiglu is not None:
+        check_swiglu(config.gemm1, call.swiglu, device)
     if call.output is not None or call.routing_replay_out is not None:
         _check_written(config, call, first_name, device)
     if torch.is_grad_enabled():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from moe.flow import SwigluParams, TopK
@@ -52,15 +53,16 @@ def launch_few_token_gemm1(
     out = hidden_states.new_empty((num_slots, config.gemm1.out_features))
     if not num_slots:
         return out
-    kernel, num_blocks = _kernel_of(config, config.uses_pdl and launches_dependents(hidden_states.device))
+    kernel, num_blocks = _kernel_of(config, hidden_states.device)
     alpha, beta, clamp_limit = (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
     kernel.launch((num_slots, num_blocks, 1), hidden_states, weights, topk.expert_ids, out, alpha, beta, clamp_limit)
     return out
 
 
 @functools.cache
-def _kernel_of(config: FewTokenConfig, uses_pdl: bool) -> tuple[TritonKernel, int]:
-    """The kernel of a config, and into how many programs it cuts a row."""
+def _kernel_of(config: FewTokenConfig, device: torch.device) -> tuple[TritonKernel, int]:
+    """The kernel of a config on a device, and into how many programs it cuts a row."""
+    uses_pdl = config.uses_pdl and launches_dependents(device)
     gemm = config.gemm1
     tile = config.slot_tile or default_slot_tile(gemm)
     strides = weight_strides(gemm)

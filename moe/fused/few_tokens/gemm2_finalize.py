@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from moe.flow import TopK
@@ -51,14 +52,15 @@ def launch_few_token_gemm2_finalize(
         output = activation.new_empty((num_tokens, config.gemm2.out_features))
     if not num_tokens:
         return output
-    kernel, num_blocks = _kernel_of(config, config.uses_pdl and launches_dependents(activation.device))
+    kernel, num_blocks = _kernel_of(config, activation.device)
     kernel.launch((num_tokens, num_blocks, 1), activation, weights, topk.expert_ids, topk.weights, output)
     return output
 
 
 @functools.cache
-def _kernel_of(config: FewTokenConfig, uses_pdl: bool) -> tuple[TritonKernel, int]:
-    """The kernel of a config, and into how many programs it cuts a row."""
+def _kernel_of(config: FewTokenConfig, device: torch.device) -> tuple[TritonKernel, int]:
+    """The kernel of a config on a device, and into how many programs it cuts a row."""
+    uses_pdl = config.uses_pdl and launches_dependents(device)
     gemm = config.gemm2
     tile = config.token_tile or default_token_tile(gemm, config.top_k, is_slice=config.is_slice)
     strides = weight_strides(gemm)
