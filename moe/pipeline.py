@@ -21,7 +21,7 @@ from moe.call import (
 from moe.config import MoEConfig
 from moe.flow import ExpertOutputs, Permutation, SwigluParams, TopK
 from moe.stages import CheckedStage, Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router
-from moe.workspace import workspace_bytes
+from moe.workspace import Workspace, workspace_of
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,16 @@ class MoEPipeline:
         return stages.gemm2(activation, call.w2, permutation), permutation
 
     def workspace_bytes(self, num_tokens: int) -> int:
-        """Upper bound in bytes on what a call over `num_tokens` tokens allocates beside its [T, H] output.
+        """Upper bound in bytes on what a call over `num_tokens` tokens allocates beside its [T, H] output, as torch counts.
 
         Raises:
             ValueError: a negative number, or more tokens than rows can be numbered for.
         """
-        return workspace_bytes(self.config, num_tokens)
+        return self.workspace(num_tokens).counted_bytes
+
+    def workspace(self, num_tokens: int) -> Workspace:
+        """The same, beside the bytes that are asked for; errors alike."""
+        return workspace_of(self.config, num_tokens)
 
     @functools.cached_property
     def _stages(self) -> _Stages:

@@ -11,6 +11,7 @@ from small_layer import SMALL, layer_on
 from torch import Tensor
 
 from moe import MoEConfig, build_pipeline, reference_pipeline
+from moe.workspace import workspace_of, workspace_of_any_choice
 
 
 def test_logits_in_the_place_of_chosen_experts_are_refused_and_the_other_way_round() -> None:
@@ -70,7 +71,29 @@ def test_workspace_holds_what_passes_between_the_stages() -> None:
     rows = pipeline.gemm2(activation, problem.w2, permutation)
     passed = [activation, rows, *vars(topk).values(), *vars(permutation).values()]
     num_bytes = sum(value.nbytes for value in passed if isinstance(value, Tensor))
-    assert num_bytes <= pipeline.workspace_bytes(3000) <= 1.02 * num_bytes
+    assert num_bytes <= pipeline.workspace(3000).asked_bytes <= 1.02 * num_bytes
+    assert pipeline.workspace_bytes(3000) == pipeline.workspace(3000).counted_bytes
+
+
+def test_blocks_that_the_allocator_leaves_whole_are_counted() -> None:
+    config = MoEConfig.create(
+        hidden_size=448, intermediate_size=136, num_experts=60, top_k=32, local_expert_offset=27, num_local_experts=30
+    )
+    most = reference_pipeline(config).workspace_bytes(384)
+    assert most >= 19_224_064  # what an H200 allocated for it: 18,919,936 were asked for
+    assert reference_pipeline(config).workspace(384).asked_bytes < most
+
+
+@pytest.mark.parametrize("num_local_experts", [1, 5, 32])
+def test_a_workspace_for_any_choice_holds_every_tile_and_every_smaller_batch(num_local_experts: int) -> None:
+    fields = SMALL | {"num_experts": 32, "num_local_experts": num_local_experts}
+    for max_num_tokens in (1, 7, 100, 5000):
+        most = workspace_of_any_choice(MoEConfig.create(**fields), max_num_tokens)
+        for num_tokens in {0, 1, max_num_tokens // 3, max_num_tokens - 1, max_num_tokens}:
+            for tile_rows in (16, 32, 64, 128, None):
+                one = workspace_of(MoEConfig.create(**fields, tile_rows=tile_rows), num_tokens)
+                assert one.asked_bytes <= most.asked_bytes
+                assert one.counted_bytes <= most.counted_bytes
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 300, 5000])

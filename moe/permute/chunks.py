@@ -39,6 +39,14 @@ class Chunking:
         is_one_launch = num_slots <= self.max_slots_in_one_launch
         return 0 if is_one_launch else self.num_columns(num_slots, num_experts) * num_experts
 
+    def most_counts(self, max_slots: int, num_experts: int) -> int:
+        """The most that `num_counts` says for up to so many slots: chunks are fewest where they have just grown."""
+        if max_slots <= self.max_slots_in_one_launch:
+            return 0
+        num_chunks = min(-(-max_slots // self.block_slots), self.max_chunks)
+        num_counts = (num_chunks + self.columns_a_load - 1) * num_experts
+        return min(num_counts, self.max_counts or num_counts)
+
 
 # About four programs for each multiprocessor of a large GPU; the counts are 4 MB at most, with 2048 experts.
 TRITON_CHUNKING = Chunking(block_slots=256, max_slots_in_one_launch=4096, max_chunks=512)

@@ -67,11 +67,13 @@ class PermuteConfig(FrozenConfig):
         num_active = min(self.num_local_experts, num_slots)
         return (num_active + (num_slots - num_active) // tile_rows) * tile_rows
 
-    def scratch_bytes(self, num_tokens: int) -> int:
-        """Bytes of the counts that a plan keeps beside its result, at the most."""
+    def scratch_bytes(self, num_tokens: int) -> tuple[int, int]:
+        """Bytes of the counts that a plan keeps beside its result, at the most: of two tensors, for up to so many tokens."""
         num_slots, num_experts = num_tokens * self.top_k, self.num_local_experts
-        in_triton = 2 * TRITON_CHUNKING.num_counts(num_slots, num_experts) + num_experts  # counts, sums and totals
-        return 4 * max(in_triton, NUMBA_CHUNKING.num_counts(num_slots, num_experts))
+        in_triton, in_numba = (
+            chunking.most_counts(num_slots, num_experts) for chunking in (TRITON_CHUNKING, NUMBA_CHUNKING)
+        )
+        return 4 * max(in_triton, in_numba), 4 * (in_triton + num_experts)  # counts; sums and totals
 
     def check(self, topk: TopK) -> None:
         """Raise unless topk has expert_ids [T, K] int32 and weights [T, K] bf16 or fp32 on one device."""

@@ -21,6 +21,7 @@ from moe.tuning.choice import names_the_chain
 from moe.tuning.gpu import GpuModel
 from moe.tuning.lookup import TABLES, look_up
 from moe.tuning.table import warn
+from moe.workspace import Workspace
 
 _REPLACEABLE = frozenset(field.name for field in dataclasses.fields(MoEPipeline)) - {"config"}
 
@@ -122,6 +123,10 @@ class TunedPipeline:
     def workspace_bytes(self, num_tokens: int) -> int:
         """As `MoEPipeline.workspace_bytes`; another number once the bucket of `num_tokens` is tuned."""
         return self.at(num_tokens).workspace_bytes(num_tokens)
+
+    def workspace(self, num_tokens: int) -> Workspace:
+        """As `MoEPipeline.workspace`; other numbers once the bucket of `num_tokens` is tuned."""
+        return self.at(num_tokens).workspace(num_tokens)
 
     def at(self, num_tokens: int) -> MoEPipeline:
         """The pipeline that runs `num_tokens` tokens, built when it is first asked for."""

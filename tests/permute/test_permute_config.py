@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.flow import TopK
-from moe.permute.chunks import NUMBA_CHUNKING, TRITON_CHUNKING
+from moe.permute.chunks import NUMBA_CHUNKING, TRITON_CHUNKING, Chunking
 from moe.permute.config import MAX_TILE_ROWS, MIN_TILE_ROWS, PermuteConfig
 
 
@@ -94,7 +94,16 @@ def test_as_many_tokens_are_taken_as_rows_have_numbers_in_int32(num_tokens, is_r
 def test_scratch_holds_the_counts_of_either_planner() -> None:
     config = PermuteConfig(num_experts=256, num_local_experts=256, top_k=8)
     in_triton = 4 * (256 * 256 + 257 * 256)  # counts and slots_before, of 256 chunks
-    assert config.scratch_bytes(8192) == in_triton
+    assert sum(config.scratch_bytes(8192)) == in_triton
+
+
+@pytest.mark.parametrize("num_experts", [1, 13, 256, 700, 2048])
+@pytest.mark.parametrize("chunking", [TRITON_CHUNKING, NUMBA_CHUNKING], ids=["triton", "numba"])
+def test_no_smaller_batch_has_more_counts_than_the_bound_of_a_larger_one(chunking: Chunking, num_experts: int) -> None:
+    most = 0
+    for num_slots in [*range(1000, 400_000, 997), 1 << 20, 1 << 24]:
+        most = max(most, chunking.num_counts(num_slots, num_experts))
+        assert most <= chunking.most_counts(num_slots, num_experts)
 
 
 @pytest.mark.parametrize("num_experts", [1, 13, 256, 700, 2048])
