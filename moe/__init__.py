@@ -9,7 +9,7 @@ from moe.pipeline import MoEPipeline
 from moe.routing.config import RoutingConfig, RoutingMethod, RoutingMethodType
 from moe.routing.reference import weigh_experts
 from moe.shapes import NAMED_SHAPES, MoEShape
-from moe.trtllm import trtllm_bf16_moe, trtllm_bf16_routed_moe
+from moe.trtllm import trtllm_bf16_moe, trtllm_bf16_routed_moe, trtllm_fused_moe_workspace_size
 
 __all__ = [
     "FLASHINFER",
@@ -35,5 +35,6 @@ __all__ = [
     "reference_pipeline",
     "trtllm_bf16_moe",
     "trtllm_bf16_routed_moe",
+    "trtllm_fused_moe_workspace_size",
     "weigh_experts",
 ]

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe.checks import expect, expect_separate, expect_type, is_as_expected
+from moe.checks import WIDEST_LOAD_BYTES, expect, expect_separate, expect_type, is_as_expected
 from moe.config import MoEConfig
 from moe.flow import Permutation, SwigluParams, TopK
 from moe.gemm.checks import check_swiglu, check_weights
 from moe.stages import Finalizer, Gemm1, Gemm2, Permuter, Router
+from moe.workspace import workspace_of
 
 
 class LayerCall(NamedTuple):
@@ -26,6 +27,7 @@ class LayerCall(NamedTuple):
     output: Tensor | None = None
     routing_replay_out: Tensor | None = None
     is_chosen: bool = False
+    workspace: Tensor | None = None  # [bytes] uint8 to take scratch from
 
     @property
     def num_tokens(self) -> int:
@@ -54,6 +56,8 @@ def check_call(config: MoEConfig, call: LayerCall) -> None:
         check_swiglu(config.gemm1, call.swiglu, device)
     if call.output is not None or call.routing_replay_out is not None:
         _check_written(config, call, first_name, device)
+    if call.workspace is not None:
+        _check_workspace(config, call, first_name, device)
     if torch.is_grad_enabled():
         _refuse_gradients(call, first_name)
 
@@ -76,6 +80,26 @@ def _check_written(config: MoEConfig, call: LayerCall, first_name: str, device: 
         expect_separate("output", call.output, read | {"routing_replay_out": replay_out})
     if replay_out is not None:
         expect_separate("routing_replay_out", replay_out, read)
+
+
+def _check_workspace(config: MoEConfig, call: LayerCall, first_name: str, device: torch.device) -> None:
+    """Raise unless the caller's scratch memory is its own, and large enough for what may run."""
+    workspace = call.workspace
+    assert workspace is not None
+    expect("workspace_buffer", workspace, "bytes", {}, dtype=torch.uint8, device=device)
+    wanted = workspace_of(config, call.num_tokens).asked_bytes
+    if workspace.numel() < wanted:
+        raise ValueError(
+            f"workspace_buffer: expected at least {wanted} bytes for {call.num_tokens} tokens, got {workspace.numel()}; allocate "
+            "what moe.trtllm_fused_moe_workspace_size says for the largest batch, or leave it out"
+        )
+    if workspace.data_ptr() % WIDEST_LOAD_BYTES:
+        raise ValueError(
+            f"workspace_buffer: expected memory aligned to {WIDEST_LOAD_BYTES} bytes, got an address "
+            f"{workspace.data_ptr() % WIDEST_LOAD_BYTES} bytes past one; pass the whole of an allocation"
+        )
+    others = {"output": call.output, "routing_replay_out": call.routing_replay_out}
+    expect_separate("workspace_buffer", workspace, _read_tensors(call, first_name) | others)
 
 
 def _read_tensors(call: LayerCall, first_name: str) -> dict[str, Tensor | None]:

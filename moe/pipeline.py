@@ -20,6 +20,7 @@ from moe.call import (
 )
 from moe.config import MoEConfig
 from moe.flow import ExpertOutputs, Permutation, SwigluParams, TopK
+from moe.runtime.scratch import scratch_from
 from moe.stages import CheckedStage, Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router
 from moe.workspace import Workspace, workspace_of
 
@@ -61,6 +62,7 @@ class MoEPipeline:
         swiglu: SwigluParams | None = None,
         output: Tensor | None = None,
         routing_replay_out: Tensor | None = None,
+        workspace: Tensor | None = None,
     ) -> Tensor:
         """logits and hidden_states -> [T, H] bfloat16, in `output` where given.
 
@@ -68,8 +70,12 @@ class MoEPipeline:
             swiglu: per-expert parameters of the activation.
             output: [T, H] bfloat16 memory of its own to write.
             routing_replay_out: [>=T, K] int16; rows [0, T) receive the chosen global ids.
+            workspace: [bytes] uint8 memory of its own, at least `workspace(T).asked_bytes` of it, that our kernels take
+                their scratch from; calls that share one must follow one another on a stream. None: torch's allocator.
         """
-        return self.run(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out))
+        return self.run(
+            LayerCall(logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out, False, workspace)
+        )
 
     def expert_outputs(
         self,
@@ -94,9 +100,10 @@ class MoEPipeline:
         *,
         swiglu: SwigluParams | None = None,
         output: Tensor | None = None,
+        workspace: Tensor | None = None,
     ) -> Tensor:
         """The same from chosen experts. Ids that are not local, or no expert's, are skipped."""
-        return self.run(LayerCall(topk, hidden_states, w1, w2, swiglu, None, output, None, True))
+        return self.run(LayerCall(topk, hidden_states, w1, w2, swiglu, None, output, None, True, workspace))
 
     def run_experts_unfinalized(
         self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
@@ -108,6 +115,12 @@ class MoEPipeline:
         """One call of the layer, to [T, H] bfloat16."""
         if self.checks_inputs:
             check_call(self.config, call)
+        if call.workspace is None:
+            return self._chain(call)
+        with scratch_from(call.workspace):
+            return self._chain(call)
+
+    def _chain(self, call: LayerCall) -> Tensor:
         stages = self._stages
         topk = call.entry if call.is_chosen else stages.route(call.entry, call.bias, replay_out=call.routing_replay_out)
         if topk.expert_ids.shape[0] <= stages.max_fused_tokens:

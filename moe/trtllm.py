@@ -18,6 +18,7 @@ from moe.config import NAMES_OF_FIELDS, MoEConfig, stage_fields
 from moe.flow import ExpertOutputs, SwigluParams, TopK
 from moe.gemm.config import BLOCK_MAJOR_K, ActivationType, WeightFormat, WeightLayout
 from moe.tuning.tuned import TunedPipeline, tuned_pipeline
+from moe.workspace import workspace_of_any_choice
 
 
 def trtllm_bf16_moe(
@@ -43,11 +44,12 @@ def trtllm_bf16_moe(
     activation_type: int = ActivationType.Swiglu,
     norm_topk_prob: bool = True,
     routing_replay_out: Tensor | None = None,
-    *,
-    output: Tensor | None = None,
     gemm1_alpha: Tensor | None = None,
     gemm1_beta: Tensor | None = None,
     gemm1_clamp_limit: Tensor | None = None,
+    output: Tensor | None = None,
+    workspace_buffer: Tensor | None = None,
+    *,
     is_batch_invariant: bool = False,
 ) -> Tensor | list[Tensor]:
     """Route tokens by their logits and run the local experts, in bf16.
@@ -78,8 +80,11 @@ def trtllm_bf16_moe(
         activation_type: Swiglu (3) or Relu2 (6).
         norm_topk_prob: method 6 only: divide the weights by their sum.
         routing_replay_out: [>=T, K] int16; rows [0, T) receive the chosen global ids, other rows are left alone.
-        output: [T, H] bfloat16 to write and return; ignored with do_finalize=False.
         gemm1_alpha, gemm1_beta, gemm1_clamp_limit: [E_local] float32, see `moe.SwigluParams`.
+        output: [T, H] bfloat16 to write and return; ignored with do_finalize=False.
+        workspace_buffer: [bytes] uint8 that our kernels take their scratch from, as large as `trtllm_fused_moe_workspace_size`
+            says; None: torch's allocator. Calls that share one must follow one another on a stream. Not with
+            do_finalize=False, whose results would lie in it.
         is_batch_invariant: on a GPU, give a token the bits that it has in any batch, at a cost; see `moe.MoEConfig.create`.
 
     Returns:
@@ -118,8 +123,14 @@ def trtllm_bf16_moe(
     tensors = (routing_logits, hidden_states, gemm1_weights, gemm2_weights)
     if do_finalize:
         return pipeline(
-            *tensors, bias=routing_bias, swiglu=swiglu, output=output, routing_replay_out=routing_replay_out
+            *tensors,
+            bias=routing_bias,
+            swiglu=swiglu,
+            output=output,
+            routing_replay_out=routing_replay_out,
+            workspace=workspace_buffer,
         )
+    _refuse_workspace(workspace_buffer)
     outputs = pipeline.expert_outputs(*tensors, bias=routing_bias, swiglu=swiglu, routing_replay_out=routing_replay_out)
     return _as_list(outputs)
 
@@ -150,6 +161,7 @@ def trtllm_bf16_routed_moe(
     gemm1_beta: Tensor | None = None,
     gemm1_clamp_limit: Tensor | None = None,
     output: Tensor | None = None,
+    workspace_buffer: Tensor | None = None,
     *,
     is_batch_invariant: bool = False,
 ) -> Tensor | list[Tensor]:
@@ -201,8 +213,41 @@ def trtllm_bf16_routed_moe(
     tensors = (topk, hidden_states, gemm1_weights, gemm2_weights)
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
     if do_finalize:
-        return pipeline.run_experts(*tensors, swiglu=swiglu, output=output)
+        return pipeline.run_experts(*tensors, swiglu=swiglu, output=output, workspace=workspace_buffer)
+    _refuse_workspace(workspace_buffer)
     return _as_list(pipeline.run_experts_unfinalized(*tensors, swiglu=swiglu))
+
+
+def trtllm_fused_moe_workspace_size(
+    max_num_tokens: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    quant_mode: str = "bf16",
+    local_num_experts: int | None = None,
+    activation_type: int = ActivationType.Swiglu,
+) -> int:
+    """Bytes of a `workspace_buffer` that holds the scratch of both flat calls, for up to `max_num_tokens` tokens.
+
+    Whatever tables choose now or later. flashinfer's function of this name also takes what our size does not depend on.
+
+    Raises:
+        TypeError: a number that is none.
+        ValueError: numbers of no layer, or another quant_mode than "bf16".
+    """
+    if quant_mode != "bf16":
+        raise ValueError(f'quant_mode: expected "bf16", the only one here, got {quant_mode!r}')
+    config = MoEConfig.create(
+        hidden_size=as_int("hidden_size", hidden_size),
+        intermediate_size=as_int("intermediate_size", intermediate_size),
+        num_experts=as_int("num_experts", num_experts),
+        top_k=as_int("top_k", top_k),
+        num_local_experts=None if local_num_experts is None else as_int("local_num_experts", local_num_experts),
+        activation=as_int("activation_type", activation_type),
+    )
+    return workspace_of_any_choice(config, as_int("max_num_tokens", max_num_tokens)).asked_bytes
 
 
 class FlatLayer(NamedTuple):
@@ -320,6 +365,14 @@ _FLAT_NAMES = {
     ("gemm1", "num_experts"): _LOCAL,
     ("gemm2", "num_experts"): _LOCAL,
 }
+
+
+def _refuse_workspace(workspace_buffer: Tensor | None) -> None:
+    if workspace_buffer is not None:
+        raise ValueError(
+            "workspace_buffer: expected None with do_finalize=False, got a tensor; the rows that are returned would lie in it: "
+            "leave it out"
+        )
 
 
 def _hidden_size(hidden_states: Tensor) -> int:

@@ -20,7 +20,8 @@ LEVELS = (
     {"routing", "permute", "gemm"},  # a stage never imports another stage
     {"fused"},
     {"config"},
-    {"call", "workspace"},
+    {"workspace"},
+    {"call"},
     {"pipeline"},
     {"compose"},
     {"training", "tuning"},

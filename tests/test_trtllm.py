@@ -42,6 +42,11 @@ SIGNATURE = {
     "activation_type": 3,
     "norm_topk_prob": True,
     "routing_replay_out": None,
+    "gemm1_alpha": None,
+    "gemm1_beta": None,
+    "gemm1_clamp_limit": None,
+    "output": None,
+    "workspace_buffer": None,
 }
 
 
@@ -96,13 +101,13 @@ def test_signature_is_flashinfers() -> None:
     positional = {n: p.default for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD}
     assert list(positional.items()) == list(SIGNATURE.items())
     extras = [n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    assert extras == ["output", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "is_batch_invariant"]
+    assert extras == ["is_batch_invariant"]
 
 
 def test_signature_of_the_routed_call_is_flashinfers() -> None:
     parameters = inspect.signature(trtllm_bf16_routed_moe).parameters
     shared = {n: d for n, d in SIGNATURE.items() if n not in ("routing_logits", "routing_bias", "norm_topk_prob")}
-    names = ["topk_ids", *shared, "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "output"]
+    names = ["topk_ids", *shared]
     names.insert(names.index("tune_max_num_tokens"), "gemm1_lora_delta")
     assert list(parameters) == [*names, "is_batch_invariant"]
     assert parameters["is_batch_invariant"].kind is inspect.Parameter.KEYWORD_ONLY
@@ -514,3 +519,82 @@ def test_what_is_no_number_is_refused_by_its_name(name: str, value: Any, words: 
     arguments = flat_arguments(config, make_problem(config, 5)) | {name: value}
     with pytest.raises(TypeError, match=words):
         trtllm_bf16_moe(**arguments)
+
+
+def workspace_for(config: MoEConfig, num_tokens: int, device: torch.device) -> Tensor:
+    """A buffer of the size that is said, full of NaN whatever it is read as."""
+    size = moe.trtllm_fused_moe_workspace_size(
+        num_tokens,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_experts,
+        config.top_k,
+        local_num_experts=config.permute.num_local_experts,
+    )
+    return torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 300, 3000])
+def test_both_calls_take_scratch_from_a_buffer_with_the_same_result(num_tokens: int, device: torch.device):
+    config = layer(local_expert_offset=3, num_local_experts=9)
+    problem = make_problem(config, num_tokens, device=device)
+    arguments = flat_arguments(config, problem)
+    workspace = workspace_for(config, 3000, device)
+    expected = trtllm_bf16_moe(**arguments)
+    for _ in range(2):
+        assert torch.equal(trtllm_bf16_moe(**arguments, workspace_buffer=workspace), expected)
+        workspace.fill_(0xFF)
+    topk = select_experts_reference(problem.logits, config=config.routing)
+    chosen = (topk.expert_ids, topk.weights)
+    expected = routed(arguments, chosen)
+    assert torch.equal(routed(arguments, chosen, workspace_buffer=workspace), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 300, 3000])
+def test_a_call_with_a_buffer_allocates_its_output_alone(num_tokens: int, cuda: torch.device):
+    config = layer()
+    problem = make_problem(config, num_tokens, device=cuda)
+    arguments, workspace = flat_arguments(config, problem), workspace_for(config, num_tokens, cuda)
+    output = torch.empty_like(problem.hidden_states)
+    trtllm_bf16_moe(**arguments, workspace_buffer=workspace, output=output)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    trtllm_bf16_moe(**arguments, workspace_buffer=workspace, output=output)
+    assert torch.cuda.max_memory_allocated() == before
+
+
+def test_a_buffer_that_cannot_be_used_is_refused_with_the_size():
+    config = layer()
+    problem = make_problem(config, 5)
+    arguments = flat_arguments(config, problem)
+    workspace = workspace_for(config, 5, problem.logits.device)
+    needed = reference_pipeline(config).workspace(5).asked_bytes
+    assert needed <= len(workspace)
+    wrong = {
+        rf"at least {needed} bytes for 5 tokens, got {needed - 1}": workspace[: needed - 1],
+        "workspace_buffer: expected uint8": workspace.view(torch.int8),
+        "workspace_buffer: expected 1-D": workspace[None],
+        "aligned to 16 bytes": torch.zeros(len(workspace) + 16, dtype=torch.uint8)[1:],
+    }
+    for words, buffer in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            trtllm_bf16_moe(**arguments, workspace_buffer=buffer)
+    shared = torch.zeros(needed * 2, dtype=torch.uint8)
+    inside = shared[: problem.hidden_states.nbytes].view(torch.bfloat16).view(problem.hidden_states.shape)
+    inside.copy_(problem.hidden_states)
+    with pytest.raises(ValueError, match="shares memory with hidden_states"):
+        trtllm_bf16_moe(**arguments | {"hidden_states": inside}, workspace_buffer=shared)
+    with pytest.raises(ValueError, match="workspace_buffer: expected None with do_finalize=False"):
+        trtllm_bf16_moe(**arguments, do_finalize=False, workspace_buffer=workspace)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [({"quant_mode": "nvfp4"}, ValueError), ({"top_k": 1.5}, TypeError), ({"max_num_tokens": -1}, ValueError)],
+    ids=["quant_mode", "top_k", "max_num_tokens"],
+)
+def test_the_size_of_no_layer_is_refused(change: dict[str, Any], error: type[Exception]):
+    numbers = {"max_num_tokens": 8, "hidden_size": H, "intermediate_size": I, "num_experts": E, "top_k": K}
+    with pytest.raises(error, match=next(iter(change)).removeprefix("max_")):
+        moe.trtllm_fused_moe_workspace_size(**numbers | change)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 
@@ -9,6 +11,7 @@ from moe.flow import Permutation, TopK
 from moe.permute.chunks import TRITON_CHUNKING
 from moe.permute.config import PermuteConfig
 from moe.permute.triton_plan_kernel import count_kernel, place_kernel, plan_kernel, scan_kernel
+from moe.runtime.scratch import new_scratch
 from moe.runtime.triton_versions import COMPILER_OPTIONS
 
 CHUNKING = TRITON_CHUNKING
@@ -57,18 +60,18 @@ def launch_plan_permutation(topk: TopK, *, config: PermuteConfig) -> Permutation
 
 
 def _allocate(topk: TopK, config: PermuteConfig) -> Permutation:
-    device = topk.expert_ids.device
+    new = functools.partial(new_scratch, topk.expert_ids)  # int32
     num_tokens = topk.expert_ids.shape[0]
     tile_rows = config.rows_per_tile(num_tokens)
     max_rows = config.max_rows(num_tokens)
     max_tiles = max_rows // tile_rows
     return Permutation(
-        row_of_slot=torch.empty(topk.expert_ids.shape, dtype=torch.int32, device=device),
-        token_of_row=torch.empty(max_rows, dtype=torch.int32, device=device),
-        expert_of_tile=torch.empty(max_tiles, dtype=torch.int32, device=device),
-        row_limit_of_tile=torch.empty(max_tiles, dtype=torch.int32, device=device),
-        num_rows=torch.empty(1, dtype=torch.int32, device=device),
-        num_tiles=torch.empty(1, dtype=torch.int32, device=device),
+        row_of_slot=new(topk.expert_ids.shape),
+        token_of_row=new((max_rows,)),
+        expert_of_tile=new((max_tiles,)),
+        row_limit_of_tile=new((max_tiles,)),
+        num_rows=new((1,)),
+        num_tiles=new((1,)),
         tile_rows=tile_rows,
         mean_rows=config.mean_rows(num_tokens),
     )
@@ -101,9 +104,8 @@ def _plan_in_three_launches(topk: TopK, permutation: Permutation, config: Permut
     num_slots, num_experts = topk.expert_ids.numel(), config.num_local_experts
     chunk_slots = CHUNKING.chunk_slots(num_slots, num_experts)
     num_chunks = triton.cdiv(num_slots, chunk_slots)
-    device = topk.expert_ids.device
-    counts = torch.empty(num_chunks, num_experts, dtype=torch.int32, device=device)
-    slots_before = torch.empty(num_chunks + 1, num_experts, dtype=torch.int32, device=device)
+    counts = new_scratch(topk.expert_ids, (num_chunks, num_experts))
+    slots_before = new_scratch(topk.expert_ids, (num_chunks + 1, num_experts))
     sizes = (num_slots, chunk_slots, config.local_expert_offset, num_experts)
     count_kernel[(num_chunks,)](
         topk.expert_ids,

@@ -17,6 +17,7 @@ from moe.routing.topk_kernel import build_topk_kernel
 from moe.runtime.dependent_launch import launches_dependents
 from moe.runtime.numba_launch import NumbaKernel
 from moe.runtime.numba_warp_device import WARP_SIZE
+from moe.runtime.scratch import new_scratch
 
 MAX_EXPERTS = 2048  # a lane holds up to 64 scores in registers
 MAX_TOP_K = WARP_SIZE  # a lane holds one choice
@@ -72,8 +73,8 @@ def launch_select_experts(
     num_tokens = logits.shape[0]
     shape = (num_tokens, config.top_k)
     topk = TopK(
-        expert_ids=logits.new_empty(shape, dtype=torch.int32),
-        weights=logits.new_empty(shape, dtype=torch.bfloat16),
+        expert_ids=new_scratch(logits, shape, torch.int32),
+        weights=new_scratch(logits, shape, torch.bfloat16),
     )
     if num_tokens:
         uses_pdl = uses_pdl and launches_dependents(logits.device)

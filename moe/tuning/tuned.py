@@ -79,9 +79,10 @@ class TunedPipeline:
         swiglu: SwigluParams | None = None,
         output: Tensor | None = None,
         routing_replay_out: Tensor | None = None,
+        workspace: Tensor | None = None,
     ) -> Tensor:
         """As `MoEPipeline.__call__`."""
-        call = LayerCall(logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out)
+        call = LayerCall(logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out, False, workspace)
         return self._tuned_for(call).run(call)
 
     def expert_outputs(
@@ -108,9 +109,10 @@ class TunedPipeline:
         *,
         swiglu: SwigluParams | None = None,
         output: Tensor | None = None,
+        workspace: Tensor | None = None,
     ) -> Tensor:
         """As `MoEPipeline.run_experts`."""
-        call = LayerCall(topk, hidden_states, w1, w2, swiglu, None, output, None, True)
+        call = LayerCall(topk, hidden_states, w1, w2, swiglu, None, output, None, True, workspace)
         return self._tuned_for(call).run(call)
 
     def run_experts_unfinalized(

@@ -14,6 +14,7 @@ from moe.fused.few_tokens.gemm1_kernel import few_token_gemm1_kernel
 from moe.fused.few_tokens.tile import default_slot_tile
 from moe.gemm.weight_format import weight_strides
 from moe.runtime.dependent_launch import launches_dependents
+from moe.runtime.scratch import new_scratch
 from moe.runtime.triton_launch import TritonKernel
 
 
@@ -50,7 +51,7 @@ def launch_few_token_gemm1(
 ) -> Tensor:
     """`few_token_gemm1` of tensors that were checked."""
     num_slots = topk.expert_ids.numel()
-    out = hidden_states.new_empty((num_slots, config.gemm1.out_features))
+    out = new_scratch(hidden_states, (num_slots, config.gemm1.out_features))
     if not num_slots:
         return out
     kernel, num_blocks = _kernel_of(config, hidden_states.device)

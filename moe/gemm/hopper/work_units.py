@@ -26,6 +26,7 @@ import triton
 from moe.flow import Permutation, RowUnits, UnitSize
 from moe.gemm.hopper.work_units_kernel import plan_units_kernel
 from moe.runtime.device import current_stream
+from moe.runtime.scratch import new_scratch
 from moe.runtime.triton_launch import TritonKernel
 
 UNIT_FIELDS = 5  # rows of RowUnits.records
@@ -50,7 +51,7 @@ def plan_units(permutation: Permutation, size: UnitSize, *, uses_pdl: bool = Fal
         uses_pdl: the launch is a dependent one of the launch before it.
     """
     max_tiles = permutation.max_tiles
-    new = permutation.expert_of_tile.new_empty
+    new = functools.partial(new_scratch, permutation.expert_of_tile)
     units = RowUnits(new((UNIT_FIELDS, max_tiles)), new((2,)), size, current_stream(permutation.expert_of_tile.device))
     chunk = min(MAX_CHUNK, triton.next_power_of_2(max(max_tiles, 1)))
     _kernel_of(size, permutation.tile_rows, chunk, uses_pdl).launch(

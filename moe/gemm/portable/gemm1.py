@@ -16,6 +16,7 @@ from moe.gemm.prefetch import prefetches
 from moe.gemm.weight_format import weight_strides
 from moe.runtime.dependent_launch import launches_dependents
 from moe.runtime.device import num_sms
+from moe.runtime.scratch import new_scratch
 from moe.runtime.triton_launch import TritonKernel
 
 
@@ -57,7 +58,7 @@ def launch_portable_gemm1(
     uses_pdl: bool = False,
 ) -> Tensor:
     """`portable_gemm1` of tensors that were checked."""
-    out = hidden_states.new_empty((permutation.max_rows, config.out_features))
+    out = new_scratch(hidden_states, (permutation.max_rows, config.out_features))
     if not out.numel():
         return out
     uses_pdl = uses_pdl and launches_dependents(hidden_states.device)

@@ -15,6 +15,7 @@ from moe.gemm.portable.tile import launch_tile, programs_at_once
 from moe.gemm.weight_format import weight_strides
 from moe.runtime.dependent_launch import launches_dependents
 from moe.runtime.device import num_sms
+from moe.runtime.scratch import new_scratch
 from moe.runtime.triton_launch import TritonKernel
 
 MIN_ROUNDS = 4  # of programs, as many at once as the GPU holds
@@ -46,7 +47,7 @@ def launch_portable_gemm2(
     rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig, uses_pdl: bool = False
 ) -> Tensor:
     """`portable_gemm2` of tensors that were checked."""
-    out = rows.new_empty((permutation.max_rows, config.out_features))
+    out = new_scratch(rows, (permutation.max_rows, config.out_features))
     if not out.numel():
         return out
     uses_pdl = uses_pdl and _gains_by_pdl(config, permutation, rows.device)

@@ -16,6 +16,7 @@ from moe.gemm.prefetch import prefetches
 from moe.gemm.swapped.gemm1_kernel import swapped_gemm1_kernel
 from moe.gemm.swapped.tile import SWAPPED_UNITS, TILE_ROWS, fits_swapped, store_rows, weight_boxes
 from moe.runtime.device import is_hopper
+from moe.runtime.scratch import new_scratch
 from moe.runtime.triton_launch import TritonKernel
 
 BLOCK_N = 128  # columns of the result, for 256 rows of the weight
@@ -51,7 +52,7 @@ def swapped_gemm1(
             "swapped_gemm1: expected SwiGLU, a contiguous contraction of more than 64 and tile_rows of "
             f"{TILE_ROWS}; got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm1"
         )
-    out = hidden_states.new_empty((permutation.max_rows, config.out_features))
+    out = new_scratch(hidden_states, (permutation.max_rows, config.out_features))
     if not out.numel():
         return out
     units = units_of(permutation, SWAPPED_UNITS, uses_pdl=uses_pdl)

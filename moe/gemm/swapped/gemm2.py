@@ -22,6 +22,7 @@ from moe.gemm.swapped.tile import (
     weight_boxes,
 )
 from moe.runtime.device import is_hopper
+from moe.runtime.scratch import new_scratch
 from moe.runtime.triton_launch import TritonKernel
 
 BLOCK_N = 256  # columns of the result
@@ -56,7 +57,7 @@ def swapped_gemm2(
             "swapped_gemm2: expected no activation, a contiguous contraction of more than 64 and tile_rows of "
             f"{TILE_ROWS}; got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm2"
         )
-    out = rows.new_empty((permutation.max_rows, config.out_features))
+    out = new_scratch(rows, (permutation.max_rows, config.out_features))
     if not out.numel():
         return out
     units = units_of(permutation, SWAPPED_UNITS, uses_pdl=uses_pdl)

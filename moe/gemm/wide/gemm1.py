@@ -22,6 +22,7 @@ from moe.gemm.hopper.problem import (
 from moe.gemm.hopper.work_units import units_of
 from moe.gemm.wide.gemm1_kernel import wide_gemm1_kernel
 from moe.runtime.device import is_hopper
+from moe.runtime.scratch import new_scratch
 from moe.runtime.triton_launch import TritonKernel
 
 BLOCK_N = 128  # columns of the result, for 256 rows of the weight
@@ -57,7 +58,7 @@ def wide_gemm1(
             f"wide_gemm1: expected SwiGLU, a contiguous contraction of more than 64 and tile_rows of 64 or 128; "
             f"got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm1"
         )
-    out = hidden_states.new_empty((permutation.max_rows, config.out_features))
+    out = new_scratch(hidden_states, (permutation.max_rows, config.out_features))
     if not out.numel():
         return out
     units = units_of(permutation, WIDE_UNITS, uses_pdl=uses_pdl)
