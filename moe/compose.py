@@ -11,6 +11,7 @@ from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
 from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
 from moe.pipeline import MoEPipeline
 from moe.routing.reference import select_experts_reference
+from moe.runtime.device import expect_kernels
 from moe.stages import CheckedStage
 
 
@@ -34,6 +35,9 @@ def build_pipeline(config: MoEConfig, device: torch.device | str, *, uses_pdl: b
         uses_pdl: programmatic dependent launches where kernels and GPU (compute capability 9.0 and up) have them. No
             effect on the result.
 
+    Raises:
+        ValueError: a GPU or a system that the kernels do not run on, before anything is compiled.
+
     Example:
         >>> config = MoEConfig.create(hidden_size=2048, intermediate_size=768, num_experts=128, top_k=8)
         >>> pipeline = build_pipeline(config, "cuda")
@@ -42,6 +46,7 @@ def build_pipeline(config: MoEConfig, device: torch.device | str, *, uses_pdl: b
     device = torch.device(device)
     if device.type != "cuda":
         return reference_pipeline(config)
+    expect_kernels(device)
     # Here and not above: `import moe` needs neither triton nor numba, and a CPU pipeline neither.
     from moe.fused.kernels import fused_experts_for
     from moe.gemm.kernels import gemm1_for, gemm2_for, unit_size

@@ -15,6 +15,7 @@ from moe.cli.text import wrap
 from moe.compose import build_pipeline
 from moe.config import MoEConfig
 from moe.pipeline import MoEPipeline
+from moe.runtime.device import why_no_kernels
 from moe.stages import CheckedStage
 
 PACKAGES = ("moe-stages", "torch", "triton", "numba", "numba-cuda", "cuda-core", "pydantic", "numpy")
@@ -36,15 +37,18 @@ class Machine:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """auto: the current CUDA device where there is one, else the CPU.
+    """auto: the current CUDA device where there is one that kernels run on, else the CPU.
 
     Raises:
-        UnfitMachine: "cuda" where torch sees no GPU.
+        UnfitMachine: "cuda" where torch sees no GPU, or one that no kernel runs on.
     """
+    reason = why_no_kernels(torch.device("cuda")) if torch.cuda.is_available() else None
     if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = "cuda" if torch.cuda.is_available() and reason is None else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UnfitMachine("--device cuda: expected a GPU that torch can use, got none; see `python -m moe info`")
+    if wanted == "cuda" and reason is not None:
+        raise UnfitMachine(f"--device cuda: expected a GPU that the kernels run on, got {reason}; pass --device cpu")
     return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device("cpu")
 
 
@@ -65,6 +69,8 @@ def describe_machine(device: torch.device) -> Machine:
     else:
         name = _cpu_name()
         details = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+        if torch.cuda.is_available() and (reason := why_no_kernels(torch.device("cuda"))):
+            details += f"; no kernel runs on {reason}"
     versions = {"python": platform.python_version()} | {package: installed_version(package) for package in PACKAGES}
     versions["cuda of torch"] = torch.version.cuda or "none"
     stages = {stage: function_of_stage(build_pipeline(config, device), stage) for stage in STAGES}

@@ -13,6 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from moe.checks import is_quantised
 from moe.expert_ids import ID_DTYPES
 from moe.gemm.config import DIM_MULTIPLE, ActivationType, WeightLayout
+from moe.runtime.device import expect_kernels
 
 OTHERWISE = "leave this model on another experts_implementation, such as 'grouped_mm'"
 DEQUANTISE = (
@@ -84,6 +85,8 @@ def expect_weights(experts: nn.Module, path: str, gathered_dtype: torch.dtype | 
                 f"{path}: expected {name} [E, rows, columns], got {list(weights.shape)}: sharded or flattened by a wrapper? "
                 "Call use_moe before the model is wrapped, or shard it by torch's fully_shard"
             )
+    if w2.is_cuda:
+        expect_kernels(w2.device)
     if gathered_dtype is None:
         _expect_plain(path, {_W1: w1, "down_proj": w2})
     elif gathered_dtype != torch.bfloat16:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
 
 import torch
+
+OLDEST_CAPABILITY = (8, 0)  # before it there are no bfloat16 tensor cores, nor a reduction over the lanes of a warp
 
 HOPPER_SHARED_BYTES = 232448  # what a block may ask for on sm_90 and sm_100; taken where no GPU can be asked
 HOPPER_SMS = 132
@@ -33,6 +36,27 @@ def is_hopper(device: torch.device) -> bool:
 @functools.cache
 def _has_hopper(device_index: int) -> bool:
     return torch.cuda.get_device_capability(device_index) == (9, 0)
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why none of our kernels can be compiled for a CUDA device; None where they can, as far as can be told here."""
+    if torch.version.hip:
+        return f"a ROCm build of torch ({torch.__version__})"
+    if find_spec("triton") is None:
+        return "a system without triton, which compiles them"
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability(device)) < OLDEST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} of compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+def expect_kernels(device: torch.device) -> None:
+    """Raise ValueError, before anything is compiled, for a CUDA device that our kernels do not run on."""
+    reason = why_no_kernels(device)
+    if reason is not None:
+        raise ValueError(
+            f"device: expected CUDA and a GPU of compute capability {'.'.join(map(str, OLDEST_CAPABILITY))} or newer, got "
+            f"{reason}; the references run there, in plain torch: moe.reference_pipeline(config)"
+        )
 
 
 def current_stream(device: torch.device) -> int:

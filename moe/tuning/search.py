@@ -22,6 +22,7 @@ from moe.gemm.checks import check_weights
 from moe.permute.compile_ahead import CompilingAhead
 from moe.pipeline import MoEPipeline
 from moe.runtime.cache_folder import cache_folder, can_write, file_lock
+from moe.runtime.device import expect_kernels
 from moe.tuning.buckets import BUCKETS, bucket_of, buckets_up_to
 from moe.tuning.candidates import Candidates, kernels_on, left_to_the_model
 from moe.tuning.choice import TuningChoice
@@ -130,6 +131,8 @@ def _device_of(device: torch.device | str, *, is_timed_elsewhere: bool) -> torch
         raise ValueError(f"device: expected a GPU that torch can use, got {where} and none; see `python -m moe info`")
     elif where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
+    if where.type == "cuda":
+        expect_kernels(where)
     return where
 
 

@@ -15,6 +15,7 @@ from moe.compose import build_pipeline
 from moe.config import MoEConfig
 from moe.flow import ExpertOutputs, SwigluParams, TopK
 from moe.pipeline import MoEPipeline
+from moe.runtime.device import expect_kernels
 from moe.tuning.autotune import active, tune_missing
 from moe.tuning.buckets import bucket_of
 from moe.tuning.choice import names_the_chain
@@ -203,9 +204,12 @@ def tuned_pipeline(
 
     Raises:
         TypeError: a config that is none, a number that is no int.
-        ValueError: max_num_tokens below 1.
+        ValueError: max_num_tokens below 1, or a GPU or a system that the kernels do not run on.
     """
     if not isinstance(config, MoEConfig):
         raise TypeError(f"config: expected a MoEConfig, got {type(config).__name__}; MoEConfig.create makes one")
     expect_count("max_num_tokens", max_num_tokens)
-    return TunedPipeline(config, torch.device(device), uses_pdl, gpu, max_num_tokens=max_num_tokens)
+    device = torch.device(device)
+    if device.type == "cuda":
+        expect_kernels(device)
+    return TunedPipeline(config, device, uses_pdl, gpu, max_num_tokens=max_num_tokens)
