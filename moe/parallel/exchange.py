@@ -23,15 +23,9 @@ class Site:
     work: LocalWork
     layer: int = 0
 
-    def place_here(self, topk: TopK, *, tokens_a_source: int | None = None) -> TopK:
-        """Local ids of the slots that this rank computes, -1 for others'."""
-        _, local = self.work.place_slots(
-            topk,
-            self.tables,
-            layer=self.layer,
-            tokens_a_source=tokens_a_source,
-            only_rank=self.transport.rank,
-        )
+    def place_here(self, topk: TopK) -> TopK:
+        """Local ids of the slots that this rank computes, -1 for others'. [R, K], or [N, M, K]: of M tokens a rank."""
+        _, local = self.work.place_slots(topk, self.tables, layer=self.layer, only_rank=self.transport.rank)
         return local
 
 
@@ -99,8 +93,7 @@ def gather_exchange(site: Site, max_tokens: int | None) -> Exchange:
         gathered = transport.all_gather("hidden_states", rows)
         top_k = packed.shape[-1]
         ids, weights = packed.view(transport.num_ranks, 2, padded, top_k).unbind(1)
-        slots = TopK(ids.reshape(-1, top_k), weights.reshape(-1, top_k).view(torch.float32))
-        return Dispatched(gathered, site.place_here(slots, tokens_a_source=padded), num_tokens)
+        return Dispatched(gathered, site.place_here(TopK(ids, weights.view(torch.float32))), num_tokens)
 
     def combine(rows: Tensor, dispatched: Dispatched, *, output: Tensor | None = None) -> Tensor:
         num_rows, hidden_size = rows.shape

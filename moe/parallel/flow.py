@@ -32,6 +32,7 @@ class Dispatched:
         None  # [S] int64, numbers r * K + k: `combine` wants their rows, unweighted; None: sums [R, H]
     )
     way_back: WayBack | None = None
+    sent: TopK | None = None  # what was dispatched, where `combine` asks it which ranks have a sum
 
 
 class Dispatch(Protocol):

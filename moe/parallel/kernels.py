@@ -34,4 +34,16 @@ REFERENCES = LocalWork(
 
 
 def local_work(device: torch.device) -> LocalWork:
-    return REFERENCES
+    return kernels() if device.type == "cuda" else REFERENCES
+
+
+def kernels() -> LocalWork:
+    """The kernels' host side; imported here, since a CPU needs no Triton."""
+    from moe.parallel.number_slots import number_slots
+    from moe.parallel.pack_rows import pack_rows
+    from moe.parallel.pack_slots import pack_slots
+    from moe.parallel.place_slots import place_slots
+    from moe.parallel.plan_copies import plan_copies
+    from moe.parallel.sum_ranks import sum_ranks
+
+    return LocalWork(place_slots, pack_slots, sum_ranks, plan_copies, pack_rows, number_slots)

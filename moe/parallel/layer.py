@@ -23,7 +23,7 @@ from moe.permute.config import MIN_TILE_ROWS
 from moe.pipeline import MoEPipeline
 from moe.tuning.tuned import tuned_pipeline
 
-EXCHANGES = ("local", "sum", "gather", "move")
+EXCHANGES = ("local", "sum", "gather", "move", "symmetric_sum", "symmetric_gather", "symmetric_move")
 
 
 @dataclass(frozen=True)
@@ -153,11 +153,13 @@ def build_layer(
             where there is none).
         device: where this rank's tensors lie.
         exchange: "local" (one rank), "sum" (every rank calls with the same tokens and gets all results), "gather" (every rank gets
-            all tokens), "move" (a row goes to the ranks that need it). docs/parallel.md says which one when.
+            all tokens), "move" (a row goes to the ranks that need it); the last three as "symmetric_sum" and so on between GPUs that
+            reach one another's memory. docs/parallel.md says which one when.
         experts_of_rank: a `Placement`; or each rank's ids; or how many neighbouring experts each rank has; None: as even as it
             goes, the first ranks one more.
-        max_tokens: the most tokens that a rank brings to a call of `gather`. With it sizes are fixed and nothing waits for the host;
-            without it ranks may bring any number, and each call waits for the ranks' numbers once.
+        max_tokens: the most tokens that a rank brings to a call. With it the sizes of `gather` are fixed and nothing waits for the host;
+            without it ranks may bring any number, and each call waits for the ranks' numbers once. Symmetric exchanges need it: it
+            says how much memory they share.
         is_rank_invariant: with "move" or "local": the bits of one rank, whatever the number of ranks and the placement, on a GPU.
             One kind of kernel for every number of tokens and one row a slot back, so slower (docs/parallel.md).
         counts_load: count chosen slots by expert, on the device, in the layer's `load`.
@@ -179,7 +181,10 @@ def build_layer(
     experts = tuned_pipeline(local, device)
     pipeline = experts.at(1)  # its router and its last stage, whose results do not follow from tiles
     site = Site(transport, placement_tables(placement, device), local_work(device), layer)
-    halves = _exchange_of(exchange, site, pipeline, max_tokens=max_tokens, is_rank_invariant=is_rank_invariant)
+    if exchange.startswith("symmetric"):
+        halves = _symmetric_exchange_of(exchange, site, config, max_tokens or 0, device)
+    else:
+        halves = _exchange_of(exchange, site, pipeline, max_tokens=max_tokens, is_rank_invariant=is_rank_invariant)
     load = torch.zeros(config.num_experts, dtype=torch.int64, device=device) if counts_load else None
     return ParallelLayer(config, placement, transport, pipeline, experts, halves.dispatch, halves.combine, load)
 
@@ -194,6 +199,17 @@ def _exchange_of(
         "move": lambda: move_exchange(site, pipeline.finalize, returns_slots=is_rank_invariant),
     }
     return build[name]()
+
+
+def _symmetric_exchange_of(name: str, site: Site, config: MoEConfig, max_tokens: int, device: torch.device) -> Exchange:
+    # Here and not above: it needs Triton.
+    from moe.parallel.symmetric import symmetric_gather_exchange, symmetric_sum_exchange
+
+    if name == "symmetric_sum":
+        return symmetric_sum_exchange(site, max_tokens, config.hidden_size, device)
+    return symmetric_gather_exchange(
+        site, max_tokens, config.hidden_size, config.top_k, device, selects=name == "symmetric_move"
+    )
 
 
 def local_config(config: MoEConfig, num_local_experts: int, *, is_rank_invariant: bool = False) -> MoEConfig:
@@ -243,5 +259,7 @@ def _expect_options(
         raise ValueError(
             f"is_rank_invariant: expected exchange 'move', got {exchange!r}, which rounds a partial sum a rank; use 'move'"
         )
+    if max_tokens is None and exchange.startswith("symmetric"):
+        raise ValueError(f"max_tokens: expected a number for {exchange!r}, got None; pass the most tokens of a rank")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens: expected 1 or more, got {max_tokens}; pass the most tokens of a rank")

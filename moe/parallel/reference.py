@@ -34,38 +34,33 @@ def token_hash(token: Tensor, source_rank: Tensor, layer: int) -> Tensor:
 
 
 def place_slots_reference(
-    topk: TopK,
-    tables: PlacementTables,
-    *,
-    layer: int,
-    source_rank: int = 0,
-    tokens_a_source: int | None = None,
-    only_rank: int | None = None,
-) -> tuple[Tensor, TopK]:
+    topk: TopK, tables: PlacementTables, *, layer: int, source_rank: int = 0, only_rank: int | None = None
+) -> tuple[Tensor | None, TopK]:
     """The rank that computes each slot, and the expert's place in its weights.
 
     Args:
-        topk: expert_ids [R, K] int32, global; any id out of [0, E) is an unused slot. Neither tensor need be contiguous.
+        topk: expert_ids [R, K] int32, global, of one source; any id out of [0, E) is an unused slot. Or both tensors [S, M, K], of
+            ranks source_rank and on, M tokens each: R is S * M then, and sources need not lie next to one another.
         source_rank: the rank that row 0 is from.
-        tokens_a_source: rows r * tokens_a_source and on are from rank source_rank + r, as tokens 0 and on; None: all from one.
-        only_rank: local ids of another rank's slots become -1.
+        only_rank: local ids of another rank's slots become -1, and rank_of_slot None.
 
     Returns:
-        rank_of_slot [R, K] int32, -1 for unused, and TopK(local ids [R, K] int32, weights [R, K]), contiguous.
+        rank_of_slot [R, K] int32, -1 for unused, and TopK(local ids [R, K] int32, weights [R, K]).
     """
-    ids = topk.expert_ids.long()
-    num_rows = ids.shape[0]
+    top_k = topk.expert_ids.shape[-1]
+    size = max(topk.expert_ids.shape[-2], 1)
+    ids = topk.expert_ids.reshape(-1, top_k).long()
     is_used = (ids >= 0) & (ids < tables.num_experts)
     ids = ids.clamp(0, tables.num_experts - 1)
-    row = torch.arange(num_rows, device=ids.device)
-    size = max(num_rows if tokens_a_source is None else tokens_a_source, 1)
+    row = torch.arange(ids.shape[0], device=ids.device)
     word = token_hash(row % size, source_rank + row // size, layer)
     copy = word[:, None] % tables.num_copies[ids]
     rank = torch.where(is_used, tables.rank_of_copy[ids, copy], -1)
     local = torch.where(is_used, tables.local_id[rank.clamp(min=0).long(), ids], -1)
-    if only_rank is not None:
-        local = torch.where(rank == only_rank, local, -1)
-    return rank.int(), TopK(local.int(), topk.weights.contiguous())
+    weights = topk.weights.reshape(-1, top_k).contiguous()
+    if only_rank is None:
+        return rank.int(), TopK(local.int(), weights)
+    return None, TopK(torch.where(rank == only_rank, local, -1).int(), weights)
 
 
 def pack_slots_reference(topk: TopK, num_rows: int) -> Tensor:

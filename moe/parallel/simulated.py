@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from moe.parallel.transport import Transport
+from moe.parallel.transport import SharedMemory, Transport
 
 Result = TypeVar("Result")
 
@@ -39,6 +39,9 @@ class _Meeting:
     num_ranks: int
     barrier: threading.Barrier
     brought: dict[int, Any] = field(default_factory=dict)
+    turn: threading.Lock = field(
+        default_factory=threading.Lock
+    )  # of the one rank that runs: Triton's interpreter takes no two
 
     def run(self, rank: int, work: Callable[[Transport], Result]) -> Result:
         transport = Transport(
@@ -47,9 +50,10 @@ class _Meeting:
             lambda what, tensor: self.all_gather(rank, tensor),
             lambda what, rows, num_sent=None, num_received=None: self.all_to_all(rank, rows, num_sent, num_received),
             lambda what, tensor: tensor.copy_(self.exchange(rank, tensor.clone())[0]),
+            lambda what, num_bytes, device: self.share(rank, num_bytes, device),
         )
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.turn:
                 return work(transport)
         except BaseException:
             self.barrier.abort()
@@ -58,10 +62,27 @@ class _Meeting:
     def exchange(self, rank: int, brings: Any) -> list[Any]:
         """What every rank brings, by rank."""
         self.brought[rank] = brings
-        self.barrier.wait()
+        self.wait()
         all_brought = [self.brought[other] for other in range(self.num_ranks)]
-        self.barrier.wait()
+        self.wait()
         return all_brought
+
+    def wait(self) -> None:
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
+
+    def meet(self, rank: int, keeps: object) -> None:
+        self.exchange(rank, keeps)
+
+    def share(self, rank: int, num_bytes: int, device: torch.device) -> SharedMemory:
+        memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        # All ranks' memory lives as long as any rank's barrier.
+        everyone = self.exchange(rank, memory)
+        addresses = tuple(other.data_ptr() for other in everyone)
+        return SharedMemory(memory, addresses, lambda: self.meet(rank, everyone))
 
     def all_gather(self, rank: int, tensor: Tensor) -> Tensor:
         assert tensor.is_contiguous()

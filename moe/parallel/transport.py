@@ -15,6 +15,15 @@ REPORT_S = 2.0  # after a failure, how long ranks wait for one another's word th
 
 
 @dataclass(frozen=True)
+class SharedMemory:
+    """As many bytes on every rank, which kernels of all ranks write and read."""
+
+    memory: Tensor  # [num_bytes] uint8, this rank's
+    addresses: tuple[int, ...]  # of every rank's, as this rank's kernels reach them
+    barrier: Callable[[], None]  # what any rank wrote before it, all ranks see after it; in stream order
+
+
+@dataclass(frozen=True)
 class Transport:
     """This rank's place among the others, and what it does with them. `what` names the tensors in errors."""
 
@@ -23,6 +32,9 @@ class Transport:
     all_gather: Callable[[str, Tensor], Tensor]  # (what, [n, ..]) -> [num_ranks * n, ..], by rank
     all_to_all: Callable[..., Tensor]  # (what, rows, num_sent=None, num_received=None) -> rows of all ranks, by rank
     broadcast: Callable[[str, Tensor], Tensor]  # (what, tensor) -> rank 0's, written into it too
+    share: Callable[
+        [str, int, torch.device], SharedMemory
+    ]  # (what, num_bytes a rank, device); the same memory for the same `what`
     group: Any = None  # the torch.distributed group underneath; None: no processes
 
 
@@ -34,7 +46,13 @@ def alone() -> Transport:
         all_gather=lambda what, tensor: tensor,
         all_to_all=lambda what, rows, num_sent=None, num_received=None: rows,
         broadcast=lambda what, tensor: tensor,
+        share=_own_memory,
     )
+
+
+def _own_memory(what: str, num_bytes: int, device: torch.device) -> SharedMemory:
+    memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    return SharedMemory(memory, (memory.data_ptr(),), lambda: None)
 
 
 def transport_of(group_or_mesh: Any) -> Transport:
@@ -70,6 +88,7 @@ def transport_of(group_or_mesh: Any) -> Transport:
         collectives.all_gather,
         collectives.all_to_all,
         collectives.broadcast,
+        collectives.share,
         group_or_mesh,
     )
 
@@ -114,6 +133,13 @@ class _Collectives:
         self._run("broadcast", what, tensor, lambda: dist.broadcast(tensor, first, group=self.group))
         return tensor
 
+    def share(self, what: str, num_bytes: int, device: torch.device) -> SharedMemory:
+        """Symmetric memory of torch, kept for all layers of the group that cut it in the same way: they run one after another."""
+        key = (self.group.group_name, what, device)
+        if key not in _shared:
+            _shared[key] = _symmetric_memory(self.group, num_bytes, device)
+        return _shared[key]
+
     def _run(self, collective: str, what: str, tensor: Tensor, start: Callable[[], object]) -> None:
         """Start it; a failure says who, what and how long."""
         begin = time.monotonic()
@@ -128,6 +154,27 @@ class _Collectives:
                 f"{collective} of {what}: rank {self.group.rank()} of {self.group.size()} gave up after {seconds:.1f} s "
                 f"(timeout of the group: {_timeout_text(self.group, tensor.device)}); {silent}; {error}"
             ) from error
+
+
+_shared: dict[tuple[str, str, torch.device], SharedMemory] = {}
+
+
+def _symmetric_memory(group: Any, num_bytes: int, device: torch.device) -> SharedMemory:
+    """Raises RuntimeError where the group's GPUs do not reach one another's memory."""
+    if device.type != "cuda":
+        raise ValueError(f"device: expected a GPU for symmetric memory, got {device}; use 'gather', 'sum' or 'move'")
+    import torch.distributed._symmetric_memory as symmetric
+
+    try:
+        memory = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
+        handle = symmetric.rendezvous(memory, group.group_name)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"symmetric memory: rank {group.rank()} of {group.size()} expected GPUs that reach one another's memory (one host, NVLink), "
+            f"got: {error}; use 'gather', 'sum' or 'move'"
+        ) from error
+    timeout_ms = int(1000 * (_timeout_s(group, device) or 0))
+    return SharedMemory(memory, tuple(handle.buffer_ptrs), lambda: handle.barrier(channel=0, timeout_ms=timeout_ms))
 
 
 def _silent_ranks(group: Any) -> str:
@@ -148,7 +195,12 @@ def _silent_ranks(group: Any) -> str:
 
 
 def _timeout_text(group: Any, device: torch.device) -> str:
+    seconds = _timeout_s(group, device)
+    return "torch's default" if seconds is None else f"{seconds:g} s"
+
+
+def _timeout_s(group: Any, device: torch.device) -> float | None:
     try:
-        return f"{group._get_backend(device).options._timeout.total_seconds():g} s"
+        return group._get_backend(device).options._timeout.total_seconds()
     except (RuntimeError, AttributeError):
-        return "torch's default"
+        return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from closeness import assert_close_to_exact
@@ -88,6 +88,12 @@ def make_exact_whole(tokens_of_rank: Sequence[int], *, seed: int = 0) -> Whole:
         whole_numbers(1, EXPERTS, HIDDEN, INNER),
         tuple(tokens_of_rank),
     )
+
+
+def moved_to(whole: Whole, device: torch.device) -> Whole:
+    topk = TopK(whole.topk.expert_ids.to(device), whole.topk.weights.to(device))
+    x, w1, w2 = (tensor.to(device) for tensor in (whole.hidden_states, whole.w1, whole.w2))
+    return replace(whole, topk=topk, hidden_states=x, w1=w1, w2=w2)
 
 
 def run_rank(whole: Whole, layer: ParallelLayer) -> Tensor:

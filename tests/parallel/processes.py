@@ -21,18 +21,23 @@ class RankDied(BaseException):
 Case = Callable[[Any], None]  # takes the world's group
 
 
-def run_cases(num_ranks: int, cases: Mapping[str, Case], folder: Path, preload: tuple[str, ...] = ()) -> dict[str, str]:
+def run_cases(
+    num_ranks: int, cases: Mapping[str, Case], folder: Path, *, backend: str = "gloo", preload: tuple[str, ...] = ()
+) -> dict[str, str]:
     """Run every case on all ranks, in order; by name, what went wrong on any rank ("" for nothing).
 
     Args:
         cases: module-level functions. The last ones may leave the group unfit for others.
+        backend: "nccl" gives each rank a GPU.
         preload: modules that the processes share, imported once.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "moe.parallel", *preload])
     store = folder / "store"
     processes = [
-        context.Process(target=_rank, args=(rank, num_ranks, str(store), dict(cases), str(folder)), daemon=True)
+        context.Process(
+            target=_rank, args=(rank, num_ranks, backend, str(store), dict(cases), str(folder)), daemon=True
+        )
         for rank in range(num_ranks)
     ]
     for process in processes:
@@ -44,13 +49,15 @@ def run_cases(num_ranks: int, cases: Mapping[str, Case], folder: Path, preload: 
     return {name: "\n".join(_report(folder, name, rank) for rank in range(num_ranks)).strip() for name in cases}
 
 
-def _rank(rank: int, num_ranks: int, store: str, cases: dict[str, Case], folder: str) -> None:
+def _rank(rank: int, num_ranks: int, backend: str, store: str, cases: dict[str, Case], folder: str) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=GROUP_TIMEOUT
+        backend, init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=GROUP_TIMEOUT
     )
     for name, case in cases.items():
         has_died = False

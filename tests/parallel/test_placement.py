@@ -76,7 +76,8 @@ def test_all_ranks_choose_the_same_copy():
     tables = placement_tables(placement, "cpu")
     ids = torch.randint(-1, 7, (12, 4), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     topk = TopK(ids, torch.ones(12, 4))
-    rank, local = place_slots_reference(topk, tables, layer=2, tokens_a_source=4)
+    gathered = TopK(ids.view(3, 4, 4), topk.weights.view(3, 4, 4))
+    rank, local = place_slots_reference(gathered, tables, layer=2)
     for source in range(3):
         part = TopK(ids[4 * source : 4 * source + 4], torch.ones(4, 4))
         own_rank, own_local = place_slots_reference(part, tables, layer=2, source_rank=source)
@@ -90,5 +91,5 @@ def test_all_ranks_choose_the_same_copy():
             else:
                 assert placement.experts_of_rank[chosen][local.expert_ids[row, choice]] == expert
     for me in range(3):
-        _, mine = place_slots_reference(topk, tables, layer=2, tokens_a_source=4, only_rank=me)
+        _, mine = place_slots_reference(gathered, tables, layer=2, only_rank=me)
         assert torch.equal(mine.expert_ids, torch.where(rank == me, local.expert_ids, -1))

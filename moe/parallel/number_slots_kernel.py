@@ -1,0 +1,25 @@
+"""Which returned row is a slot's. One program a block of slots."""
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def number_slots_kernel(
+    row_ptr,  # [num_slots] int32
+    rank_of_slot_ptr,  # [num_slots] int32
+    slot_ptr,  # [num_slots] int32: its number among those of its rank
+    counts_ptr,  # [N, 2] int64
+    num_slots,
+    num_ranks,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_slot = at < num_slots
+    rank = tl.load(rank_of_slot_ptr + at, mask=is_slot, other=-1)
+    row = tl.load(slot_ptr + at, mask=is_slot, other=-1)
+    for other in range(num_ranks):
+        count = tl.load(counts_ptr + 2 * other + 1).to(tl.int32)
+        row += tl.where(other < rank, count, 0)
+    tl.store(row_ptr + at, tl.where(rank >= 0, row, -1), mask=is_slot)
