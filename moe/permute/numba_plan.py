@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moe.flow import Permutation, RowUnits, TopK, UnitSize
@@ -68,84 +70,94 @@ def launch_numba_plan_permutation(
     topk: TopK, *, config: PermuteConfig, uses_pdl: bool = False, unit_size: UnitSizeOf | None = None
 ) -> Permutation:
     """`numba_plan_permutation` of tensors that were checked, for a config that the kernels take."""
-    num_tokens, top_k = topk.expert_ids.shape
-    permutation = _allocate(topk, config, unit_size)
-    num_slots = num_tokens * top_k
-    if not num_slots:
+    load = _load_of(config, topk.expert_ids.shape[0], topk.expert_ids.device, unit_size, uses_pdl)  # type: ignore[arg-type]  # hashable, being a function
+    permutation = _allocate(topk, load)
+    if not load.num_slots:
         permutation.num_rows.zero_()
         permutation.num_tiles.zero_()
         return permutation
-    uses_pdl = uses_pdl and launches_dependents(topk.expert_ids.device)
-    if num_slots <= CHUNKING.max_slots_in_one_launch:
-        _plan_in_one_launch(topk, permutation, config, uses_pdl)
-    else:
-        _plan_in_two_launches(topk, permutation, config, uses_pdl)
+    counts = _count(topk, config, load) if load.num_columns else None
+    _place(topk, counts, permutation, config, load)
     return permutation
 
 
-def _allocate(topk: TopK, config: PermuteConfig, unit_size: UnitSizeOf | None) -> Permutation:
-    device = topk.expert_ids.device
-    tile_rows, mean_rows, max_rows = _rows(config, topk.expert_ids.shape[0])
-    max_tiles = max_rows // tile_rows
+@dataclass(frozen=True)
+class _Load:
+    """What is known of a plan before its tensors are."""
+
+    num_slots: int
+    tile_rows: int
+    mean_rows: int
+    max_rows: int
+    unit_size: UnitSize | None
+    uses_pdl: bool
+    kernels: tuple[NumbaKernel, ...]  # the one that places slots comes last; none without slots
+    chunk_slots: int  # slots of a block
+    num_columns: int  # counts of an expert that pass from launch to launch; 0 with one launch
+
+    @property
+    def max_tiles(self) -> int:
+        return self.max_rows // self.tile_rows
+
+
+@functools.lru_cache(maxsize=1024)
+def _load_of(
+    config: PermuteConfig, num_tokens: int, device: torch.device, unit_size: UnitSizeOf | None, uses_pdl: bool
+) -> _Load:
+    """Kept, since it takes as long as the launch."""
+    num_slots, num_experts = num_tokens * config.top_k, config.num_local_experts
+    tile_rows, mean_rows = config.rows_per_tile(num_tokens), config.mean_rows(num_tokens)
+    size = unit_size(device, tile_rows, mean_rows) if unit_size is not None and num_slots else None
+    uses_pdl = uses_pdl and launches_dependents(device)
+    sizes = (num_slots, tile_rows, mean_rows, config.max_rows(num_tokens), size, uses_pdl)
+    if not num_slots:
+        return _Load(*sizes, kernels=(), chunk_slots=0, num_columns=0)
+    kernels = kernels_for(config, num_slots, size, uses_pdl)
+    if len(kernels) == 1:
+        return _Load(*sizes, kernels, chunk_slots=kernels[0].threads_per_block, num_columns=0)
+    chunk_slots = CHUNKING.chunk_slots(num_slots, num_experts)
+    return _Load(*sizes, kernels, chunk_slots, CHUNKING.num_columns(num_slots, num_experts))
+
+
+def _allocate(topk: TopK, load: _Load) -> Permutation:
     new = functools.partial(new_scratch, topk.expert_ids)  # int32
+    max_tiles = load.max_tiles
     units = None
-    if unit_size is not None and max_tiles and (size := unit_size(device, tile_rows, mean_rows)) is not None:
-        units = RowUnits(new((5, max_tiles)), new((2,)), size, current_stream(device))
+    if load.unit_size is not None:
+        units = RowUnits(new((5, max_tiles)), new((2,)), load.unit_size, current_stream(topk.expert_ids.device))
     return Permutation(
         row_of_slot=new(topk.expert_ids.shape),
-        token_of_row=new((max_rows,)),
+        token_of_row=new((load.max_rows,)),
         expert_of_tile=new((max_tiles,)),
         row_limit_of_tile=new((max_tiles,)),
         num_rows=new((1,)),
         num_tiles=new((1,)),
-        tile_rows=tile_rows,
-        mean_rows=mean_rows,
+        tile_rows=load.tile_rows,
+        mean_rows=load.mean_rows,
         units=units,
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def _rows(config: PermuteConfig, num_tokens: int) -> tuple[int, int, int]:
-    """tile_rows, mean_rows and max_rows."""
-    return config.rows_per_tile(num_tokens), config.mean_rows(num_tokens), config.max_rows(num_tokens)
-
-
-def _plan_in_one_launch(topk: TopK, permutation: Permutation, config: PermuteConfig, uses_pdl: bool) -> None:
-    (kernel,) = kernels_for(config, topk.expert_ids.numel(), _size_of(permutation), uses_pdl)
-    _launch_plan(kernel, topk, None, permutation, config, kernel.threads_per_block, uses_pdl)
-
-
-def _plan_in_two_launches(topk: TopK, permutation: Permutation, config: PermuteConfig, uses_pdl: bool) -> None:
-    num_slots, num_experts = topk.expert_ids.numel(), config.num_local_experts
-    count_kernel, plan_kernel = kernels_for(config, num_slots, _size_of(permutation), uses_pdl)
-    chunk_slots = CHUNKING.chunk_slots(num_slots, num_experts)
-    num_columns = CHUNKING.num_columns(num_slots, num_experts)
-    counts = new_scratch(topk.expert_ids, (num_experts, num_columns))
-    count_kernel.launch(
-        num_columns,
+def _count(topk: TopK, config: PermuteConfig, load: _Load) -> Tensor:
+    """Counts of each expert and chunk, [E_local, num_columns]."""
+    counts = new_scratch(topk.expert_ids, (config.num_local_experts, load.num_columns))
+    load.kernels[0].launch(
+        load.num_columns,
         topk.expert_ids,
         counts,
-        num_slots,
-        chunk_slots,
+        load.num_slots,
+        load.chunk_slots,
         config.local_expert_offset,
-        num_experts,
-        uses_pdl=uses_pdl,
+        config.num_local_experts,
+        uses_pdl=load.uses_pdl,
     )
-    _launch_plan(plan_kernel, topk, counts, permutation, config, chunk_slots, uses_pdl)
+    return counts
 
 
-def _launch_plan(
-    kernel: NumbaKernel,
-    topk: TopK,
-    counts: Tensor | None,
-    permutation: Permutation,
-    config: PermuteConfig,
-    chunk_slots: int,
-    uses_pdl: bool,
-) -> None:
-    num_slots, units = topk.expert_ids.numel(), permutation.units
-    kernel.launch(
-        -(-num_slots // chunk_slots),
+def _place(topk: TopK, counts: Tensor | None, permutation: Permutation, config: PermuteConfig, load: _Load) -> None:
+    units = permutation.units
+    load.kernels[-1].launch(
+        -(-load.num_slots // load.chunk_slots),
         topk.expert_ids,
         counts,
         permutation.row_of_slot,
@@ -154,20 +166,16 @@ def _launch_plan(
         permutation.row_limit_of_tile,
         permutation.num_rows,
         permutation.num_tiles,
-        num_slots,
-        chunk_slots,
+        load.num_slots,
+        load.chunk_slots,
         config.local_expert_offset,
         config.num_local_experts,
-        permutation.tile_rows.bit_length() - 1,
+        load.tile_rows.bit_length() - 1,
         units.records if units else None,
         units.counts if units else None,
-        permutation.max_tiles,
-        uses_pdl=uses_pdl,
+        load.max_tiles,
+        uses_pdl=load.uses_pdl,
     )
-
-
-def _size_of(permutation: Permutation) -> UnitSize | None:
-    return permutation.units.size if permutation.units else None
 
 
 def kernels_for(

@@ -72,25 +72,15 @@ def launch_select_experts(
     """`select_experts` of tensors that were checked, for a config that the kernels take."""
     num_tokens = logits.shape[0]
     shape = (num_tokens, config.top_k)
-    topk = TopK(
-        expert_ids=new_scratch(logits, shape, torch.int32),
-        weights=new_scratch(logits, shape, torch.bfloat16),
-    )
+    expert_ids, weights = new_scratch(logits, shape, torch.int32), new_scratch(logits, shape, torch.bfloat16)
     if num_tokens:
+        used_bias = bias if bias is not None and config.method.uses_bias else None
+        bias_dtype = None if used_bias is None else used_bias.dtype
         uses_pdl = uses_pdl and launches_dependents(logits.device)
-        used_bias = bias if config.method.uses_bias else None
-        kernel = kernel_of(
-            config,
-            logits.dtype,
-            None if used_bias is None else used_bias.dtype,
-            replay_out is not None,
-            uses_pdl=uses_pdl,
-        )
+        kernel = kernel_of(config, logits.dtype, bias_dtype, replay_out is not None, uses_pdl=uses_pdl)
         num_blocks = -(-num_tokens // WARPS_PER_BLOCK)
-        kernel.launch(
-            num_blocks, logits, used_bias, topk.expert_ids, topk.weights, replay_out, num_tokens, uses_pdl=uses_pdl
-        )
-    return topk
+        kernel.launch(num_blocks, logits, used_bias, expert_ids, weights, replay_out, num_tokens, uses_pdl=uses_pdl)
+    return TopK(expert_ids, weights)
 
 
 @functools.cache

@@ -124,7 +124,7 @@ def _parameters(arguments: tuple[Tensor | int | None, ...]) -> tuple[int, list[A
                 index = other
             values.append(argument.data_ptr())
         else:
-            values.append(np.int32(argument))
+            values.append(_int32(argument))
     if index is None or not is_one:
         devices = sorted({str(argument.device) for argument in arguments if isinstance(argument, Tensor)})
         raise ValueError(
@@ -132,6 +132,11 @@ def _parameters(arguments: tuple[Tensor | int | None, ...]) -> tuple[int, list[A
             "use the reference on a CPU"
         )
     return index, values
+
+
+_int32 = functools.lru_cache(maxsize=4096)(
+    np.int32
+)  # a call's numbers come again; found, one takes a third of the time
 
 
 def _numba_type(numba_types: Any, name: str) -> Any:

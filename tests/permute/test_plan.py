@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -98,7 +99,7 @@ def assert_agrees(planner: Stage, expert_ids: Tensor, config: PermuteConfig) -> 
 
 
 @pytest.fixture(params=["one_launch", "several_launches", "several_launches_of_long_chunks"])
-def launches(planner: Stage, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def launches(planner: Stage, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Both ways of planning at every size, by small blocks, and chunks that take several rounds of a block."""
     module = sys.modules[planner.run.__module__]
     changes = {}
@@ -111,6 +112,10 @@ def launches(planner: Stage, request: pytest.FixtureRequest, monkeypatch: pytest
     if request.param == "several_launches_of_long_chunks":
         changes["max_chunks"] = 2
     monkeypatch.setattr(module, "CHUNKING", replace(module.CHUNKING, **changes))
+    forget = module._load_of.cache_clear if hasattr(module, "_load_of") else lambda: None
+    forget()
+    yield
+    forget()
 
 
 def test_example_of_the_docstring(plan) -> None:
