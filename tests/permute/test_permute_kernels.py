@@ -87,6 +87,23 @@ def test_a_planner_checks_once_and_its_launch_does_not(config, monkeypatch):
     assert checked == [topk]
 
 
+def test_units_are_asked_for_once_a_load():
+    pytest.importorskip("numba.cuda")
+    from moe.permute.numba_plan import _load_of
+
+    asked = []
+
+    def units(*load: object) -> UnitSize:
+        asked.append(load)
+        return UnitSize(40, 8, 3)
+
+    loads = [_load_of(CONFIG, num_tokens, CPU, units, False) for num_tokens in (3, 3, 0, 5, 3)]
+    assert asked == [(CPU, 16, 1), (CPU, 16, 2)]
+    assert loads[0] is loads[1] is loads[4]
+    assert [load.num_slots for load in loads] == [6, 6, 0, 10, 6]
+    assert loads[2].kernels == ()
+
+
 def test_a_finalizer_checks_once_and_its_launch_does_not(monkeypatch):
     pytest.importorskip("triton")
     checked = []
