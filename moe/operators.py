@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from moe.call import LayerCall
 from moe.config import MoEConfig
 from moe.expert_ids import as_int32_ids
-from moe.flow import SwigluParams, TopK
+from moe.flow import ExpertOutputs, SwigluParams, TopK
 from moe.gemm.config import WeightFormat, WeightLayout
 from moe.tuning.tuned import TunedPipeline, tuned_pipeline
 
 
 def is_traced(tensor: Tensor) -> bool:
     """Whether a call with this tensor only asks what its result would be: then the operator answers, and no code of ours runs."""
+    is_other = type(tensor) is not Tensor  # told first: every eager call asks
     return (
-        torch.compiler.is_compiling()
-        or tensor.device.type == "meta"
-        or isinstance(tensor, (FakeTensor, FunctionalTensor))
+        torch.compiler.is_dynamo_compiling()
+        or tensor.is_meta
+        or (is_other and isinstance(tensor, (FakeTensor, FunctionalTensor)))
     )
 
 
@@ -118,3 +121,176 @@ def _of_all_experts(value: float | None, num_experts: int, device: torch.device)
 def _filled(value: float, num_experts: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # it may be read under any mode
         return torch.full((num_experts,), value, dtype=torch.float32, device=device)
+
+
+def run_traced(pipeline: TunedPipeline, call: LayerCall) -> Tensor:
+    """`pipeline.run(call)` as the operator moe::run_layer; a workspace has no part in what the result is."""
+    result = torch.ops.moe.run_layer(*_arguments(pipeline, call))
+    return result if call.output is None else call.output.copy_(result)
+
+
+def run_traced_unfinalized(pipeline: TunedPipeline, call: LayerCall) -> ExpertOutputs:
+    """`pipeline.run_unfinalized(call)` as the operator moe::run_layer_unfinalized."""
+    rows, weights, row_of_slot = torch.ops.moe.run_layer_unfinalized(*_arguments(pipeline, call))
+    return ExpertOutputs(rows, call.entry.weights if call.is_chosen else weights, row_of_slot)
+
+
+def _arguments(pipeline: TunedPipeline, call: LayerCall) -> tuple[Any, ...]:
+    entry = (call.entry.expert_ids, call.entry.weights) if call.is_chosen else (call.entry, None)
+    swiglu = call.swiglu or SwigluParams()
+    tensors = (call.hidden_states, call.w1, call.w2, call.bias, swiglu.alpha, swiglu.beta, swiglu.clamp_limit)
+    layer = (pipeline.config.model_dump_json(), pipeline.uses_pdl, pipeline.max_num_tokens)
+    return (*entry, *tensors, call.routing_replay_out, *layer)
+
+
+def run_layer(
+    first: Tensor,
+    expert_weights: Tensor | None,
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    bias: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    clamp_limit: Tensor | None,
+    routing_replay_out: Tensor | None,
+    config: str,
+    uses_pdl: bool,
+    max_num_tokens: int,
+) -> Tensor:
+    """A layer -> [T, H] bfloat16.
+
+    Args:
+        first: logits [T, E]; where `expert_weights` is given, ids [T, K] int32.
+        config: a MoEConfig as JSON; the rest as `tuned_pipeline` and `MoEPipeline` have it.
+    """
+    pipeline = _pipeline_of_json(config, uses_pdl, max_num_tokens, hidden_states.device)
+    return pipeline.run(
+        _call(first, expert_weights, hidden_states, w1, w2, bias, alpha, beta, clamp_limit, routing_replay_out)
+    )
+
+
+def run_layer_unfinalized(
+    first: Tensor,
+    expert_weights: Tensor | None,
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    bias: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    clamp_limit: Tensor | None,
+    routing_replay_out: Tensor | None,
+    config: str,
+    uses_pdl: bool,
+    max_num_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, stopped before finalize: rows [P, H], weights [T, K] bfloat16 and row_of_slot [T, K] int32."""
+    pipeline = _pipeline_of_json(config, uses_pdl, max_num_tokens, hidden_states.device)
+    outputs = pipeline.run_unfinalized(
+        _call(first, expert_weights, hidden_states, w1, w2, bias, alpha, beta, clamp_limit, routing_replay_out)
+    )
+    # An operator returns no tensor that it was given.
+    return outputs.rows, outputs.weights if expert_weights is None else outputs.weights.clone(), outputs.row_of_slot
+
+
+_run_layer_operator = library.custom_op("moe::run_layer", run_layer, mutates_args=("routing_replay_out",))
+_run_layer_unfinalized_operator = library.custom_op(
+    "moe::run_layer_unfinalized", run_layer_unfinalized, mutates_args=("routing_replay_out",)
+)
+
+
+@_run_layer_operator.register_fake
+def _(first: Tensor, expert_weights: Tensor | None, hidden_states: Tensor, *others: Any) -> Tensor:
+    _expect_fit(first, expert_weights, hidden_states, *others)
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@_run_layer_unfinalized_operator.register_fake
+def _(
+    first: Tensor, expert_weights: Tensor | None, hidden_states: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    config = _expect_fit(first, expert_weights, hidden_states, *others)
+    num_tokens, top_k = hidden_states.shape[0], config.top_k
+    # How many rows there are follows from the number of tokens, by more than a formula of symbols can say.
+    is_known = isinstance(num_tokens, int)
+    rows = config.permute.max_rows(num_tokens) if is_known else library.get_ctx().new_dynamic_size()
+    weights = hidden_states.new_empty(num_tokens, top_k)
+    if expert_weights is not None:
+        weights = torch.empty_like(expert_weights)
+    row_of_slot = hidden_states.new_empty(num_tokens, top_k, dtype=torch.int32)
+    return hidden_states.new_empty(rows, config.hidden_size), weights, row_of_slot
+
+
+def _call(
+    first: Tensor,
+    expert_weights: Tensor | None,
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    bias: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    clamp_limit: Tensor | None,
+    routing_replay_out: Tensor | None,
+) -> LayerCall:
+    entry = first if expert_weights is None else TopK(first, expert_weights)
+    has_swiglu = alpha is not None or beta is not None or clamp_limit is not None
+    swiglu = SwigluParams(alpha, beta, clamp_limit) if has_swiglu else None
+    is_chosen = expert_weights is not None
+    return LayerCall(entry, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out, is_chosen)
+
+
+@cache
+def _pipeline_of_json(config: str, uses_pdl: bool, max_num_tokens: int, device: torch.device) -> TunedPipeline:
+    return tuned_pipeline(
+        MoEConfig.model_validate_json(config), device, uses_pdl=uses_pdl, max_num_tokens=max_num_tokens
+    )
+
+
+def _expect_fit(
+    first: Tensor,
+    expert_weights: Tensor | None,
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    bias: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    clamp_limit: Tensor | None,
+    routing_replay_out: Tensor | None,
+    config_json: str,
+    *_: Any,
+) -> MoEConfig:
+    """Raise unless tensors that have no memory have the sizes, dtypes and device of a call. Those that have are checked by the call."""
+    config = MoEConfig.model_validate_json(config_json)
+    num_tokens, num_local = hidden_states.shape[0], (config.permute.num_local_experts,)
+    either, whole = (torch.float32, torch.bfloat16), (torch.bfloat16,)
+    wanted: list[tuple[str, Tensor | None, tuple[Any, ...], tuple[torch.dtype, ...]]] = [
+        ("hidden_states", hidden_states, (num_tokens, config.hidden_size), whole),
+        ("gemm1_weights", w1, config.gemm1.weight_shape, whole),
+        ("gemm2_weights", w2, config.gemm2.weight_shape, whole),
+        ("routing_bias", bias, (config.num_experts,), either),
+        ("gemm1_alpha", alpha, num_local, (torch.float32,)),
+        ("gemm1_beta", beta, num_local, (torch.float32,)),
+        ("gemm1_clamp_limit", clamp_limit, num_local, (torch.float32,)),
+    ]
+    if expert_weights is None:
+        wanted.append(("routing_logits", first, (num_tokens, config.num_experts), either))
+    else:
+        wanted.append(("expert_indices", first, (num_tokens, config.top_k), (torch.int32,)))
+        wanted.append(("expert_weights", expert_weights, (num_tokens, config.top_k), either))
+    if routing_replay_out is not None:
+        shape = (routing_replay_out.shape[0], config.top_k)
+        wanted.append(("routing_replay_out", routing_replay_out, shape, (torch.int16,)))
+    for name, tensor, shape, dtypes in wanted:
+        if tensor is None:
+            continue
+        if len(tensor.shape) != len(shape) or any(size != other for size, other in zip(tensor.shape, shape)):
+            raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}; pass a tensor of that shape")
+        if tensor.dtype not in dtypes or tensor.device != hidden_states.device:
+            raise ValueError(
+                f"{name}: expected {' or '.join(map(str, dtypes))} on {hidden_states.device}, got {tensor.dtype} on "
+                f"{tensor.device}; convert or move it"
+            )
+    return config

@@ -13,10 +13,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from moe.base_config import plain_error
+from moe.call import LayerCall
 from moe.checks import as_float, as_int, expect, plain_number
 from moe.config import NAMES_OF_FIELDS, MoEConfig, stage_fields
 from moe.flow import ExpertOutputs, SwigluParams, TopK
 from moe.gemm.config import BLOCK_MAJOR_K, ActivationType, WeightFormat, WeightLayout
+from moe.operators import is_traced, run_traced, run_traced_unfinalized
 from moe.tuning.tuned import TunedPipeline, tuned_pipeline
 from moe.workspace import workspace_of_any_choice
 
@@ -121,6 +123,8 @@ def trtllm_bf16_moe(
     pipeline = _pipeline(layer)
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
     tensors = (routing_logits, hidden_states, gemm1_weights, gemm2_weights)
+    if is_traced(hidden_states):
+        return _traced(pipeline, LayerCall(*tensors, swiglu, routing_bias, output, routing_replay_out), do_finalize)
     if do_finalize:
         return pipeline(
             *tensors,
@@ -206,12 +210,16 @@ def trtllm_bf16_routed_moe(
         is_batch_invariant=is_batch_invariant,
     )
     pipeline = _pipeline(layer)
+    swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
+    if is_traced(hidden_states):
+        topk = _unpacked(topk_ids) if isinstance(topk_ids, Tensor) else TopK(*topk_ids)
+        call = LayerCall(topk, hidden_states, gemm1_weights, gemm2_weights, swiglu, output=output, is_chosen=True)
+        return _traced(pipeline, call, do_finalize)
     topk = _unpack(topk_ids, top_k)
     if routing_replay_out is not None:
         pipeline.config.permute.check(topk)
         pipeline.config.routing.check_replay(routing_replay_out, topk.expert_ids.shape[0], hidden_states.device)
     tensors = (topk, hidden_states, gemm1_weights, gemm2_weights)
-    swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
     if do_finalize:
         return pipeline.run_experts(*tensors, swiglu=swiglu, output=output, workspace=workspace_buffer)
     _refuse_workspace(workspace_buffer)
@@ -402,9 +410,18 @@ def _unpack(topk_ids: Tensor | tuple[Tensor, Tensor], top_k: int) -> TopK:
         "dtype": "expert_indices must be int32.",
     }
     expect("topk_ids", topk_ids, "T K", {"K": top_k}, dtype=torch.int32, words=words)
+    return _unpacked(topk_ids)
+
+
+def _unpacked(topk_ids: Tensor) -> TopK:
     halves = topk_ids.view(torch.int16).view(*topk_ids.shape, 2)  # little-endian: weight, then id
     weights = halves[..., 0].contiguous().view(torch.bfloat16)
     return TopK(halves[..., 1].to(torch.int32), weights)
+
+
+def _traced(pipeline: TunedPipeline, call: LayerCall, do_finalize: bool) -> Tensor | list[Tensor]:
+    """The call as an operator, where only the form of its result is asked for, or a program is recorded."""
+    return run_traced(pipeline, call) if do_finalize else _as_list(run_traced_unfinalized(pipeline, call))
 
 
 def _as_list(outputs: ExpertOutputs) -> list[Tensor]:

@@ -465,6 +465,7 @@ def test_a_pipeline_is_built_where_the_hidden_states_lie(monkeypatch: pytest.Mon
         return lambda *tensors, **others: None
 
     monkeypatch.setattr(trtllm, "tuned_pipeline", tuned_pipeline)
+    monkeypatch.setattr(trtllm, "run_traced", lambda pipeline, call: None)
     arguments = flat_arguments(layer(), make_problem(layer(), 3))
     for device in ("cpu", "meta"):
         on_device = arguments | {"hidden_states": arguments["hidden_states"].to(device)}

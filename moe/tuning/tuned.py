@@ -123,6 +123,14 @@ class TunedPipeline:
         call = LayerCall(topk, hidden_states, w1, w2, swiglu, None, None, None, True)
         return self._tuned_for(call).run_unfinalized(call)
 
+    def run(self, call: LayerCall) -> Tensor:
+        """As `MoEPipeline.run`."""
+        return self._tuned_for(call).run(call)
+
+    def run_unfinalized(self, call: LayerCall) -> ExpertOutputs:
+        """As `MoEPipeline.run_unfinalized`."""
+        return self._tuned_for(call).run_unfinalized(call)
+
     def workspace_bytes(self, num_tokens: int) -> int:
         """As `MoEPipeline.workspace_bytes`; another number once the bucket of `num_tokens` is tuned."""
         return self.at(num_tokens).workspace_bytes(num_tokens)
