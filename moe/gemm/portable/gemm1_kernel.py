@@ -9,11 +9,14 @@ import triton.language as tl
 
 from moe.gemm.activation_device import relu2, swiglu
 from moe.gemm.portable.tile_device import (
+    Operands,
+    Plan,
     columns_of_lanes,
     halves_of_lanes,
+    load_tile,
     multiply_rows,
+    store_columns,
     stored_row_of_lane,
-    tile_of_program,
     weight_offsets,
 )
 from moe.gemm.prefetch_device import prefetch_weights
@@ -59,38 +62,24 @@ def portable_gemm1_kernel(
     num_tiles = tl.load(num_tiles_ptr)
     if program >= num_tiles * NUM_COLUMN_BLOCKS:
         return
-    tile, column_block = tile_of_program(program, num_tiles, NUM_COLUMN_BLOCKS, GROUP_TILES)
-    expert = tl.load(expert_of_tile_ptr + tile)
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = row < tl.load(row_limit_of_tile_ptr + tile)
-    token = tl.load(token_of_row_ptr + row, mask=in_rows, other=0)
+    plan = Plan(expert_of_tile_ptr, row_limit_of_tile_ptr, num_tiles)
+    tile = load_tile(plan, program, NUM_COLUMN_BLOCKS, GROUP_TILES, BLOCK_M)
+    token = tl.load(token_of_row_ptr + tile.row, mask=tile.in_rows, other=0)
 
-    first_column = column_block * BLOCK_N
-    stored_row, in_weights = stored_row_of_lane(first_column, OUT_FEATURES, IS_GATED, IS_SHUFFLED, BLOCK_W)
+    stored_row, in_weights = stored_row_of_lane(
+        tile.column_block * BLOCK_N, OUT_FEATURES, IS_GATED, IS_SHUFFLED, BLOCK_W
+    )
     # int64 first: all experts' weights, and the tokens of a long prefill, pass 2^31 elements.
-    weights_ptr += expert.to(tl.int64) * (WEIGHT_ROWS * IN_FEATURES)
+    weights_ptr += tile.expert.to(tl.int64) * (WEIGHT_ROWS * IN_FEATURES)
     weight_ptrs = weights_ptr + weight_offsets(stored_row, ROW_STRIDE, K_STRIDE, BLOCK_STRIDE, BLOCK_K)
     row_ptrs = hidden_states_ptr + token.to(tl.int64)[:, None] * IN_FEATURES + tl.arange(0, BLOCK_K)[None, :]
-    accumulators = multiply_rows(
-        row_ptrs,
-        in_rows,
-        weight_ptrs,
-        in_weights,
-        IN_FEATURES,
-        BLOCK_STRIDE,
-        BLOCK_M,
-        BLOCK_W,
-        BLOCK_K,
-        OUT_FEATURES % BLOCK_N == 0,
-    )
+    operands = Operands(row_ptrs, tile.in_rows, weight_ptrs, in_weights)
+    accumulators = multiply_rows(operands, IN_FEATURES, BLOCK_STRIDE, BLOCK_K, OUT_FEATURES % BLOCK_N == 0)
     if IS_GATED:
         first, second = halves_of_lanes(accumulators, IS_SHUFFLED, BLOCK_M, BLOCK_W)
         gate = first if IS_GATE_FIRST else second
         up = second if IS_GATE_FIRST else first
-        activated = swiglu(gate, up, expert, alpha_ptr, beta_ptr, clamp_limit_ptr)
+        activated = swiglu(gate, up, tile.expert, alpha_ptr, beta_ptr, clamp_limit_ptr)
     else:
         activated = relu2(columns_of_lanes(accumulators, IS_SHUFFLED, BLOCK_M, BLOCK_W))
-
-    column = first_column + tl.arange(0, BLOCK_N)
-    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * OUT_FEATURES + column[None, :]
-    tl.store(out_ptrs, activated.to(tl.bfloat16), mask=in_rows[:, None] & (column < OUT_FEATURES)[None, :])
+    store_columns(out_ptr, activated, tile, OUT_FEATURES)

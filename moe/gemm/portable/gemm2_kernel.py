@@ -5,10 +5,13 @@ import triton
 import triton.language as tl
 
 from moe.gemm.portable.tile_device import (
+    Operands,
+    Plan,
     columns_of_lanes,
+    load_tile,
     multiply_rows,
+    store_columns,
     stored_row_of_lane,
-    tile_of_program,
     weight_offsets,
 )
 
@@ -41,31 +44,15 @@ def portable_gemm2_kernel(
     num_tiles = tl.load(num_tiles_ptr)
     if program >= num_tiles * NUM_COLUMN_BLOCKS:
         return
-    tile, column_block = tile_of_program(program, num_tiles, NUM_COLUMN_BLOCKS, GROUP_TILES)
-    expert = tl.load(expert_of_tile_ptr + tile)
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = row < tl.load(row_limit_of_tile_ptr + tile)
+    plan = Plan(expert_of_tile_ptr, row_limit_of_tile_ptr, num_tiles)
+    tile = load_tile(plan, program, NUM_COLUMN_BLOCKS, GROUP_TILES, BLOCK_M)
 
-    first_column = column_block * BLOCK_N
-    stored_row, in_weights = stored_row_of_lane(first_column, OUT_FEATURES, False, IS_SHUFFLED, BLOCK_N)
+    stored_row, in_weights = stored_row_of_lane(tile.column_block * BLOCK_N, OUT_FEATURES, False, IS_SHUFFLED, BLOCK_N)
     # int64 first: all experts' weights, and the rows of a long prefill, pass 2^31 elements.
-    weights_ptr += expert.to(tl.int64) * (OUT_FEATURES * IN_FEATURES)
+    weights_ptr += tile.expert.to(tl.int64) * (OUT_FEATURES * IN_FEATURES)
     weight_ptrs = weights_ptr + weight_offsets(stored_row, ROW_STRIDE, K_STRIDE, BLOCK_STRIDE, BLOCK_K)
-    row_ptrs = rows_ptr + row.to(tl.int64)[:, None] * IN_FEATURES + tl.arange(0, BLOCK_K)[None, :]
-    accumulators = multiply_rows(
-        row_ptrs,
-        in_rows,
-        weight_ptrs,
-        in_weights,
-        IN_FEATURES,
-        BLOCK_STRIDE,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        OUT_FEATURES % BLOCK_N == 0,
-    )
+    row_ptrs = rows_ptr + tile.row.to(tl.int64)[:, None] * IN_FEATURES + tl.arange(0, BLOCK_K)[None, :]
+    operands = Operands(row_ptrs, tile.in_rows, weight_ptrs, in_weights)
+    accumulators = multiply_rows(operands, IN_FEATURES, BLOCK_STRIDE, BLOCK_K, OUT_FEATURES % BLOCK_N == 0)
     product = columns_of_lanes(accumulators, IS_SHUFFLED, BLOCK_M, BLOCK_N)
-
-    column = first_column + tl.arange(0, BLOCK_N)
-    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * OUT_FEATURES + column[None, :]
-    tl.store(out_ptrs, product.to(tl.bfloat16), mask=in_rows[:, None] & (column < OUT_FEATURES)[None, :])
+    store_columns(out_ptr, product, tile, OUT_FEATURES)

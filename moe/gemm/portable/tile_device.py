@@ -16,8 +16,52 @@ What shuffling did to the order of columns is undone on the accumulators, in reg
 """
 # mypy: allow-untyped-defs
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Plan(NamedTuple):
+    """Where row tiles lie."""
+
+    expert_of_tile_ptr: Any  # [P / BLOCK_M] int32
+    row_limit_of_tile_ptr: Any  # [P / BLOCK_M] int32
+    num_tiles: Any
+
+
+class Tile(NamedTuple):
+    """What a program computes."""
+
+    expert: Any
+    row: Any  # [BLOCK_M] int32
+    in_rows: Any  # [BLOCK_M] bool
+    column_block: Any
+
+
+class Operands(NamedTuple):
+    """The first BLOCK_K elements of rows and of weights; what is in neither counts as zeros."""
+
+    row_ptrs: Any  # [BLOCK_M, BLOCK_K]
+    in_rows: Any  # [BLOCK_M] bool
+    weight_ptrs: Any  # [BLOCK_K, BLOCK_W]
+    in_weights: Any  # [BLOCK_W] bool
+
+
+@triton.jit
+def load_tile(
+    plan,
+    program,
+    NUM_COLUMN_BLOCKS: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The Tile of a program, given that program < num_tiles * NUM_COLUMN_BLOCKS."""
+    tile, column_block = tile_of_program(program, plan.num_tiles, NUM_COLUMN_BLOCKS, GROUP_TILES)
+    expert = tl.load(plan.expert_of_tile_ptr + tile)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = row < tl.load(plan.row_limit_of_tile_ptr + tile)
+    return Tile(expert, row, in_rows, column_block)
 
 
 @triton.jit
@@ -90,25 +134,16 @@ def columns_of_lanes(accumulators, IS_SHUFFLED: tl.constexpr, BLOCK_M: tl.conste
 
 @triton.jit
 def multiply_rows(
-    row_ptrs,
-    in_rows,
-    weight_ptrs,
-    in_weights,
+    operands,
     IN_FEATURES: tl.constexpr,
     BLOCK_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    IS_EVEN_W: tl.constexpr,
+    IS_EVEN_W: tl.constexpr,  # all weights are in
 ):
-    """[BLOCK_M, BLOCK_W] fp32: rows times the transposed weights, over all IN_FEATURES.
-
-    Args:
-        row_ptrs: [BLOCK_M, BLOCK_K], the rows' first elements; in_rows [BLOCK_M]: others count as zeros.
-        weight_ptrs: [BLOCK_K, BLOCK_W], likewise; in_weights [BLOCK_W], all true where IS_EVEN_W.
-    """
+    """[BLOCK_M, BLOCK_W] fp32: rows times the transposed weights, over all IN_FEATURES."""
+    row_ptrs, in_rows, weight_ptrs, in_weights = operands
     k = tl.arange(0, BLOCK_K)
-    accumulators = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
+    accumulators = tl.zeros((row_ptrs.shape[0], weight_ptrs.shape[1]), tl.float32)
     for first_k in tl.range(0, IN_FEATURES, BLOCK_K):
         if IN_FEATURES % BLOCK_K:
             # Weights past the end are masked too: zero times garbage may be NaN.
@@ -124,3 +159,14 @@ def multiply_rows(
         row_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K // 64 * BLOCK_STRIDE
     return accumulators
+
+
+@triton.jit
+def store_columns(out_ptr, values, tile, OUT_FEATURES: tl.constexpr):
+    """Write a tile's [BLOCK_M, BLOCK_N] values, rounded to bf16."""
+    BLOCK_N: tl.constexpr = values.shape[1]
+    column = tile.column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    # int64: rows of a long prefill pass 2^31 elements.
+    out_ptrs = out_ptr + tile.row.to(tl.int64)[:, None] * OUT_FEATURES + column[None, :]
+    mask = tile.in_rows[:, None] & (column < OUT_FEATURES)[None, :]
+    tl.store(out_ptrs, values.to(tl.bfloat16), mask=mask)
