@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moe.cli.beside import TURNS
 from moe.cli.commands import (
+    BENCH_TOKENS,
     CPU_TOKENS,
     CUDA_TOKENS,
     DEFAULT_MODEL,
@@ -23,7 +24,6 @@ from moe.cli.text import wrap
 from moe.shapes import NAMED_SHAPES
 from moe.tuning.buckets import BUCKETS
 
-BENCH_TOKENS = (1, 128, 2048, 8192)
 LAUNCH_TOKENS = (1, 64)
 MAX_TUNED_TOKENS = 8192
 DESCRIPTION = "Run a layer of a real model, time many, tune them, or say what is here."
@@ -47,7 +47,8 @@ BENCH_EXAMPLES = """\
 examples:
   python -m moe bench --model sonic-7b olmoe-1b-7b --tokens 1 128 2048
   python -m moe bench --model olmoe-1b-7b --json bench.json --plot bench.svg
-  python -m moe bench --stage gemm2=mine.py:my_gemm2 --model sonic-7b"""
+  python -m moe bench --stage gemm2=mine.py:my_gemm2 --model sonic-7b
+  torchrun --nproc-per-node=2 -m moe bench --parallel --json two.json"""
 LAUNCHES_EXAMPLES = """\
 example:
   python -m moe launches --model qwen3-30b-a3b --tokens 1 64"""
@@ -89,7 +90,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_config(bench)
     bench.add_argument(
-        "--tokens", type=_count, nargs="+", default=BENCH_TOKENS, metavar="N", help=f"default: {BENCH_TOKENS}"
+        "--tokens", type=_count, nargs="+", metavar="N", help=f"default: {BENCH_TOKENS}; with --parallel a rank"
+    )
+    bench.add_argument(
+        "--parallel",
+        action="store_true",
+        help="under torchrun: the layer over all ranks, exchange and experts apart, as JSON",
     )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write all values to this file as well")
     bench.add_argument(

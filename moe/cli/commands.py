@@ -30,6 +30,7 @@ from moe.tuning.measure import Peaks, measure_peaks
 
 DEFAULT_MODEL = "qwen3-30b-a3b"
 CPU_TOKENS, CUDA_TOKENS = 64, 2048
+BENCH_TOKENS = (1, 128, 2048, 8192)
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -55,6 +56,8 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def bench_command(options: argparse.Namespace) -> int:
+    if options.parallel:
+        return _bench_parallel(options)
     layers = layers_of(options.model or [], options.config, options.format)
     own = None if options.stage is None else read_stage(options.stage)
     if own is not None and options.plot is not None:
@@ -73,7 +76,7 @@ def bench_command(options: argparse.Namespace) -> int:
             return _bench_stage(own, layers, device, peaks, json_file, options, progress)
         lines = measure_all(
             layers or layers_of(list(NAMED_SHAPES), None, options.format),
-            options.tokens,
+            options.tokens or BENCH_TOKENS,
             device,
             routing=options.routing,
             seed=options.seed,
@@ -82,6 +85,48 @@ def bench_command(options: argparse.Namespace) -> int:
             num_turns=options.turns,
         )
         return 0 if print_bench(lines, peaks, device, progress, json_file, options.plot) else 1
+
+
+def _bench_parallel(options: argparse.Namespace) -> int:
+    """All ranks measure, rank 0 writes: lines as they come to stderr, in the end all values to stdout."""
+    # Here and not above: the other commands need no torch.distributed.
+    from moe.cli.parallel import (
+        ERROR_LIMIT,
+        PARALLEL_MODELS,
+        PARALLEL_TOKENS,
+        link_bytes_per_s,
+        measure_parallel,
+        start_ranks,
+    )
+
+    for name in ("stage", "plot"):
+        if getattr(options, name) is not None:
+            raise UnfitMachine(f"--{name}: not with --parallel; leave one of them out")
+    layers = layers_of(options.model or [], options.config, options.format)
+    layers = layers or layers_of(PARALLEL_MODELS, None, options.format)
+    device = start_ranks()
+    is_first = torch.distributed.get_rank() == 0
+    json_file = ResultFile("--json", options.json) if is_first and options.json is not None else None
+    link = link_bytes_per_s(device)
+    report: dict[str, object] = {"machine": info_json(describe_machine(device)), "date": today()}
+    results: list[dict[str, object]] = []
+    report |= {"link_bytes_per_s": link, "results": results}
+    is_good = True
+    progress = Progress() if is_first else None
+    for line in measure_parallel(
+        layers, options.tokens or PARALLEL_TOKENS, None, device, seed=options.seed, progress=progress
+    ):
+        results.append(line.report(link))
+        is_good &= all((parts.error or 0.0) <= ERROR_LIMIT for parts in line.parts.values())
+        if progress is not None:
+            progress.note(line.text())
+        if json_file is not None:
+            json_file.write(report)
+    torch.distributed.destroy_process_group()
+    if progress is not None:
+        print(json.dumps(report, indent=1))
+        is_good &= json_file is None or json_file.is_written(progress)
+    return 0 if is_good else 1
 
 
 def _bench_stage(
@@ -98,7 +143,7 @@ def _bench_stage(
     machine = info_json(describe_machine(device))
     is_good = True
     for named in layers or layers_of([DEFAULT_MODEL], None, options.format):
-        token_counts = fitting_tokens(named, options.tokens, device, progress)
+        token_counts = fitting_tokens(named, options.tokens or BENCH_TOKENS, device, progress)
         if not token_counts:
             continue
         layer = make_layer(named, device, seed=options.seed, progress=progress)

@@ -14,6 +14,9 @@ import torch.distributed as dist
 from parallel.layers import EXPERTS, Whole, layer_over, make_exact_whole, make_whole, run_rank, run_rank_with_all_tokens
 from parallel.processes import RankDied
 
+import moe
+from moe.cli.layer import NamedLayer
+from moe.cli.parallel import ERROR_LIMIT, measure_parallel
 from moe.flow import TopK
 from moe.parallel import ParallelLayer, Placement, build_layer, move_weights, rebalance_together, transport_of
 
@@ -91,6 +94,25 @@ def placements_and_weights_agree_after_rebalancing(world: Any) -> None:
         assert torch.equal(moved, wanted)
 
 
+def the_bench_times_halves_and_counts_bytes(world: Any) -> None:
+    config = moe.MoEConfig.create(hidden_size=64, intermediate_size=32, num_experts=8, top_k=2)
+    named = NamedLayer("small", config)
+    (line,) = measure_parallel([named], [3], world, torch.device("cpu"), seed=0)
+    report = line.report(1e9)
+    assert (line.num_tokens, line.num_ranks) == (3, 4)
+    assert line.parts.keys() == {"gather", "move"}
+    for parts in line.parts.values():
+        assert min(parts.dispatch_us, parts.experts_us, parts.combine_us, parts.whole_us, parts.eager_us) > 0
+        assert parts.error is not None
+        assert parts.error < ERROR_LIMIT
+    gather = line.parts["gather"]
+    assert (gather.dispatch_bytes, gather.combine_bytes) == (3 * 3 * (2 * 64 + 8 * 2), 3 * 3 * 2 * 64)
+    assert 0 < line.parts["move"].combine_bytes < gather.combine_bytes
+    found = report["exchanges"]["gather"]  # type: ignore[index]
+    assert found["combine_share_of_link"] == pytest.approx(gather.combine_bytes / gather.combine_us / 1e3)
+    assert "gather" in line.text()
+
+
 def all_exchanges_between_two(world: Any) -> None:
     on_two_ranks(world, partial(check_exchange, tokens=(3, 6)))
     on_two_ranks(world, partial(check_exchange, tokens=(3, 0), exchange="move", experts_of_rank=[5, 3]))
@@ -153,6 +175,7 @@ CASES = {
         sum_between_four,
         rank_invariant_on_four,
         placements_and_weights_agree_after_rebalancing,
+        the_bench_times_halves_and_counts_bytes,
         all_exchanges_between_two,
         a_mesh_names_the_group,
         a_late_rank_is_named,
