@@ -1,8 +1,20 @@
-"""Activations on fp32 accumulators. NaN comes out where NaN goes in, as in torch."""
+"""Activations on fp32 accumulators, for Triton and Gluon kernels alike. NaN comes out where NaN goes in, as in torch."""
 # mypy: allow-untyped-defs
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+
+
+class Swiglu(NamedTuple):
+    """Parameters of SwiGLU: of all experts, pointers to [E_local] fp32 or None; of one expert, its values."""
+
+    alpha: Any
+    beta: Any
+    clamp_limit: Any
 
 
 @triton.jit
@@ -13,19 +25,22 @@ def relu2(x):
 
 
 @triton.jit
-def swiglu(gate, up, expert, alpha_ptr, beta_ptr, clamp_limit_ptr):
+def swiglu_of_expert(pointers, expert):
+    """One expert's values; where there is no pointer, those that change nothing: the compiler drops what clamps to infinity."""
+    alpha = 1.0 if pointers.alpha is None else tl.load(pointers.alpha + expert)
+    beta = 0.0 if pointers.beta is None else tl.load(pointers.beta + expert)
+    clamp_limit = float("inf") if pointers.clamp_limit is None else tl.load(pointers.clamp_limit + expert)
+    return Swiglu(alpha, beta, clamp_limit)
+
+
+@triton.jit
+def swiglu(gate, up, parameters):
     """gate' * sigmoid(alpha * gate') * (up' + beta), with gate' = min(gate, limit) and up' = clamp(up, -limit, limit).
 
-    alpha_ptr, beta_ptr, clamp_limit_ptr: [E_local] fp32, or None for 1, 0 and no limit.
+    parameters: the expert's.
     """
-    if clamp_limit_ptr is not None:
-        limit = tl.load(clamp_limit_ptr + expert)
-        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
-    scaled_gate = gate
-    if alpha_ptr is not None:
-        scaled_gate = gate * tl.load(alpha_ptr + expert)
-    if beta_ptr is not None:
-        up += tl.load(beta_ptr + expert)
-    return gate * tl.sigmoid(scaled_gate) * up
+    alpha, beta, limit = parameters
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
+    return gate / (1.0 + tl.exp2(gate * (alpha * MINUS_LOG2_E))) * (up + beta)
