@@ -6,20 +6,40 @@ bits 36..62 the first row, a multiple of 16, without its low 4 bits; bits 32..35
 """
 # mypy: allow-untyped-defs
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from moe.gemm.hopper.ring_device import make_ring, wait_until_emptied, wait_until_filled
 
 NUM_SLOTS = gl.constexpr(2)
 END = gl.constexpr(-1)
 
 
+class WorkList(NamedTuple):
+    """The units of `work_units`, and who has taken what."""
+
+    units_ptr: Any  # [5, max_units] int32
+    max_units: Any
+    counts_ptr: Any  # [2] int32: units, and work taken
+
+
+class Mail(NamedTuple):
+    """Slots of int64 for messages, and their ring."""
+
+    slots: Any
+    ring: Any
+
+
 @gluon.jit
-def message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS: gl.constexpr, SKIPS_TAILS: gl.constexpr):
-    """The message for a piece of work in the order of `hopper_schedule`, END from num_work on.
+def message_of_work(works, work, num_work, COLUMN_BLOCKS: gl.constexpr, SKIPS_TAILS: gl.constexpr):
+    """The message for a piece of work in the order of `work_units`, END from num_work on.
 
     Rows to compute are those of the unit that are real, rounded up to 16, or 128 where not SKIPS_TAILS.
     """
+    units_ptr, max_units, _ = works
     is_work = work < num_work
     place = gl.where(is_work, work, 0)
     any_unit = place // COLUMN_BLOCKS
@@ -40,14 +60,14 @@ def message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS: gl.cons
 
 
 @gluon.jit
-def next_work(work, counts_ptr, num_work, IS_DYNAMIC: gl.constexpr):
+def next_work(works, work, num_work, IS_DYNAMIC: gl.constexpr):
     """The work after `work`: the next that no block has taken, or every num_programs-th.
 
     Asked for once for each piece of work, so whoever asks last leaves the counter at 0 for the next kernel.
     """
     if IS_DYNAMIC:
-        num_asked = gl.atomic_add(counts_ptr + 1, 1, sem="relaxed")
-        gl.store(counts_ptr + 1, 0, mask=num_asked == num_work - 1)
+        num_asked = gl.atomic_add(works.counts_ptr + 1, 1, sem="relaxed")
+        gl.store(works.counts_ptr + 1, 0, mask=num_asked == num_work - 1)
         return gl.num_programs(0) + num_asked
     else:
         return work + gl.num_programs(0)
@@ -55,43 +75,26 @@ def next_work(work, counts_ptr, num_work, IS_DYNAMIC: gl.constexpr):
 
 @gluon.jit
 def make_mail():
-    """The slots, and two barriers each: filled by the producer, emptied by both consumers."""
     slots = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    filled, emptied = make_barriers(NUM_SLOTS, 1)
-    return slots, filled, emptied
+    return Mail(slots, make_ring(NUM_SLOTS, 1))
 
 
 @gluon.jit
-def make_barriers(NUM_STAGES: gl.constexpr, FILLED_COUNT: gl.constexpr):
-    """Two barriers a stage: filled after FILLED_COUNT arrivals, emptied after one of each consumer."""
-    filled = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
-    emptied = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(NUM_STAGES):
-        mbarrier.init(filled.index(stage), count=FILLED_COUNT)
-        mbarrier.init(emptied.index(stage), count=2)
-    return filled, emptied
-
-
-@gluon.jit
-def send(message, mail, count):
+def send(mail, message, count):
     """Put message number `count` into its slot once both consumers have read what was there."""
-    slots, filled, emptied = mail
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    slot = count % NUM_SLOTS
-    mbarrier.wait(emptied.index(slot), ((count // NUM_SLOTS) & 1) ^ 1)
-    slots.index(slot).store(gl.full([1], message, gl.int64, layout))
-    mbarrier.arrive(filled.index(slot), count=1)
+    slot = wait_until_emptied(mail.ring, count)
+    mail.slots.index(slot).store(gl.full([1], message, gl.int64, layout))
+    mbarrier.arrive(mail.ring.filled.index(slot), count=1)
 
 
 @gluon.jit
 def receive(mail, count):
     """Message number `count`."""
-    slots, filled, emptied = mail
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    slot = count % NUM_SLOTS
-    mbarrier.wait(filled.index(slot), (count // NUM_SLOTS) & 1)
-    message = gl.max(slots.index(slot).load(layout), axis=0)
-    mbarrier.arrive(emptied.index(slot), count=1)
+    slot = wait_until_filled(mail.ring, count)
+    message = gl.max(mail.slots.index(slot).load(layout), axis=0)
+    mbarrier.arrive(mail.ring.emptied.index(slot), count=1)
     return message
 
 
@@ -107,12 +110,6 @@ def row_blocks_of(message):
 
 
 @gluon.jit
-def has_second_half(message):
-    """Whether rows from 64 on are to be computed."""
-    return row_blocks_of(message) > 4
-
-
-@gluon.jit
 def column_block_of(message):
     return (message >> 16).to(gl.int32) & 0xFFFF
 
@@ -120,3 +117,21 @@ def column_block_of(message):
 @gluon.jit
 def expert_of(message):
     return message.to(gl.int32) & 0xFFFF
+
+
+@gluon.jit
+def place_of_weights(
+    expert,
+    row,
+    k,
+    IN_FEATURES: gl.constexpr,
+    WEIGHT_ROWS: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    IS_BLOCK_MAJOR: gl.constexpr,
+):
+    """Row and column of step k of an expert's row, where all experts' weights are one matrix: see `weight_row_boxes`."""
+    NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
+    if IS_BLOCK_MAJOR:
+        return (expert * NUM_STEPS + k) * WEIGHT_ROWS + row, 0
+    else:
+        return expert * WEIGHT_ROWS + row, k * BLOCK_K

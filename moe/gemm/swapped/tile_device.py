@@ -9,15 +9,24 @@ the first 64 or 128. Two barriers go with it, filled and emptied (one arrival of
 """
 # mypy: allow-untyped-defs
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma, warpgroup_mma_wait
+
+from moe.gemm.activation_device import swiglu_of_expert
+from moe.gemm.hopper.epilogue_device import NOWHERE, Output, activate, put
+from moe.gemm.hopper.ring_device import make_ring, release, wait_until_filled
+from moe.gemm.hopper.work_device import (
+    column_block_of,
+    expert_of,
+    place_of_weights,
+    receive,
+    row_blocks_of,
+    row_of,
 )
+from moe.runtime.gluon_names_device import load_box, reinterpret, store_box
 
 BOX_ROWS = gl.constexpr(128)  # weight rows of a consumer
 BLOCK_W = gl.constexpr(256)  # weight rows
@@ -29,7 +38,44 @@ NUM_STAGES = gl.constexpr(4)
 STORE_BUFFERS = gl.constexpr(2)  # of a consumer
 WEIGHT_BYTES = gl.constexpr(BLOCK_W.value * BLOCK_K.value * 2)
 CHUNK_BYTES = gl.constexpr(CHUNK_ROWS.value * BLOCK_K.value * 2)
-NOWHERE = gl.constexpr(1 << 30)  # a row past any tensor's end: a TMA store there writes nothing
+
+
+class Stages(NamedTuple):
+    """Shared memory of the steps ahead."""
+
+    rows: Any  # [NUM_STAGES * n, 128 / n, 64]
+    extra_rows: Any  # [NUM_STAGES, 32, 64]
+    weights: Any  # [2 NUM_STAGES, 128, 64], the boxes of a stage after one another
+    ring: Any
+
+
+class Unit(NamedTuple):
+    """Where a unit's results go, and the activation's parameters."""
+
+    output: Any
+    row: Any  # the first one
+    row_blocks: Any  # rows in blocks of 16
+    column: Any  # the consumer's first one
+    swiglu: Any
+
+
+@gluon.jit
+def make_stages(layout: gl.constexpr, ROWS: gl.constexpr, FILLED_COUNT: gl.constexpr):
+    """layout: of a box of 64 elements of any number of rows. ROWS: that are copied at a time. FILLED_COUNT: see `make_ring`."""
+    PARTS: gl.constexpr = MAX_ROWS // ROWS
+    rows = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES * PARTS, ROWS, BLOCK_K], layout)
+    extra_rows = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, CHUNK_ROWS, BLOCK_K], layout)
+    weights = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES * 2, BOX_ROWS, BLOCK_K], layout)
+    return Stages(rows, extra_rows, weights, make_ring(NUM_STAGES, FILLED_COUNT))
+
+
+@gluon.jit
+def make_output(out_desc):
+    """Buffers of [STORE_ROWS, 64], as many as make STORE_BUFFERS chunks a consumer."""
+    STORE_ROWS: gl.constexpr = out_desc.block_shape[0]
+    NUM_BUFFERS: gl.constexpr = 2 * STORE_BUFFERS * (CHUNK_ROWS // STORE_ROWS)
+    buffers = gl.allocate_shared_memory(gl.bfloat16, [NUM_BUFFERS, STORE_ROWS, STORE_N], out_desc.layout)
+    return Output(out_desc, buffers)
 
 
 @gluon.jit
@@ -44,8 +90,7 @@ def copy_weights(
     expert,
     column,
     k,
-    bar,
-    weights,
+    stages,
     stage,
     IN_FEATURES: gl.constexpr,
     OUT_FEATURES: gl.constexpr,
@@ -54,99 +99,158 @@ def copy_weights(
     IS_SHUFFLED: gl.constexpr,
 ):
     """Start the copy of both consumers' boxes of weights for the columns of the result from `column` on, step k."""
-    NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
     WEIGHT_ROWS: gl.constexpr = 2 * OUT_FEATURES if IS_GATED else OUT_FEATURES
     ROWS_OF_COLUMN: gl.constexpr = 2 if IS_GATED and IS_SHUFFLED else 1
-    COLUMNS: gl.constexpr = BOX_ROWS // 2 if IS_GATED else BOX_ROWS
-    if IS_BLOCK_MAJOR:
-        first_row = (expert * NUM_STEPS + k) * WEIGHT_ROWS + column * ROWS_OF_COLUMN
-        first_k = 0
-    else:
-        first_row = expert * WEIGHT_ROWS + column * ROWS_OF_COLUMN
-        first_k = k * BLOCK_K
+    COLUMNS: gl.constexpr = columns_of_consumer(IS_GATED)
+    first_row, first_k = place_of_weights(
+        expert, column * ROWS_OF_COLUMN, k, IN_FEATURES, WEIGHT_ROWS, BLOCK_K, IS_BLOCK_MAJOR
+    )
+    bar = stages.ring.filled.index(stage)
     for box in gl.static_range(2):
         row = first_row + box * COLUMNS * ROWS_OF_COLUMN
-        target = weights.index(stage * 2 + box)._reinterpret(gl.bfloat16, weights_desc.block_shape, weights_desc.layout)
+        memory = stages.weights.index(stage * 2 + box)
+        target = reinterpret(memory, gl.bfloat16, weights_desc.block_shape, weights_desc.layout)
         if IS_GATED:
             if IS_SHUFFLED:
-                tma.async_copy_global_to_shared(weights_desc, [0, row // 32, 0, 0, first_k], bar, target)
+                load_box(weights_desc, [0, row // 32, 0, 0, first_k], bar, target)
             else:
-                tma.async_copy_global_to_shared(weights_desc, [0, row, first_k], bar, target)
+                load_box(weights_desc, [0, row, first_k], bar, target)
         else:
             if IS_SHUFFLED:
-                tma.async_copy_global_to_shared(weights_desc, [row // 32, 0, 0, first_k], bar, target)
+                load_box(weights_desc, [row // 32, 0, 0, first_k], bar, target)
             else:
-                tma.async_copy_global_to_shared(weights_desc, [row, first_k], bar, target)
+                load_box(weights_desc, [row, first_k], bar, target)
+
+
+@gluon.constexpr_function
+def columns_of_consumer(is_gated):
+    """Of the result, for the BOX_ROWS rows of a box of weights."""
+    return 64 if is_gated else 128
 
 
 @gluon.jit
-def multiply(
-    weights,
-    rows,
-    filled,
-    emptied,
-    first_step,
-    NUM_STEPS: gl.constexpr,
-    ROWS: gl.constexpr,
+def consume(
+    stages,
+    mail,
+    output,
+    swiglu,
+    IN_FEATURES: gl.constexpr,
+    IS_GATED: gl.constexpr,
+    IS_GATE_FIRST: gl.constexpr,
     ID: gl.constexpr,
 ):
+    """A consumer of either GEMM: as many products as the unit's rows need, and their results as soon as they are there."""
+    NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
+    COLUMNS: gl.constexpr = columns_of_consumer(IS_GATED)
+    step = 0
+    num_received = 0
+    message = receive(mail, num_received)
+    while message >= 0:
+        num_received += 1
+        expert = expert_of(message)
+        row = row_of(message)
+        row_blocks = row_blocks_of(message)
+        column = column_block_of(message) * (2 * COLUMNS) + ID * COLUMNS
+        unit = Unit(output, row, row_blocks, column, swiglu_of_expert(swiglu, expert))
+        if row_blocks <= 2:
+            all_rows = multiply(stages, step, NUM_STEPS, 32, ID)
+            write_chunk(all_rows, unit, 0, IS_GATED, IS_GATE_FIRST, ID)
+        elif row_blocks <= 4:
+            all_rows = multiply(stages, step, NUM_STEPS, 64, ID)
+            write_64(all_rows, unit, 0, IS_GATED, IS_GATE_FIRST, ID)
+        elif row_blocks <= 6:
+            first, extra = multiply_with_extra(stages, step, NUM_STEPS, 64, ID)
+            write_64(first, unit, 0, IS_GATED, IS_GATE_FIRST, ID)
+            write_chunk(extra, unit, 2, IS_GATED, IS_GATE_FIRST, ID)
+        elif row_blocks <= 8:
+            all_rows = multiply(stages, step, NUM_STEPS, 128, ID)
+            write_128(all_rows, unit, IS_GATED, IS_GATE_FIRST, ID)
+        else:
+            first, extra = multiply_with_extra(stages, step, NUM_STEPS, 128, ID)
+            write_128(first, unit, IS_GATED, IS_GATE_FIRST, ID)
+            write_chunk(extra, unit, 4, IS_GATED, IS_GATE_FIRST, ID)
+        step += NUM_STEPS
+        message = receive(mail, num_received)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def multiply(stages, first_step, NUM_STEPS: gl.constexpr, ROWS: gl.constexpr, ID: gl.constexpr):
     """[128, ROWS] fp32: this consumer's weight rows times the unit's first ROWS rows."""
+    PARTS: gl.constexpr = MAX_ROWS // ROWS
     accumulators = gl.zeros([BOX_ROWS, ROWS], gl.float32, accumulator_layout(ROWS))
-    views = rows._reinterpret(gl.bfloat16, [NUM_STAGES * (MAX_ROWS // ROWS), ROWS, BLOCK_K], rows.layout)
+    rows = reinterpret(stages.rows, gl.bfloat16, [NUM_STAGES * PARTS, ROWS, BLOCK_K], stages.rows.layout)
     for k in range(NUM_STEPS):
         step = first_step + k
-        stage = step % NUM_STAGES
-        mbarrier.wait(filled.index(stage), (step // NUM_STAGES) & 1)
+        stage = wait_until_filled(stages.ring, step)
         fence_async_shared()
-        accumulators = warpgroup_mma(
-            weights.index(stage * 2 + ID),
-            views.index(stage * (MAX_ROWS // ROWS)).permute((1, 0)),
-            accumulators,
-            is_async=True,
-        )
+        box = stages.weights.index(stage * 2 + ID)
+        accumulators = warpgroup_mma(box, rows.index(stage * PARTS).permute((1, 0)), accumulators, is_async=True)
         accumulators = warpgroup_mma_wait(1, deps=[accumulators])
-        mbarrier.arrive(emptied.index((step + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=k > 0)
+        release(stages.ring, step + NUM_STAGES - 1, pred=k > 0)  # the step before, by a number that is not negative
     accumulators = warpgroup_mma_wait(0, deps=[accumulators])
-    mbarrier.arrive(emptied.index((first_step + NUM_STEPS - 1) % NUM_STAGES), count=1)
+    release(stages.ring, first_step + NUM_STEPS - 1)
     return accumulators
 
 
 @gluon.jit
-def multiply_with_extra(
-    weights,
-    rows,
-    extra_rows,
-    filled,
-    emptied,
-    first_step,
-    NUM_STEPS: gl.constexpr,
-    ROWS: gl.constexpr,
-    ID: gl.constexpr,
-):
+def multiply_with_extra(stages, first_step, NUM_STEPS: gl.constexpr, ROWS: gl.constexpr, ID: gl.constexpr):
     """[128, ROWS] and [128, 32] fp32: this consumer's weight rows times the unit's first ROWS rows, and the 32 that follow."""
+    PARTS: gl.constexpr = MAX_ROWS // ROWS
     accumulators = gl.zeros([BOX_ROWS, ROWS], gl.float32, accumulator_layout(ROWS))
     extra = gl.zeros([BOX_ROWS, CHUNK_ROWS], gl.float32, accumulator_layout(CHUNK_ROWS))
-    views = rows._reinterpret(gl.bfloat16, [NUM_STAGES * (MAX_ROWS // ROWS), ROWS, BLOCK_K], rows.layout)
+    rows = reinterpret(stages.rows, gl.bfloat16, [NUM_STAGES * PARTS, ROWS, BLOCK_K], stages.rows.layout)
     for k in range(NUM_STEPS):
         step = first_step + k
-        stage = step % NUM_STAGES
-        mbarrier.wait(filled.index(stage), (step // NUM_STAGES) & 1)
+        stage = wait_until_filled(stages.ring, step)
         fence_async_shared()
-        box = weights.index(stage * 2 + ID)
-        accumulators = warpgroup_mma(
-            box, views.index(stage * (MAX_ROWS // ROWS)).permute((1, 0)), accumulators, is_async=True
-        )
-        extra = warpgroup_mma(box, extra_rows.index(stage).permute((1, 0)), extra, is_async=True)
+        box = stages.weights.index(stage * 2 + ID)
+        accumulators = warpgroup_mma(box, rows.index(stage * PARTS).permute((1, 0)), accumulators, is_async=True)
+        extra = warpgroup_mma(box, stages.extra_rows.index(stage).permute((1, 0)), extra, is_async=True)
         accumulators, extra = warpgroup_mma_wait(2, deps=[accumulators, extra])
-        mbarrier.arrive(emptied.index((step + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=k > 0)
+        release(stages.ring, step + NUM_STAGES - 1, pred=k > 0)  # the step before, by a number that is not negative
     accumulators, extra = warpgroup_mma_wait(0, deps=[accumulators, extra])
-    mbarrier.arrive(emptied.index((first_step + NUM_STEPS - 1) % NUM_STAGES), count=1)
+    release(stages.ring, first_step + NUM_STEPS - 1)
     return accumulators, extra
 
 
 @gluon.constexpr_function
 def accumulator_layout(rows):
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, rows, 16])
+
+
+@gluon.jit
+def write_128(accumulators, unit, IS_GATED: gl.constexpr, IS_GATE_FIRST: gl.constexpr, ID: gl.constexpr):
+    """Write the results of [128, 128]."""
+    first, last = split_rows(accumulators, MAX_ROWS)
+    write_64(first, unit, 0, IS_GATED, IS_GATE_FIRST, ID)
+    write_64(last, unit, 2, IS_GATED, IS_GATE_FIRST, ID)
+
+
+@gluon.jit
+def write_64(
+    accumulators, unit, CHUNK: gl.constexpr, IS_GATED: gl.constexpr, IS_GATE_FIRST: gl.constexpr, ID: gl.constexpr
+):
+    """Write the results of [128, 64] to chunks CHUNK and CHUNK + 1."""
+    first, last = split_rows(accumulators, 2 * CHUNK_ROWS)
+    write_chunk(first, unit, CHUNK, IS_GATED, IS_GATE_FIRST, ID)
+    write_chunk(last, unit, CHUNK + 1, IS_GATED, IS_GATE_FIRST, ID)
+
+
+@gluon.jit
+def write_chunk(
+    accumulators, unit, CHUNK: gl.constexpr, IS_GATED: gl.constexpr, IS_GATE_FIRST: gl.constexpr, ID: gl.constexpr
+):
+    """Write the results of [128, 32] to chunk CHUNK: 64 columns through one of two buffers in turn, or 128 through both."""
+    if IS_GATED:
+        first, second = split_weight_rows(accumulators)
+        result = activate(first, second, unit.swiglu, IS_GATE_FIRST)
+        PENDING: gl.constexpr = 1 if CHUNK > 0 else 0  # the last unit may have ended with either buffer
+        write(result, unit, unit.column, ID * STORE_BUFFERS + CHUNK % 2, CHUNK, PENDING)
+    else:
+        left, right = split_weight_rows(accumulators.to(gl.bfloat16))
+        write(left, unit, unit.column, ID * STORE_BUFFERS, CHUNK, 1)
+        write(right, unit, unit.column + STORE_N, ID * STORE_BUFFERS + 1, CHUNK, 1)
 
 
 @gluon.jit
@@ -162,21 +266,18 @@ def split_weight_rows(accumulators):
 
 
 @gluon.jit
-def write(result, out_desc, out, buffer, row, row_blocks, column, CHUNK: gl.constexpr, PENDING: gl.constexpr):
-    """Start the copy of [64 columns, 32 rows] to rows 32 * CHUNK on of the unit, through shared memory.
+def write(result, unit, column, buffer, CHUNK: gl.constexpr, PENDING: gl.constexpr):
+    """Start the copy of [64 columns, 32 rows] to rows 32 * CHUNK on of the unit; pieces past its rows are not written.
 
     Args:
-        out: [buffers * pieces, rows of a piece, 64]; `buffer` is free once no more than PENDING other writes are going on.
-        row, row_blocks: the unit's first row, and its rows in blocks of 16. Pieces past them are not written.
+        buffer: through which it goes; free once no more than PENDING other writes are going on.
     """
-    STORE_ROWS: gl.constexpr = out_desc.block_shape[0]
+    desc, buffers = unit.output
+    STORE_ROWS: gl.constexpr = desc.block_shape[0]
     PIECES: gl.constexpr = CHUNK_ROWS // STORE_ROWS
-    NUM_BUFFERS: gl.constexpr = 2 * STORE_BUFFERS
-    chunks = out._reinterpret(gl.bfloat16, [NUM_BUFFERS, CHUNK_ROWS, STORE_N], out.layout)
-    tma.store_wait(PENDING * PIECES)
-    chunks.index(buffer).permute((1, 0)).store(result)
-    fence_async_shared()
+    chunks = reinterpret(buffers, gl.bfloat16, [2 * STORE_BUFFERS, CHUNK_ROWS, STORE_N], buffers.layout)
+    put(result, chunks.index(buffer).permute((1, 0)), PENDING * PIECES)
     for piece in gl.static_range(PIECES):
         first = CHUNK * CHUNK_ROWS + piece * STORE_ROWS
-        target = gl.where(row_blocks * 16 > first, row + first, NOWHERE)
-        tma.async_copy_shared_to_global(out_desc, [target, column], out.index(buffer * PIECES + piece))
+        row = gl.where(unit.row_blocks * 16 > first, unit.row + first, NOWHERE)
+        store_box(desc, [row, column], buffers.index(buffer * PIECES + piece))

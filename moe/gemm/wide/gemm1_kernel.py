@@ -12,38 +12,48 @@ read the stage. The result of a unit stays in registers and is written while the
 """
 # mypy: allow-untyped-defs
 
+from typing import Any, NamedTuple
+
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
+from moe.gemm.activation_device import Swiglu, swiglu_of_expert
+from moe.gemm.hopper.epilogue_device import NOWHERE, Output, activate, pin
+from moe.gemm.hopper.gather_device import columns, copy_rows, lanes, rows_of_tokens
+from moe.gemm.hopper.ring_device import make_ring, wait_until_emptied
 from moe.gemm.hopper.work_device import (
     END,
+    WorkList,
     column_block_of,
     expert_of,
-    has_second_half,
-    make_barriers,
     make_mail,
     message_of_work,
     next_work,
+    place_of_weights,
     receive,
     row_of,
     send,
 )
+from moe.gemm.wide.tile_device import (
+    BLOCK_K,
+    BLOCK_W,
+    HALF_ROWS,
+    NUM_STAGES,
+    STORE_N,
+    Stages,
+    finish_steps,
+    has_second_half,
+    no_products,
+    skip_steps,
+    start_step,
+    write,
+)
+from moe.runtime.gluon_names_device import load_box, reinterpret
 
-HALF_ROWS = gl.constexpr(64)  # rows of a consumer
-BLOCK_W = gl.constexpr(256)  # weight rows
 BLOCK_N = gl.constexpr(128)  # columns of the result
-BLOCK_K = gl.constexpr(64)
-NUM_STAGES = gl.constexpr(4)
-NOWHERE = gl.constexpr(1 << 30)  # a row past any tensor's end: a TMA store there writes nothing
 
 
 @gluon.jit(do_not_specialize=["max_units"])
@@ -67,69 +77,27 @@ def wide_gemm1_kernel(
     IS_DYNAMIC: gl.constexpr,
     USES_PDL: gl.constexpr,
 ):
-    rows = gl.allocate_shared_memory(
-        gl.bfloat16,
-        [NUM_STAGES * 2, HALF_ROWS, BLOCK_K],
-        gl.NVMMASharedLayout.get_default_for([HALF_ROWS, BLOCK_K], gl.bfloat16),
-    )
-    weights = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES * 2, BLOCK_W // 2, BLOCK_K], weights_desc.layout)
-    out = gl.allocate_shared_memory(gl.bfloat16, [2, HALF_ROWS, BLOCK_N], out_desc.layout)
-    filled, emptied = make_barriers(NUM_STAGES, 129)
+    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF_ROWS, BLOCK_K], gl.bfloat16)
+    rows = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES * 2, HALF_ROWS, BLOCK_K], rows_layout)
+    weights = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, BLOCK_W, BLOCK_K], weights_desc.layout)
+    out = gl.allocate_shared_memory(gl.bfloat16, [2, HALF_ROWS, STORE_N], out_desc.layout)
+    stages = Stages(rows, weights, make_ring(NUM_STAGES, 129))
     mail = make_mail()
     fence_async_shared()
+    swiglu = Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr)
+    first_out, second_out = Output(out_desc, out.index(0)), Output(out_desc, out.index(1))
+    inputs = Inputs(hidden_states_ptr, token_of_row_ptr, weights_desc)
+    works = WorkList(units_ptr, max_units, counts_ptr)
     gl.warp_specialize(
         [
-            (
-                consume,
-                (
-                    out_desc,
-                    out.index(0),
-                    rows,
-                    weights,
-                    filled,
-                    emptied,
-                    mail,
-                    alpha_ptr,
-                    beta_ptr,
-                    clamp_limit_ptr,
-                    IN_FEATURES,
-                    IS_SHUFFLED,
-                    IS_GATE_FIRST,
-                    0,
-                ),
-            ),
-            (
-                consume,
-                (
-                    out_desc,
-                    out.index(1),
-                    rows,
-                    weights,
-                    filled,
-                    emptied,
-                    mail,
-                    alpha_ptr,
-                    beta_ptr,
-                    clamp_limit_ptr,
-                    IN_FEATURES,
-                    IS_SHUFFLED,
-                    IS_GATE_FIRST,
-                    1,
-                ),
-            ),
+            (consume, (stages, mail, first_out, swiglu, IN_FEATURES, IS_SHUFFLED, IS_GATE_FIRST, 0)),
+            (consume, (stages, mail, second_out, swiglu, IN_FEATURES, IS_SHUFFLED, IS_GATE_FIRST, 1)),
             (
                 produce,
                 (
-                    hidden_states_ptr,
-                    weights_desc,
-                    token_of_row_ptr,
-                    units_ptr,
-                    counts_ptr,
-                    max_units,
-                    rows,
-                    weights,
-                    filled,
-                    emptied,
+                    inputs,
+                    works,
+                    stages,
                     mail,
                     IN_FEATURES,
                     OUT_FEATURES,
@@ -146,18 +114,17 @@ def wide_gemm1_kernel(
     )
 
 
+class Inputs(NamedTuple):
+    hidden_states_ptr: Any
+    token_of_row_ptr: Any
+    weights_desc: Any
+
+
 @gluon.jit
 def produce(
-    hidden_states_ptr,
-    weights_desc,
-    token_of_row_ptr,
-    units_ptr,
-    counts_ptr,
-    max_units,
-    rows,
-    weights,
-    filled,
-    emptied,
+    inputs,
+    works,
+    stages,
     mail,
     IN_FEATURES: gl.constexpr,
     OUT_FEATURES: gl.constexpr,
@@ -169,101 +136,73 @@ def produce(
 ):
     COLUMN_BLOCKS: gl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
-    WEIGHT_ROWS: gl.constexpr = 2 * OUT_FEATURES
     # Shuffled, gate and up rows that belong together are neighbours; else they are halves of the weight.
     FIRST_STRIDE: gl.constexpr = BLOCK_W if IS_SHUFFLED else BLOCK_N
     SECOND_OFFSET: gl.constexpr = BLOCK_W // 2 if IS_SHUFFLED else OUT_FEATURES
-    WEIGHT_BYTES: gl.constexpr = BLOCK_W * BLOCK_K * 2
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])  # 16 bytes a thread, 128 a row
-    lane = gl.arange(0, HALF_ROWS, gl.SliceLayout(1, layout))
-    column = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+    lane = lanes(HALF_ROWS)
+    column = columns()
+    boxes = reinterpret(
+        stages.weights, gl.bfloat16, [NUM_STAGES * 2, BLOCK_W // 2, BLOCK_K], inputs.weights_desc.layout
+    )
 
     if USES_PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    num_work = gl.load(counts_ptr) * COLUMN_BLOCKS
+    num_work = gl.load(works.counts_ptr) * COLUMN_BLOCKS
     work = gl.program_id(0)
-    message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, SKIPS_TAILS)
+    message = message_of_work(works, work, num_work, COLUMN_BLOCKS, SKIPS_TAILS)
     step = 0
     num_sent = 0
     while message >= 0:
-        send(message, mail, num_sent)
+        send(mail, message, num_sent)
         num_sent += 1
         row = row_of(message)
         is_full = has_second_half(message)
         first_weight_row = column_block_of(message) * FIRST_STRIDE
         expert = expert_of(message)
-        token = gl.load(token_of_row_ptr + row + lane)
-        second_token = gl.load(token_of_row_ptr + row + HALF_ROWS + lane, mask=(lane >= 0) & is_full, other=-1)
-        # Padding rows have no token: their mask writes zeros.
-        row_ptrs = hidden_states_ptr + gl.maximum(token, 0).to(gl.int64)[:, None] * IN_FEATURES + column[None, :]
-        second_ptrs = (
-            hidden_states_ptr + gl.maximum(second_token, 0).to(gl.int64)[:, None] * IN_FEATURES + column[None, :]
-        )
-        is_token = (token >= 0)[:, None]
-        is_second_token = (second_token >= 0)[:, None]
+        unit_token_ptr = inputs.token_of_row_ptr + row
+        token = gl.load(unit_token_ptr + lane)
+        second_token = gl.load(unit_token_ptr + HALF_ROWS + lane, mask=(lane >= 0) & is_full, other=-1)
+        first_rows = rows_of_tokens(inputs.hidden_states_ptr, token, column, IN_FEATURES)
+        second_rows = rows_of_tokens(inputs.hidden_states_ptr, second_token, column, IN_FEATURES)
         next_message = message
         for k in range(NUM_STEPS):
-            stage = step % NUM_STAGES
-            mbarrier.wait(emptied.index(stage), ((step // NUM_STAGES) & 1) ^ 1)
-            bar = filled.index(stage)
-            mbarrier.expect(bar, WEIGHT_BYTES)
-            if IS_BLOCK_MAJOR:
-                weight_row = (expert * NUM_STEPS + k) * WEIGHT_ROWS + first_weight_row
-                weight_column = 0
-            else:
-                weight_row = expert * WEIGHT_ROWS + first_weight_row
-                weight_column = k * BLOCK_K
-            tma.async_copy_global_to_shared(weights_desc, [weight_row, weight_column], bar, weights.index(stage * 2))
-            tma.async_copy_global_to_shared(
-                weights_desc, [weight_row + SECOND_OFFSET, weight_column], bar, weights.index(stage * 2 + 1)
+            stage = wait_until_emptied(stages.ring, step)
+            bar = stages.ring.filled.index(stage)
+            mbarrier.expect(bar, BLOCK_W * BLOCK_K * 2)
+            weight_row, weight_column = place_of_weights(
+                expert, first_weight_row, k, IN_FEATURES, 2 * OUT_FEATURES, BLOCK_K, IS_BLOCK_MAJOR
             )
-            in_row = is_token
-            in_second_row = is_second_token
-            if IN_FEATURES % BLOCK_K:
-                in_features = (column < IN_FEATURES - k * BLOCK_K)[None, :]
-                in_row = is_token & in_features
-                in_second_row = is_second_token & in_features
-            async_copy.async_copy_global_to_shared(rows.index(stage * 2), row_ptrs + k * BLOCK_K, mask=in_row)
+            load_box(inputs.weights_desc, [weight_row, weight_column], bar, boxes.index(stage * 2))
+            load_box(inputs.weights_desc, [weight_row + SECOND_OFFSET, weight_column], bar, boxes.index(stage * 2 + 1))
+            copy_rows(first_rows, k, stages.rows.index(stage * 2), IN_FEATURES)
             if is_full:
-                async_copy.async_copy_global_to_shared(
-                    rows.index(stage * 2 + 1), second_ptrs + k * BLOCK_K, mask=in_second_row
-                )
+                copy_rows(second_rows, k, stages.rows.index(stage * 2 + 1), IN_FEATURES)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             step += 1
             if k == 1:
                 # Here, so that the wait for it falls into a time when the stages ahead are full.
-                work = next_work(work, counts_ptr, num_work, IS_DYNAMIC)
-                next_message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, SKIPS_TAILS)
+                work = next_work(works, work, num_work, IS_DYNAMIC)
+                next_message = message_of_work(works, work, num_work, COLUMN_BLOCKS, SKIPS_TAILS)
         message = next_message
-    send(END, mail, num_sent)
+    send(mail, END, num_sent)
     async_copy.commit_group()
     async_copy.wait_group(0)
 
 
 @gluon.jit
 def consume(
-    out_desc,
-    out_tile,
-    rows,
-    weights,
-    filled,
-    emptied,
+    stages,
     mail,
-    alpha_ptr,
-    beta_ptr,
-    clamp_limit_ptr,
+    output,
+    swiglu,
     IN_FEATURES: gl.constexpr,
     IS_SHUFFLED: gl.constexpr,
     IS_GATE_FIRST: gl.constexpr,
     ID: gl.constexpr,
 ):
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_W, 16])
-    both_halves = weights._reinterpret(gl.bfloat16, [NUM_STAGES, BLOCK_W, BLOCK_K], weights.layout)
-    result = activate(
-        gl.zeros([HALF_ROWS, BLOCK_W], gl.float32, layout), 1.0, 0.0, 0.0, False, IS_SHUFFLED, IS_GATE_FIRST
-    )
+    result = activate_columns(no_products(), Swiglu(1.0, 0.0, 0.0), IS_SHUFFLED, IS_GATE_FIRST)
     result_row = NOWHERE
     result_column = 0
     step = 0
@@ -273,59 +212,25 @@ def consume(
         num_received += 1
         takes_part = has_second_half(message) if ID == 1 else True
         if takes_part:
-            expert = expert_of(message)
-            alpha = 1.0 if alpha_ptr is None else gl.load(alpha_ptr + expert)
-            beta = 0.0 if beta_ptr is None else gl.load(beta_ptr + expert)
-            limit = 0.0 if clamp_limit_ptr is None else gl.load(clamp_limit_ptr + expert)
-            accumulators = gl.zeros([HALF_ROWS, BLOCK_W], gl.float32, layout)
-            stage = step % NUM_STAGES
-            mbarrier.wait(filled.index(stage), (step // NUM_STAGES) & 1)
-            fence_async_shared()
-            accumulators = warpgroup_mma(
-                rows.index(stage * 2 + ID), both_halves.index(stage).permute((1, 0)), accumulators, is_async=True
-            )
+            parameters = swiglu_of_expert(swiglu, expert_of(message))
+            accumulators = start_step(no_products(), stages, step, True, ID)
             step += 1
-            write(result, out_desc, out_tile, result_row, result_column)
+            write(result, output, result_row, result_column)
             # Waits for nothing: makes a tensor of the accumulators, as the loop carries one.
             accumulators = warpgroup_mma_wait(1, deps=[accumulators])
-            for _ in range(1, NUM_STEPS):
-                stage = step % NUM_STAGES
-                mbarrier.wait(filled.index(stage), (step // NUM_STAGES) & 1)
-                fence_async_shared()
-                accumulators = warpgroup_mma(
-                    rows.index(stage * 2 + ID), both_halves.index(stage).permute((1, 0)), accumulators, is_async=True
-                )
-                accumulators = warpgroup_mma_wait(1, deps=[accumulators])
-                mbarrier.arrive(emptied.index((step - 1) % NUM_STAGES), count=1)
-                step += 1
-            accumulators = warpgroup_mma_wait(0, deps=[accumulators])
-            mbarrier.arrive(emptied.index((step - 1) % NUM_STAGES), count=1)
-            result = pin(
-                activate(accumulators, alpha, beta, limit, clamp_limit_ptr is not None, IS_SHUFFLED, IS_GATE_FIRST)
-            )
+            accumulators, step = finish_steps(accumulators, stages, step, 1, NUM_STEPS, True, ID)
+            result = pin(activate_columns(accumulators, parameters, IS_SHUFFLED, IS_GATE_FIRST))
             result_row = row_of(message) + ID * HALF_ROWS
             result_column = column_block_of(message) * BLOCK_N
         else:
-            for _ in range(NUM_STEPS):
-                stage = step % NUM_STAGES
-                mbarrier.wait(filled.index(stage), (step // NUM_STAGES) & 1)
-                mbarrier.arrive(emptied.index(stage), count=1)
-                step += 1
+            step = skip_steps(stages.ring, step, NUM_STEPS)
         message = receive(mail, num_received)
-    write(result, out_desc, out_tile, result_row, result_column)
+    write(result, output, result_row, result_column)
     tma.store_wait(0)
 
 
 @gluon.jit
-def activate(
-    accumulators,
-    alpha,
-    beta,
-    limit,
-    HAS_LIMIT: gl.constexpr,
-    IS_SHUFFLED: gl.constexpr,
-    IS_GATE_FIRST: gl.constexpr,
-):
+def activate_columns(accumulators, parameters, IS_SHUFFLED: gl.constexpr, IS_GATE_FIRST: gl.constexpr):
     """[64, 256] fp32 -> [64, 128] bf16, columns in order. Every value stays in its thread."""
     if IS_SHUFFLED:
         # A block of 32 weight rows holds 8 even rows of each half, then 8 odd ones of each.
@@ -333,27 +238,4 @@ def activate(
         first, second = blocks.split()
     else:
         first, second = accumulators.reshape([HALF_ROWS, 2, BLOCK_N]).permute((0, 2, 1)).split()
-    gate = first if IS_GATE_FIRST else second
-    up = second if IS_GATE_FIRST else first
-    if HAS_LIMIT:
-        # NaN comes out where NaN goes in.
-        gate = gl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-        up = gl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
-        up = gl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
-    activated = gate / (1.0 + gl.exp2(gate * (alpha * -1.4426950408889634))) * (up + beta)
-    return activated.to(gl.bfloat16).reshape([HALF_ROWS, BLOCK_N])
-
-
-@gluon.jit
-def pin(result):
-    """The same values, computed here: else they may be computed after the next wgmma, which must then wait (C7514)."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [result], dtype=gl.bfloat16, is_pure=False, pack=2)
-
-
-@gluon.jit
-def write(result, out_desc, out_tile, row, column):
-    """Start the copy of a result to [row, column], through shared memory that the copy before has left."""
-    tma.store_wait(0)
-    out_tile.store(result)
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [row, column], out_tile)
+    return activate(first, second, parameters, IS_GATE_FIRST).reshape([HALF_ROWS, BLOCK_N])

@@ -12,37 +12,45 @@ a time, while the first two wgmmas of the next one run.
 """
 # mypy: allow-untyped-defs
 
+from typing import Any, NamedTuple
+
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
+from moe.gemm.hopper.epilogue_device import NOWHERE, Output, pin
+from moe.gemm.hopper.ring_device import make_ring, release, wait_until_emptied
 from moe.gemm.hopper.work_device import (
     END,
+    WorkList,
     column_block_of,
     expert_of,
-    has_second_half,
-    make_barriers,
     make_mail,
     message_of_work,
     next_work,
+    place_of_weights,
     receive,
     row_of,
     send,
 )
+from moe.gemm.wide.tile_device import (
+    BLOCK_K,
+    BLOCK_W,
+    HALF_ROWS,
+    NUM_STAGES,
+    STORE_N,
+    Stages,
+    finish_steps,
+    has_second_half,
+    no_products,
+    skip_steps,
+    start_step,
+    write,
+)
+from moe.runtime.gluon_names_device import load_box
 
-HALF_ROWS = gl.constexpr(64)  # rows of a consumer
-BLOCK_N = gl.constexpr(256)  # weight rows, columns of the result
-STORE_N = gl.constexpr(128)  # columns that are written at a time
-BLOCK_K = gl.constexpr(64)
-NUM_STAGES = gl.constexpr(4)
-NOWHERE = gl.constexpr(1 << 30)  # a row past any tensor's end: a TMA store there writes nothing
+BLOCK_N = gl.constexpr(256)  # columns of the result
 
 
 @gluon.jit(do_not_specialize=["max_units"])
@@ -62,55 +70,24 @@ def wide_gemm2_kernel(
     USES_PDL: gl.constexpr,
 ):
     rows = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES * 2, HALF_ROWS, BLOCK_K], rows_desc.layout)
-    weights = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, BLOCK_N, BLOCK_K], weights_desc.layout)
+    weights = gl.allocate_shared_memory(gl.bfloat16, [NUM_STAGES, BLOCK_W, BLOCK_K], weights_desc.layout)
     out = gl.allocate_shared_memory(gl.bfloat16, [2, HALF_ROWS, STORE_N], out_desc.layout)
-    filled, emptied = make_barriers(NUM_STAGES, 1)
+    stages = Stages(rows, weights, make_ring(NUM_STAGES, 1))
     mail = make_mail()
     fence_async_shared()
+    first_out, second_out = Output(out_desc, out.index(0)), Output(out_desc, out.index(1))
+    inputs = Inputs(rows_desc, weights_desc)
+    works = WorkList(units_ptr, max_units, counts_ptr)
     gl.warp_specialize(
         [
-            (
-                consume,
-                (
-                    out_desc,
-                    out.index(0),
-                    rows,
-                    weights,
-                    filled,
-                    emptied,
-                    mail,
-                    IN_FEATURES,
-                    IS_SHUFFLED,
-                    0,
-                ),
-            ),
-            (
-                consume,
-                (
-                    out_desc,
-                    out.index(1),
-                    rows,
-                    weights,
-                    filled,
-                    emptied,
-                    mail,
-                    IN_FEATURES,
-                    IS_SHUFFLED,
-                    1,
-                ),
-            ),
+            (consume, (stages, mail, first_out, IN_FEATURES, IS_SHUFFLED, 0)),
+            (consume, (stages, mail, second_out, IN_FEATURES, IS_SHUFFLED, 1)),
             (
                 produce,
                 (
-                    rows_desc,
-                    weights_desc,
-                    units_ptr,
-                    counts_ptr,
-                    max_units,
-                    rows,
-                    weights,
-                    filled,
-                    emptied,
+                    inputs,
+                    works,
+                    stages,
                     mail,
                     IN_FEATURES,
                     OUT_FEATURES,
@@ -126,17 +103,16 @@ def wide_gemm2_kernel(
     )
 
 
+class Inputs(NamedTuple):
+    rows_desc: Any
+    weights_desc: Any
+
+
 @gluon.jit
 def produce(
-    rows_desc,
-    weights_desc,
-    units_ptr,
-    counts_ptr,
-    max_units,
-    rows,
-    weights,
-    filled,
-    emptied,
+    inputs,
+    works,
+    stages,
     mail,
     IN_FEATURES: gl.constexpr,
     OUT_FEATURES: gl.constexpr,
@@ -147,19 +123,19 @@ def produce(
 ):
     COLUMN_BLOCKS: gl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
-    WEIGHT_BYTES: gl.constexpr = BLOCK_N * BLOCK_K * 2
+    WEIGHT_BYTES: gl.constexpr = BLOCK_W * BLOCK_K * 2
     ROW_BYTES: gl.constexpr = HALF_ROWS * BLOCK_K * 2
 
     if USES_PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    num_work = gl.load(counts_ptr) * COLUMN_BLOCKS
+    num_work = gl.load(works.counts_ptr) * COLUMN_BLOCKS
     work = gl.program_id(0)
-    message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, SKIPS_TAILS)
+    message = message_of_work(works, work, num_work, COLUMN_BLOCKS, SKIPS_TAILS)
     step = 0
     num_sent = 0
     while message >= 0:
-        send(message, mail, num_sent)
+        send(mail, message, num_sent)
         num_sent += 1
         row = row_of(message)
         is_full = has_second_half(message)
@@ -167,47 +143,30 @@ def produce(
         expert = expert_of(message)
         next_message = message
         for k in range(NUM_STEPS):
-            stage = step % NUM_STAGES
-            mbarrier.wait(emptied.index(stage), ((step // NUM_STAGES) & 1) ^ 1)
-            bar = filled.index(stage)
+            stage = wait_until_emptied(stages.ring, step)
+            bar = stages.ring.filled.index(stage)
             mbarrier.expect(bar, WEIGHT_BYTES + 2 * ROW_BYTES, pred=is_full)
             mbarrier.expect(bar, WEIGHT_BYTES + ROW_BYTES, pred=is_full == 0)
-            if IS_BLOCK_MAJOR:
-                weight_row = (expert * NUM_STEPS + k) * OUT_FEATURES + first_weight_row
-                weight_column = 0
-            else:
-                weight_row = expert * OUT_FEATURES + first_weight_row
-                weight_column = k * BLOCK_K
-            tma.async_copy_global_to_shared(weights_desc, [weight_row, weight_column], bar, weights.index(stage))
-            tma.async_copy_global_to_shared(rows_desc, [row, k * BLOCK_K], bar, rows.index(stage * 2))
-            tma.async_copy_global_to_shared(
-                rows_desc, [row + HALF_ROWS, k * BLOCK_K], bar, rows.index(stage * 2 + 1), pred=is_full
+            weight_row, weight_column = place_of_weights(
+                expert, first_weight_row, k, IN_FEATURES, OUT_FEATURES, BLOCK_K, IS_BLOCK_MAJOR
             )
+            load_box(inputs.weights_desc, [weight_row, weight_column], bar, stages.weights.index(stage))
+            load_box(inputs.rows_desc, [row, k * BLOCK_K], bar, stages.rows.index(stage * 2))
+            second_half = stages.rows.index(stage * 2 + 1)
+            load_box(inputs.rows_desc, [row + HALF_ROWS, k * BLOCK_K], bar, second_half, pred=is_full)
             step += 1
             if k == 1:
                 # Here, so that the wait for it falls into a time when the stages ahead are full.
-                work = next_work(work, counts_ptr, num_work, IS_DYNAMIC)
-                next_message = message_of_work(units_ptr, max_units, work, num_work, COLUMN_BLOCKS, SKIPS_TAILS)
+                work = next_work(works, work, num_work, IS_DYNAMIC)
+                next_message = message_of_work(works, work, num_work, COLUMN_BLOCKS, SKIPS_TAILS)
         message = next_message
-    send(END, mail, num_sent)
+    send(mail, END, num_sent)
 
 
 @gluon.jit
-def consume(
-    out_desc,
-    out_tile,
-    rows,
-    weights,
-    filled,
-    emptied,
-    mail,
-    IN_FEATURES: gl.constexpr,
-    IS_SHUFFLED: gl.constexpr,
-    ID: gl.constexpr,
-):
+def consume(stages, mail, output, IN_FEATURES: gl.constexpr, IS_SHUFFLED: gl.constexpr, ID: gl.constexpr):
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    left, right = round_halves(gl.zeros([HALF_ROWS, BLOCK_N], gl.float32, layout), IS_SHUFFLED)
+    left, right = round_halves(no_products(), IS_SHUFFLED)
     result_row = NOWHERE
     result_column = 0
     step = 0
@@ -217,48 +176,25 @@ def consume(
         num_received += 1
         takes_part = has_second_half(message) if ID == 1 else True
         if takes_part:
-            accumulators = gl.zeros([HALF_ROWS, BLOCK_N], gl.float32, layout)
-            stage = step % NUM_STAGES
-            mbarrier.wait(filled.index(stage), (step // NUM_STAGES) & 1)
-            accumulators = warpgroup_mma(
-                rows.index(stage * 2 + ID), weights.index(stage).permute((1, 0)), accumulators, is_async=True
-            )
+            accumulators = start_step(no_products(), stages, step, False, ID)
             step += 1
-            write(left, out_desc, out_tile, result_row, result_column)
-            stage = step % NUM_STAGES
-            mbarrier.wait(filled.index(stage), (step // NUM_STAGES) & 1)
-            accumulators = warpgroup_mma(
-                rows.index(stage * 2 + ID), weights.index(stage).permute((1, 0)), accumulators, is_async=True
-            )
+            write(left, output, result_row, result_column)
+            accumulators = start_step(accumulators, stages, step, False, ID)
             accumulators = warpgroup_mma_wait(1, deps=[accumulators])
-            mbarrier.arrive(emptied.index((step - 1) % NUM_STAGES), count=1)
+            release(stages.ring, step - 1)
             step += 1
-            write(right, out_desc, out_tile, result_row, result_column + STORE_N)
-            for _ in range(2, NUM_STEPS):
-                stage = step % NUM_STAGES
-                mbarrier.wait(filled.index(stage), (step // NUM_STAGES) & 1)
-                accumulators = warpgroup_mma(
-                    rows.index(stage * 2 + ID), weights.index(stage).permute((1, 0)), accumulators, is_async=True
-                )
-                accumulators = warpgroup_mma_wait(1, deps=[accumulators])
-                mbarrier.arrive(emptied.index((step - 1) % NUM_STAGES), count=1)
-                step += 1
-            accumulators = warpgroup_mma_wait(0, deps=[accumulators])
-            mbarrier.arrive(emptied.index((step - 1) % NUM_STAGES), count=1)
+            write(right, output, result_row, result_column + STORE_N)
+            accumulators, step = finish_steps(accumulators, stages, step, 2, NUM_STEPS, False, ID)
             left, right = round_halves(accumulators, IS_SHUFFLED)
             left = pin(left)
             right = pin(right)
             result_row = row_of(message) + ID * HALF_ROWS
             result_column = column_block_of(message) * BLOCK_N
         else:
-            for _ in range(NUM_STEPS):
-                stage = step % NUM_STAGES
-                mbarrier.wait(filled.index(stage), (step // NUM_STAGES) & 1)
-                mbarrier.arrive(emptied.index(stage), count=1)
-                step += 1
+            step = skip_steps(stages.ring, step, NUM_STEPS)
         message = receive(mail, num_received)
-    write(left, out_desc, out_tile, result_row, result_column)
-    write(right, out_desc, out_tile, result_row, result_column + STORE_N)
+    write(left, output, result_row, result_column)
+    write(right, output, result_row, result_column + STORE_N)
     tma.store_wait(0)
 
 
@@ -271,18 +207,3 @@ def round_halves(accumulators, IS_SHUFFLED: gl.constexpr):
         blocks = result.reshape([HALF_ROWS, BLOCK_N // 32, 4, 8]).permute((0, 1, 3, 2))
         result = blocks.reshape([HALF_ROWS, BLOCK_N])
     return result.reshape([HALF_ROWS, 2, STORE_N]).permute((0, 2, 1)).split()
-
-
-@gluon.jit
-def pin(result):
-    """The same values, computed here: else they may be computed after the next wgmma, which must then wait (C7514)."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [result], dtype=gl.bfloat16, is_pure=False, pack=2)
-
-
-@gluon.jit
-def write(result, out_desc, out_tile, row, column):
-    """Start the copy of a result to [row, column], through shared memory that the copy before has left."""
-    tma.store_wait(0)
-    out_tile.store(result)
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [row, column], out_tile)
