@@ -4,6 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from moe.runtime.gluon_names_device import load_box, store_box
+
 
 @gluon.jit(do_not_specialize=["value"])
 def copy_boxes_kernel(source_desc, target_desc, written_ptr, value, BOX_ROWS: gl.constexpr):
@@ -12,9 +14,9 @@ def copy_boxes_kernel(source_desc, target_desc, written_ptr, value, BOX_ROWS: gl
     mbarrier.init(ready, count=1)
     mbarrier.expect(ready, source_desc.block_type.nbytes)
     row = gl.program_id(0) * BOX_ROWS
-    tma.async_copy_global_to_shared(source_desc, [row, 0], ready, box)
+    load_box(source_desc, [row, 0], ready, box)
     mbarrier.wait(ready, 0)
     mbarrier.invalidate(ready)
-    tma.async_copy_shared_to_global(target_desc, [row, 0], box)
+    store_box(target_desc, [row, 0], box)
     tma.store_wait(pendings=0)
     gl.store(written_ptr + gl.program_id(0), value)

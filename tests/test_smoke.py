@@ -143,8 +143,8 @@ def test_the_hopper_gemms_compile(family):
 def test_units_are_planned(triton_device):
     from gemm.hopper.cases import permutation_of_counts
 
-    from moe.gemm.hopper.problem import WIDE_UNITS
     from moe.gemm.hopper.work_units import plan_units, plan_units_reference
+    from moe.gemm.wide.tile import WIDE_UNITS
 
     permutation = permutation_of_counts([70, 0, 9, 64], 64, 80, device=triton_device)
     made, wanted = plan_units(permutation, WIDE_UNITS), plan_units_reference(permutation, WIDE_UNITS)

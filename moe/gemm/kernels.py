@@ -43,23 +43,23 @@ def _hopper_kernels() -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
     if not triton_versions.has_known_gluon():
         return (), ()
     try:
-        from moe.gemm.hopper.problem import WIDE_UNITS
         from moe.gemm.swapped import gemm1 as swapped1
         from moe.gemm.swapped import gemm2 as swapped2
         from moe.gemm.swapped.tile import SWAPPED_UNITS
         from moe.gemm.wide import gemm1 as wide1
         from moe.gemm.wide import gemm2 as wide2
+        from moe.gemm.wide.tile import WIDE_UNITS
     except (ImportError, AttributeError) as error:
         triton_versions.warn_that_hopper_steps_aside(missing=str(error))
         return (), ()
     return (
         (
-            Kernel("swapped", swapped1.takes, swapped1.swapped_gemm1, SWAPPED_UNITS),
-            Kernel("wide", wide1.takes, wide1.wide_gemm1, WIDE_UNITS),
+            Kernel("swapped", swapped1.takes, swapped1.launch_swapped_gemm1, SWAPPED_UNITS),
+            Kernel("wide", wide1.takes, wide1.launch_wide_gemm1, WIDE_UNITS),
         ),
         (
-            Kernel("swapped", swapped2.takes, swapped2.swapped_gemm2, SWAPPED_UNITS),
-            Kernel("wide", wide2.takes, wide2.wide_gemm2, WIDE_UNITS),
+            Kernel("swapped", swapped2.takes, swapped2.launch_swapped_gemm2, SWAPPED_UNITS),
+            Kernel("wide", wide2.takes, wide2.launch_wide_gemm2, WIDE_UNITS),
         ),
     )
 

@@ -15,12 +15,12 @@ from gemm.hopper.cases import permutation_of_counts
 from moe.config import MoEConfig
 from moe.gemm import kernels
 from moe.gemm.config import GemmConfig, WeightFormat, WeightLayout
-from moe.gemm.hopper.problem import WIDE_UNITS
 from moe.gemm.swapped import gemm1 as swapped_gemm1
 from moe.gemm.swapped import gemm2 as swapped_gemm2
 from moe.gemm.swapped.tile import SWAPPED_UNITS
 from moe.gemm.wide import gemm1 as wide_gemm1
 from moe.gemm.wide import gemm2 as wide_gemm2
+from moe.gemm.wide.tile import WIDE_UNITS
 
 CONFIG = MoEConfig.create(hidden_size=128, intermediate_size=128, num_experts=4, top_k=2)
 CPU = torch.device("cpu")

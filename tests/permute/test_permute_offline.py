@@ -10,8 +10,8 @@ from emulation.offline_driver import OfflineGpu, offline_gpu
 from routing.test_topk_compile import resources
 
 from moe.flow import TopK
-from moe.gemm.hopper.problem import WIDE_UNITS
 from moe.gemm.swapped.tile import SWAPPED_UNITS
+from moe.gemm.wide.tile import WIDE_UNITS
 from moe.permute.config import FinalizeConfig, PermuteConfig
 
 ARCHITECTURES = [80, 90, 100]

@@ -185,8 +185,8 @@ def test_a_kernel_of_the_package_is_loaded_from_disk(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(IS_SIMULATED, reason="the simulator compiles nothing")
 def test_no_two_kernels_of_the_package_share_a_file():
-    from moe.gemm.hopper.problem import WIDE_UNITS
     from moe.gemm.swapped.tile import SWAPPED_UNITS
+    from moe.gemm.wide.tile import WIDE_UNITS
     from moe.permute.numba_block import Totals
     from moe.permute.numba_plan import count_kernel_of, plan_kernel_of
     from moe.routing.config import RoutingConfig

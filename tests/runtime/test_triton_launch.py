@@ -342,7 +342,7 @@ def test_a_release_is_read_off_a_version(version, release):
 
 
 def boxes_of(matrix: Tensor, *box: int) -> Boxes:
-    from moe.gemm.hopper.problem import box_layout
+    from moe.gemm.hopper.boxes import box_layout
 
     return Boxes(matrix, tuple(matrix.shape), matrix.stride(), box, box_layout(*box))
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.checks import check_gather
 from moe.gemm.config import GemmConfig, WeightLayout
-from moe.gemm.hopper.problem import MAX_REGISTERS, num_blocks, row_boxes
+from moe.gemm.hopper.boxes import row_boxes
+from moe.gemm.hopper.problem import MAX_REGISTERS, num_blocks
 from moe.gemm.hopper.work_units import units_of
 from moe.gemm.prefetch import prefetches
 from moe.gemm.swapped.gemm1_kernel import swapped_gemm1_kernel
@@ -52,6 +53,22 @@ def swapped_gemm1(
             "swapped_gemm1: expected SwiGLU, a contiguous contraction of more than 64 and tile_rows of "
             f"{TILE_ROWS}; got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm1"
         )
+    return launch_swapped_gemm1(
+        hidden_states, weights, permutation, config=config, swiglu=swiglu, is_dynamic=is_dynamic, uses_pdl=uses_pdl
+    )
+
+
+def launch_swapped_gemm1(
+    hidden_states: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    swiglu: SwigluParams | None = None,
+    is_dynamic: bool = True,
+    uses_pdl: bool = False,
+) -> Tensor:
+    """`swapped_gemm1` of tensors that were checked, where `takes` says that it computes this."""
     out = new_scratch(hidden_states, (permutation.max_rows, config.out_features))
     if not out.numel():
         return out

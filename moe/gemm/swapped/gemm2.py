@@ -10,7 +10,8 @@ from torch import Tensor
 from moe.flow import Permutation
 from moe.gemm.checks import check_grouped
 from moe.gemm.config import GemmConfig, WeightLayout
-from moe.gemm.hopper.problem import MAX_REGISTERS, num_blocks, row_boxes
+from moe.gemm.hopper.boxes import row_boxes
+from moe.gemm.hopper.problem import MAX_REGISTERS, num_blocks
 from moe.gemm.hopper.work_units import units_of
 from moe.gemm.swapped.gemm2_kernel import swapped_gemm2_kernel
 from moe.gemm.swapped.tile import (
@@ -57,6 +58,19 @@ def swapped_gemm2(
             "swapped_gemm2: expected no activation, a contiguous contraction of more than 64 and tile_rows of "
             f"{TILE_ROWS}; got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm2"
         )
+    return launch_swapped_gemm2(rows, weights, permutation, config=config, is_dynamic=is_dynamic, uses_pdl=uses_pdl)
+
+
+def launch_swapped_gemm2(
+    rows: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    is_dynamic: bool = True,
+    uses_pdl: bool = False,
+) -> Tensor:
+    """`swapped_gemm2` of tensors that were checked, where `takes` says that it computes this."""
     out = new_scratch(rows, (permutation.max_rows, config.out_features))
     if not out.numel():
         return out

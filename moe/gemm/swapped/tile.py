@@ -8,14 +8,15 @@ from torch import Tensor
 
 from moe.flow import UnitSize
 from moe.gemm.config import BLOCK_MAJOR_K, SHUFFLE_ROWS, GemmConfig, WeightLayout
-from moe.gemm.hopper.problem import WIDE_UNITS, box_layout, fits
+from moe.gemm.hopper.boxes import box_layout
+from moe.gemm.hopper.problem import MAX_GROUP_UNITS, fits
 from moe.runtime.tensor_maps import Boxes
 
 TILE_ROWS = (16, 32, 64, 128)
 ROW_MULTIPLE = 32  # rows that the kernels' branches count in
 # 128 + 32 rows: the most whose accumulators, 160 registers a thread, leave room for the rest. At a mean of 128 rows an expert
 # under uniform routing hardly any has more, so that its weights are read once.
-SWAPPED_UNITS = UnitSize(max_rows=160, multiple=ROW_MULTIPLE, max_group=WIDE_UNITS.max_group)
+SWAPPED_UNITS = UnitSize(max_rows=160, multiple=ROW_MULTIPLE, max_group=MAX_GROUP_UNITS)
 BOX_ROWS = 128  # weight rows of a consumer
 
 

@@ -10,17 +10,11 @@ from torch import Tensor
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.checks import check_gather
 from moe.gemm.config import GemmConfig, WeightLayout
-from moe.gemm.hopper.problem import (
-    MAX_REGISTERS,
-    WIDE_UNITS,
-    fits,
-    num_blocks,
-    row_boxes,
-    skips_tails,
-    weight_row_boxes,
-)
+from moe.gemm.hopper.boxes import row_boxes
+from moe.gemm.hopper.problem import MAX_REGISTERS, num_blocks
 from moe.gemm.hopper.work_units import units_of
 from moe.gemm.wide.gemm1_kernel import wide_gemm1_kernel
+from moe.gemm.wide.tile import HALF_ROWS, WIDE_UNITS, fits_wide, skips_tails, weight_row_boxes
 from moe.runtime.device import is_hopper
 from moe.runtime.scratch import new_scratch
 from moe.runtime.triton_launch import TritonKernel
@@ -30,7 +24,7 @@ BLOCK_N = 128  # columns of the result, for 256 rows of the weight
 
 def takes(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
     """Whether `wide_gemm1` computes this: SwiGLU, weights with a contiguous contraction, tile_rows 64 or 128."""
-    return is_hopper(device) and config.is_gated and fits(config, tile_rows, BLOCK_N)
+    return is_hopper(device) and config.is_gated and fits_wide(config, tile_rows, BLOCK_N)
 
 
 def wide_gemm1(
@@ -53,11 +47,27 @@ def wide_gemm1(
         ValueError: where a tensor does not fit the config, or the kernel does not take the config.
     """
     check_gather(config, hidden_states, weights, permutation, swiglu)
-    if not (config.is_gated and fits(config, permutation.tile_rows, BLOCK_N)):
+    if not (config.is_gated and fits_wide(config, permutation.tile_rows, BLOCK_N)):
         raise ValueError(
             f"wide_gemm1: expected SwiGLU, a contiguous contraction of more than 64 and tile_rows of 64 or 128; "
             f"got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm1"
         )
+    return launch_wide_gemm1(
+        hidden_states, weights, permutation, config=config, swiglu=swiglu, is_dynamic=is_dynamic, uses_pdl=uses_pdl
+    )
+
+
+def launch_wide_gemm1(
+    hidden_states: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    swiglu: SwigluParams | None = None,
+    is_dynamic: bool = True,
+    uses_pdl: bool = False,
+) -> Tensor:
+    """`wide_gemm1` of tensors that were checked, where `takes` says that it computes this."""
     out = new_scratch(hidden_states, (permutation.max_rows, config.out_features))
     if not out.numel():
         return out
@@ -67,7 +77,7 @@ def wide_gemm1(
         (num_blocks(units, config, BLOCK_N), 1, 1),
         hidden_states,
         weight_row_boxes(weights, config, 128),
-        row_boxes(out, 64, BLOCK_N),
+        row_boxes(out, HALF_ROWS, BLOCK_N),
         permutation.token_of_row,
         units.records,
         units.counts,

@@ -10,17 +10,11 @@ from torch import Tensor
 from moe.flow import Permutation
 from moe.gemm.checks import check_grouped
 from moe.gemm.config import GemmConfig, WeightLayout
-from moe.gemm.hopper.problem import (
-    MAX_REGISTERS,
-    WIDE_UNITS,
-    fits,
-    num_blocks,
-    row_boxes,
-    skips_tails,
-    weight_row_boxes,
-)
+from moe.gemm.hopper.boxes import row_boxes
+from moe.gemm.hopper.problem import MAX_REGISTERS, num_blocks
 from moe.gemm.hopper.work_units import units_of
 from moe.gemm.wide.gemm2_kernel import wide_gemm2_kernel
+from moe.gemm.wide.tile import HALF_ROWS, WIDE_UNITS, fits_wide, skips_tails, weight_row_boxes
 from moe.runtime.device import is_hopper
 from moe.runtime.scratch import new_scratch
 from moe.runtime.triton_launch import TritonKernel
@@ -30,7 +24,7 @@ BLOCK_N = 256  # columns of the result
 
 def takes(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
     """Whether `wide_gemm2` computes this: weights with a contiguous contraction, tile_rows 64 or 128."""
-    return is_hopper(device) and config.activation is None and fits(config, tile_rows, BLOCK_N)
+    return is_hopper(device) and config.activation is None and fits_wide(config, tile_rows, BLOCK_N)
 
 
 def wide_gemm2(
@@ -52,20 +46,33 @@ def wide_gemm2(
         ValueError: where a tensor does not fit the config, or the kernel does not take the config.
     """
     check_grouped(config, rows, weights, permutation)
-    if config.activation is not None or not fits(config, permutation.tile_rows, BLOCK_N):
+    if config.activation is not None or not fits_wide(config, permutation.tile_rows, BLOCK_N):
         raise ValueError(
             "wide_gemm2: expected no activation, a contiguous contraction of more than 64 and tile_rows of 64 or "
             f"128; got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm2"
         )
+    return launch_wide_gemm2(rows, weights, permutation, config=config, is_dynamic=is_dynamic, uses_pdl=uses_pdl)
+
+
+def launch_wide_gemm2(
+    rows: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    is_dynamic: bool = True,
+    uses_pdl: bool = False,
+) -> Tensor:
+    """`wide_gemm2` of tensors that were checked, where `takes` says that it computes this."""
     out = new_scratch(rows, (permutation.max_rows, config.out_features))
     if not out.numel():
         return out
     units = units_of(permutation, WIDE_UNITS, uses_pdl=uses_pdl)
     _kernel_of(config, skips_tails(config, permutation.tile_rows), is_dynamic, uses_pdl).launch(
         (num_blocks(units, config, BLOCK_N), 1, 1),
-        row_boxes(rows, 64, 64),
+        row_boxes(rows, HALF_ROWS, 64),
         weight_row_boxes(weights, config, BLOCK_N),
-        row_boxes(out, 64, 128),
+        row_boxes(out, HALF_ROWS, 128),
         units.records,
         units.counts,
         numbers=(units.max_units,),

@@ -7,9 +7,9 @@ import torch
 from gemm.hopper.cases import permutation_of_counts
 
 from moe.gemm.hopper import work_units
-from moe.gemm.hopper.problem import WIDE_UNITS
 from moe.gemm.hopper.work_units import plan_units, plan_units_reference, units_of
 from moe.gemm.swapped.tile import SWAPPED_UNITS
+from moe.gemm.wide.tile import WIDE_UNITS
 
 COUNTS = {
     "docstring": [150, 0, 8],

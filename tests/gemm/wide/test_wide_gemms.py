@@ -13,9 +13,9 @@ pytest.importorskip("triton")
 from gemm.contract import *  # noqa: F403
 from gemm.hopper.contract import *  # noqa: F403
 
-from moe.gemm.hopper.problem import WIDE_UNITS
 from moe.gemm.wide.gemm1 import wide_gemm1
 from moe.gemm.wide.gemm2 import wide_gemm2
+from moe.gemm.wide.tile import WIDE_UNITS
 
 FAMILY = Family(
     gemm1=wide_gemm1,
