@@ -136,7 +136,5 @@ def _row(
             weights = prefetched[first_k // BLOCK_K]
         else:
             weights = load_weights(rows, first_k, IN_FEATURES, BLOCK_STRIDE, IS_EVEN_N)
-        products += weights.to(tl.float32) * load_vector(
-            vector_ptr, first_k, IN_FEATURES, BLOCK_N, BLOCK_K, num_warps
-        )
+        products += weights.to(tl.float32) * load_vector(vector_ptr, first_k, IN_FEATURES, BLOCK_N, BLOCK_K, num_warps)
     return tl.sum(products, 1)
