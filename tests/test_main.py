@@ -15,6 +15,7 @@ from moe.cli.layer import ROUTINGS, NamedLayer, random_logits
 from moe.cli.progress import Progress
 from moe.shapes import NAMED_SHAPES, MoEShape
 from moe.tuning.choice import TuningChoice
+from moe.tuning.gpu import triton_version
 from moe.tuning.measure import Peaks
 
 TINY = MoEShape("tiny", 64, 64, 16, 4, "Renormalize", 16)
@@ -143,7 +144,7 @@ def test_bench_without_matplotlib_names_the_extra_before_anything_is_timed(
     with pytest.raises(SystemExit):
         main(["bench", "--model", "tiny", "--tokens", "1", "--device", "cpu", "--plot", "bench.svg"])
     streams = capsys.readouterr()
-    assert 'pip install "matplotlib>=3.9"' in streams.err
+    assert "pip install 'moe-stages[plot]'" in streams.err
     assert streams.out == ""
 
 
@@ -415,10 +416,9 @@ def tune_tiny(*more: str) -> int:
 
 
 @pytest.mark.usefixtures("_pretends_to_have_a_gpu")
-@pytest.mark.parametrize("target", ["notes.md", "folder", "missing/table.json"])
+@pytest.mark.parametrize("target", ["notes.md", "missing/table.json"])
 def test_export_leaves_what_is_no_table_alone(target: str, tmp_path, capsys: pytest.CaptureFixture[str]):
     assert tune_tiny() == 0
-    (tmp_path / "folder").mkdir()
     (tmp_path / "notes.md").write_text("notes")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stopped:
@@ -427,6 +427,18 @@ def test_export_leaves_what_is_no_table_alone(target: str, tmp_path, capsys: pyt
     assert f"--export {tmp_path / target}: expected a new file, or a table for cpu" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "notes.md").read_text() == "notes"
+
+
+@pytest.mark.usefixtures("_pretends_to_have_a_gpu")
+def test_export_into_a_folder_names_the_file_by_gpu_and_triton(tmp_path):
+    assert tune_tiny() == 0
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for _ in range(2):
+        assert main(["tune", "--device", "cpu", "--export", str(folder)]) == 0
+    (file,) = folder.iterdir()
+    assert file.name == f"cpu-triton{'.'.join(triton_version().split('.')[:2])}.json"
+    assert len(json.loads(file.read_text())["entries"]) == 1
 
 
 @pytest.mark.usefixtures("_pretends_to_have_a_gpu")

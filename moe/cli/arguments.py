@@ -149,7 +149,12 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show", action="store_true", help="tune nothing: print what the tables hold, also without a GPU"
     )
-    parser.add_argument("--export", type=Path, metavar="FILE", help="add the entries of the user's table to this one")
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="add the entries of the user's table to this one; in a folder, to the file of this GPU and triton",
+    )
     parser.add_argument("--dry-run", action="store_true", help="time nothing: list the candidates, also without a GPU")
     _add_seed(parser)
     _add_device(parser)

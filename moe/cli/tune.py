@@ -200,7 +200,8 @@ def show_candidates(
 
 
 def export_table(file: Path, device: torch.device) -> None:
-    """Add the entries of the user's table to `file`, in the format of the tables that are shipped.
+    """Add the entries of the user's table to `file`, in the format of the tables that are shipped; in a folder, to the file
+    that is named as they are, by GPU and version of triton.
 
     Raises:
         UnfitMachine: there is nothing to export, or `file` is something else or cannot be written; it is left as it is.
@@ -210,6 +211,8 @@ def export_table(file: Path, device: torch.device) -> None:
     entries = _entries_in(path, gpu)
     if not entries:
         raise UnfitMachine(f"--export: expected entries in {path}, got none; tune a layer first")
+    if file.is_dir():
+        file /= shipped_table_path(gpu).name
     try:
         table = export_into(file, gpu, entries)
     except (UnusableTable, OSError) as error:

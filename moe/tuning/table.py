@@ -133,13 +133,16 @@ def user_table_path(gpu: GpuModel) -> Path:
 
     Each version of the kernels and of triton has one of its own, as several environments may share the folder.
     """
-    triton = ".".join(triton_version().split(".")[:2])
-    return cache_folder() / f"{gpu.slug()}-kernels{KERNELS_VERSION}-triton{triton}.json"
+    return cache_folder() / f"{gpu.slug()}-kernels{KERNELS_VERSION}-triton{_minor(triton_version())}.json"
 
 
-def shipped_table_path(gpu: GpuModel) -> Path:
-    """The table that came with the package; most GPU models have none."""
-    return SHIPPED_TABLES / f"{gpu.slug()}.json"
+def shipped_table_path(gpu: GpuModel, triton: str | None = None) -> Path:
+    """The table that came with the package for a version of triton, by default the one here; most GPU models have none."""
+    return SHIPPED_TABLES / f"{gpu.slug()}-triton{_minor(triton or triton_version())}.json"
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
 
 
 def warn(line: str) -> None:

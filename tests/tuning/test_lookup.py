@@ -28,7 +28,7 @@ def entry(bucket: int, choice: TuningChoice, config: MoEConfig = CONFIG) -> Tabl
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the shipped table of GPU lies; there is none yet."""
     monkeypatch.setattr(table, "SHIPPED_TABLES", tmp_path / "shipped")
-    return tmp_path / "shipped" / f"{GPU.slug()}.json"
+    return table.shipped_table_path(GPU)
 
 
 def test_without_tables_the_model_decides(shipped: Path):

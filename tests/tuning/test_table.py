@@ -31,6 +31,7 @@ from moe.tuning.table import (
     export_into,
     load_table,
     merge_into,
+    shipped_table_path,
     user_table_path,
 )
 
@@ -170,6 +171,21 @@ def test_environments_with_other_versions_leave_each_others_tables_alone(
             assert [one.bucket for one in merge_into(user_table_path(GPU), GPU, [entry(bucket)]).entries] == [bucket]
     assert len(list(tmp_path.glob("*.json"))) == len(versions)
     assert not list(tmp_path.glob("*.bak*"))
+
+
+def test_each_release_of_triton_has_a_shipped_table_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(table_module, "SHIPPED_TABLES", tmp_path)
+    releases = ("3.6.0", "3.8.0", "3.9.0")
+    for bucket, triton in enumerate(releases, 1):
+        monkeypatch.setattr(table_module, "triton_version", lambda triton=triton: triton)
+        export_into(shipped_table_path(GPU), GPU, [entry(bucket)])
+    for bucket, triton in enumerate(("3.6.1", "3.8.2", "3.9.0"), 1):
+        monkeypatch.setattr(table_module, "triton_version", lambda triton=triton: triton)
+        table = load_table(shipped_table_path(GPU), GPU)
+        assert table is not None
+        assert (table.triton, [one.bucket for one in table.entries]) == (releases[bucket - 1], [bucket])
+    monkeypatch.setattr(table_module, "triton_version", lambda: "3.7.1")
+    assert load_table(shipped_table_path(GPU), GPU) is None
 
 
 def test_an_export_adds_to_a_table_and_leaves_no_other_file(tmp_path: Path):
@@ -509,7 +525,7 @@ def test_shipped_tables_are_ours_sorted_and_of_the_kernels_of_today():
     for path in paths:
         text = path.read_text()
         table = TuningTable.model_validate_json(text)
-        assert table_module.shipped_table_path(table.gpu) == path
+        assert table_module.shipped_table_path(table.gpu, table.triton) == path
         assert table.kernels_version == KERNELS_VERSION, f"{path.name}: kernels changed since; run the tuner again"
         assert text == table.text(), f"{path.name}: written by hand; let export_into write it"
 
