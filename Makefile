@@ -1,6 +1,7 @@
 # make demo    install into .venv and run one real layer on the device that is here
 # make smoke   every kernel once, in the mode that runs it: about a minute on two cores
 # make test    every test mode, each a process of its own; the GPU's too where there is one
+# make test-triton39  the tests that a Triton can change, with 3.9 in place of the installed one; test-triton38, test-triton36 too
 # make bench   time every named layer, whole and stage by stage, into bench.json
 # make bench-dense    time stages and layers in turns with cuBLAS GEMMs of the same size, into bench-dense.json
 # make lint    ruff and mypy
@@ -12,10 +13,13 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 # libNVVM comes from a package where a GPU may have no CUDA toolkit beside it.
 CUDA := $(if $(shell command -v nvidia-smi),cuda13)
+# Where there is no GPU, the releases that are tested there: a newer torch would bring gigabytes of CUDA for nothing.
+# `make test CONSTRAINTS=` takes the newest.
+CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,.ci/constraints.txt)
 comma := ,
 empty :=
 
-.PHONY: demo smoke smoke-plain smoke-emulated test test-plain test-emulated test-interpreter test-simulator test-gpu bench bench-dense lint format clean say-demo
+.PHONY: demo smoke smoke-plain smoke-emulated test test-plain test-emulated test-interpreter test-simulator test-gpu test-triton36 test-triton38 test-triton39 bench bench-dense lint format clean say-demo
 
 # A line at once, before pip and before torch is loaded: both are silent for seconds.
 demo: say-demo $(VENV)/.installed-run
@@ -29,12 +33,11 @@ say-demo:
 smoke: $(VENV)/.installed-test
 	$(MAKE) --no-print-directory -k -j2 smoke-plain smoke-emulated
 
-SMOKE_PARALLEL := tests/parallel/test_local_work.py tests/parallel/test_symmetric.py
 smoke-plain: $(VENV)/.installed-test
 	@MOE_TESTS_MODE=plain $(PYTEST) -q -m "not gpu" tests/test_smoke.py
 
 smoke-emulated: $(VENV)/.installed-test
-	@MOE_TESTS_MODE=interpreter TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter tests/test_smoke.py $(SMOKE_PARALLEL)
+	@MOE_TESTS_MODE=interpreter TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter tests/test_smoke.py
 	@MOE_TESTS_MODE=simulator NUMBA_ENABLE_CUDASIM=1 $(PYTEST) -q -m simulator tests/test_smoke.py
 
 test: $(VENV)/.installed-test
@@ -58,6 +61,25 @@ test-simulator: $(VENV)/.installed-test
 test-gpu: $(VENV)/.installed-test
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then MOE_TESTS_MODE=gpu $(PYTEST) -q -m gpu; else echo "no GPU here: skipping pytest -m gpu"; fi
+
+# Another Triton lies in a folder that is searched before the environment, which has everything else.
+TRITON_36 := triton==3.6.0 numpy==2.3.5
+TRITON_38 := triton==3.8.0
+TRITON_39 := triton==3.9.0
+COMPILES := $(wildcard tests/*/*_offline.py tests/*/*/*_offline.py) tests/emulation/test_offline_tools.py \
+	tests/runtime/test_triton_launch.py tests/gemm/test_unknown_triton.py
+INTERPRETED := tests/test_interpreter.py tests/test_smoke.py tests/permute/test_finalize.py
+
+$(VENV)/triton%/.installed: $(VENV)/.installed-test
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(@D) $(TRITON_$*)
+	@touch $@
+
+test-triton38: $(VENV)/triton38/.installed
+	@PYTHONPATH=$(<D) MOE_TESTS_MODE="triton 38" $(PYTEST) -q -m "not gpu" $(COMPILES)
+
+test-triton36 test-triton39: test-triton%: $(VENV)/triton%/.installed
+	@PYTHONPATH=$(<D) MOE_TESTS_MODE="triton $*" $(PYTEST) -q -m "not gpu" $(COMPILES)
+	@PYTHONPATH=$(<D) MOE_TESTS_MODE="triton $*, interpreter" TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter $(INTERPRETED)
 
 bench: $(VENV)/.installed-run
 	$(BIN)/python -m moe bench --json bench.json
@@ -86,7 +108,7 @@ $(VENV)/.installed-lint: EXTRAS = dev
 $(VENV)/.installed-%: SELECTED = $(if $(strip $(EXTRAS)),[$(subst $(empty) $(empty),$(comma),$(strip $(EXTRAS)))])
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV); the first time takes minutes, most of them for torch"
-	@$(BIN)/python -m pip install --disable-pip-version-check -e ".$(SELECTED)" & pip=$$!; \
+	@$(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".$(SELECTED)" & pip=$$!; \
 	while sleep 10 && kill -0 $$pip 2>/dev/null; do echo "  still installing: $$(du -sm $(VENV) | cut -f1) MB so far"; done & \
 	wait $$pip; done=$$?; kill $$! 2>/dev/null; exit $$done
 	@touch $@
