@@ -33,11 +33,12 @@ say-demo:
 smoke: $(VENV)/.installed-test
 	$(MAKE) --no-print-directory -k -j2 smoke-plain smoke-emulated
 
+SMOKE_PARALLEL := tests/parallel/test_local_work.py tests/parallel/test_symmetric.py
 smoke-plain: $(VENV)/.installed-test
 	@MOE_TESTS_MODE=plain $(PYTEST) -q -m "not gpu" tests/test_smoke.py
 
 smoke-emulated: $(VENV)/.installed-test
-	@MOE_TESTS_MODE=interpreter TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter tests/test_smoke.py
+	@MOE_TESTS_MODE=interpreter TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter tests/test_smoke.py $(SMOKE_PARALLEL)
 	@MOE_TESTS_MODE=simulator NUMBA_ENABLE_CUDASIM=1 $(PYTEST) -q -m simulator tests/test_smoke.py
 
 test: $(VENV)/.installed-test

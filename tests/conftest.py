@@ -14,19 +14,17 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 # What tests assert in modules of helpers reads as well as in their own.
 for module in (
-    "closeness",
+    "moe.testing.closeness",
     "fused.few_tokens.cases",
     "gemm.contract",
     "gemm.family",
@@ -39,7 +37,7 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IS_SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 if IS_INTERPRETED:
-    import emulation.bf16_interpreter
+    pass
 if IS_SIMULATED:
     import emulation.warp_simulator  # noqa: F401
 
@@ -50,8 +48,6 @@ if "MOE_TESTS_CACHE_DIR" not in os.environ:
 os.environ["MOE_CACHE_DIR"] = os.environ["MOE_TESTS_CACHE_DIR"]
 
 torch.set_num_threads(1)  # tensors are tiny, and threads of several pytest processes wait for one another
-
-POISON = 1_000_000_007
 
 MARKERS_OF_FIXTURE = {
     "triton_device": ("interpreter", "gpu"),
@@ -76,19 +72,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned_memory() -> Iterator[None]:
     """Fresh allocations hold NaN, or an index far out of bounds: what is read before it is written shows."""
 
-    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else POISON)
+    from moe import testing
 
-        return allocate_poisoned
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+    with testing.poisoned_memory():
+        yield
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from problems import Problem, make_problem
 from torch import Tensor
 
 from moe import MoEConfig, MoEPipeline, build_pipeline
 from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
 from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
 from moe.routing.reference import select_experts_reference
+from moe.testing.problems import Problem, make_problem
 
 SMALL = {"hidden_size": 128, "intermediate_size": 64, "num_experts": 8, "top_k": 2}
 REFERENCE_OF_STAGE = {

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import make_problem
 from small_layer import SMALL, layer_on
 from torch import Tensor
 
 from moe import MoEConfig, build_pipeline, reference_pipeline
+from moe.testing.problems import make_problem
 from moe.workspace import workspace_of, workspace_of_any_choice
 
 

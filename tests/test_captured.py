@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import make_problem
 from small_layer import SMALL, layer_on
 from torch import Tensor
 
 from moe import MoEConfig, MoEPipeline, build_pipeline
+from moe.testing.problems import make_problem
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 1000])

@@ -1,6 +1,10 @@
-"""Every Python block of the README and of docs/ runs, and every link to a file has its file."""
+"""Every block of the README and of docs/ runs or is understood, and every link to a file has its file."""
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FILE_BLOCK = re.compile(r"^```python title=(\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`((?:python -m moe|make) [^`]*)`")
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
@@ -27,9 +35,58 @@ def test_python_of_a_page_runs_from_top_to_bottom(page: Path):
         exec(compile(block, f"{page.name}, block {number}", "exec"), names)
 
 
+def files_of(page: Path) -> list[tuple[str, str]]:
+    return FILE_BLOCK.findall(page.read_text())
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "text"),
+    [(page, name, text) for page in PAGES for name, text in files_of(page)],
+    ids=lambda value: value.name if isinstance(value, Path) else value if value.endswith(".py") else "",
+)
+def test_a_file_on_a_page_runs_as_it_says(page: Path, name: str, text: str, tmp_path: Path):
+    pytest.importorskip("triton")
+    (tmp_path / name).write_text(text)
+    command = [sys.executable, name]
+    if name.startswith("test_"):
+        pytest.importorskip("pytest_benchmark")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "moe.testing.benchmark", name]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def commands_of(page: Path) -> list[str]:
+    """What a page tells a shell to do: `python -m moe ..` and `make ..`, comments left out."""
+    text = page.read_text()
+    lines = [line for block in SHELL_BLOCK.findall(text) for line in block.splitlines()]
+    commands = [line.partition(" #")[0].strip() for line in lines] + INLINE.findall(text)
+    return sorted({command for command in commands if command.startswith(("python -m moe ", "make "))})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.name)
+def test_commands_of_a_page_are_understood(page: Path):
+    from moe.cli.arguments import make_parser
+    from moe.shapes import NAMED_SHAPES
+
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in commands_of(page):
+        if command.startswith("make "):
+            assert set(command.split()[1:]) <= set(targets), command
+            continue
+        words = shlex.split(command.replace("NAME", next(iter(NAMED_SHAPES))).partition(">")[0])[3:]
+        if "--help" in words or ".." in words or words[0].isupper():
+            continue
+        try:
+            make_parser().parse_args(words)
+        except SystemExit:
+            pytest.fail(f"{page.name}: `{command}` is not understood")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path):
-    for target in LINK.findall(page.read_text()):
+    for target in LINK.findall(FENCED.sub("", page.read_text())):
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 

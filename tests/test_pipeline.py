@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from closeness import assert_close_to_exact
-from problems import Problem, experts_in_float64, make_problem, random_topk
 from small_layer import REFERENCE_OF_STAGE, SMALL
 from torch import Tensor
 
@@ -24,6 +22,8 @@ from moe import (
 )
 from moe.gemm.weight_format import pack_weights
 from moe.routing.reference import select_experts_reference
+from moe.testing.closeness import assert_close_to_exact
+from moe.testing.problems import Problem, experts_in_float64, make_problem, random_topk
 
 FORMATS = {
     "hugging_face": WeightFormat(),

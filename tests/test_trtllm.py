@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from closeness import assert_close_to_exact
-from problems import Problem, experts_in_float64, make_problem
 from torch import Tensor
 
 import moe
 from moe import FLASHINFER, MoEConfig, TopK, reference_pipeline, trtllm_bf16_moe, trtllm_bf16_routed_moe
 from moe.gemm.weight_format import pack_weights
 from moe.routing.reference import select_experts_reference
+from moe.testing.closeness import assert_close_to_exact
+from moe.testing.problems import Problem, experts_in_float64, make_problem
 
 T, H, I, E, K = 21, 128, 64, 16, 4  # noqa: E741
 REQUIRED = inspect.Parameter.empty

@@ -21,7 +21,7 @@ def expect_plot(file: Path) -> None:
     """Raise UnfitMachine where matplotlib is missing, or the file could not be written in the end."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UnfitMachine(
-            "--plot: expected matplotlib, which is not installed; `pip install 'moe-stages[plot]'`, or leave --plot out"
+            '--plot: expected matplotlib, which is not installed; `pip install "matplotlib>=3.9"`, or leave --plot out'
         )
     with _without_backend():
         from matplotlib.figure import Figure

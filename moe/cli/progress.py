@@ -29,7 +29,8 @@ class Progress:
     Within `with`, a long step also says now and then that it goes on.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, shows_details: bool = True) -> None:
+    def __init__(self, stream: TextIO | None = None, *, shows_details: bool = True, is_silent: bool = False) -> None:
+        self._is_silent = is_silent
         self._stream = stream
         self._shows_details = shows_details
         self._start = self._last = time.perf_counter()
@@ -71,6 +72,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Something to know, while the step goes on."""
+        if self._is_silent:
+            return
         with self._lock:
             self._last = time.perf_counter()
             line = wrap(f"[{self._last - self._start:6.1f} s] {text}", indent=INDENT)

@@ -77,8 +77,12 @@ def expect_weights(experts: nn.Module, path: str, gathered_dtype: torch.dtype | 
 
     Args:
         gathered_dtype: what fully_shard makes of them for a call; None where they are not sharded by it.
+
+    Of weights that transformers' own expert or tensor parallelism has split, this rank's part is what a call is given.
     """
     w1, w2 = weights_of(experts)
+    if gathered_dtype is None and getattr(experts, "_is_hooked", False):
+        w1, w2 = _local_part(w1), _local_part(w2)
     for name, weights in ((_W1, w1), ("down_proj", w2)):
         if weights.dim() != 3:
             raise ValueError(
@@ -99,6 +103,12 @@ def expect_weights(experts: nn.Module, path: str, gathered_dtype: torch.dtype | 
             f"{path}: expected hidden and intermediate sizes that are multiples of {DIM_MULTIPLE}, got down_proj "
             f"{list(w2.shape)}; {OTHERWISE}"
         )
+
+
+def _local_part(weights: Tensor) -> Tensor:
+    """This rank's part of a DTensor, without a copy; another tensor as it is."""
+    to_local = getattr(weights, "to_local", None)
+    return weights if to_local is None else to_local()
 
 
 def expect_tensors(path: str, hidden_states: Tensor, w1: Tensor, w2: Tensor) -> None:

@@ -24,7 +24,7 @@ from moe.operators import is_traced
 from moe.operators import run_experts as _run_experts
 
 OLDEST_TRANSFORMERS = (5, 7)  # the first that takes the name of an experts function that it did not bring itself
-INSTALL = 'pip install "moe-stages[hf]"'
+INSTALL = 'pip install "transformers>=5.7"'
 
 
 def register(name: str = "moe", *, is_batch_invariant: bool = False) -> None:

@@ -139,7 +139,7 @@ def _build_first_of_thread(block: PlanBlock) -> Any:
     def first_of_thread(num_tiles: np.int32, num_units: np.int32) -> tuple[np.int32, np.int32]:
         tiles_of_warp = cuda.shared.array(WARP_SIZE, np.int32)
         units_of_warp = cuda.shared.array(UNIT_WARPS, np.int32)
-        warp = np.uint32(warp_in_block())
+        warp = np.uint32(np.uint32(cuda.threadIdx.x) >> np.uint32(5))
         tiles_up_to = sum_in_warp(num_tiles)
         units_up_to = sum_in_warp(num_units) if WRITES_UNITS else np.int32(0)
         if lane_in_warp() == WARP_SIZE - 1:

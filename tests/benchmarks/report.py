@@ -2,7 +2,7 @@
 
     python tests/benchmarks/report.py bench.json bench-zipf.json --date 2026-11-22 --driver 580.159
 
-The text around the numbers stays; what lies between the markers is replaced. The picture needs `pip install moe-stages[plot]`.
+The text around the numbers stays; what lies between the markers is replaced. The picture needs matplotlib.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from problems import make_problem
 from small_layer import REFERENCE_OF_STAGE, SMALL
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from moe import (
 from moe.fused.few_tokens.config import FewTokenConfig, FewTokenTiles, MatvecTile
 from moe.fused.few_tokens.reference import few_token_experts_reference
 from moe.stages import CheckedStage, FusedExperts
+from moe.testing.problems import make_problem
 
 
 def with_fused(pipeline: MoEPipeline, max_tokens: int) -> tuple[MoEPipeline, list[int]]:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from closeness import assert_close_to_exact
 from gemm.cases import GARBAGE, GemmCase, format_id, ids_of_loads, make_case
 from torch import Tensor
 
 from moe.flow import SwigluParams
 from moe.gemm.config import SHUFFLE_ROWS, WeightFormat
 from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
+from moe.testing.closeness import assert_close_to_exact
 
 Dims = tuple[int, int]  # in_features, out_features
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -128,3 +129,11 @@ def test_a_stage_with_its_checks_refuses_before_any_kernel_is_launched(ran):
     with pytest.raises(ValueError, match="gemm2_weights: expected 3-D"):
         kernels.run_gemm2(rows, torch.zeros(1).bfloat16(), permutation, config=CONFIG.gemm2)
     assert ran == []
+
+
+@pytest.mark.parametrize("module", [wide_gemm1, wide_gemm2, swapped_gemm1, swapped_gemm2], ids=lambda m: m.__name__)
+def test_a_launch_takes_what_its_checked_twin_takes(module):
+    name = ".".join(module.__name__.split(".")[-2:]).replace(".", "_")  # moe.gemm.wide.gemm1: wide_gemm1
+    checked, launched = getattr(module, name), getattr(module, f"launch_{name}")
+    assert inspect.signature(launched) == inspect.signature(checked)
+    assert launched in [kernel.launch for table in kernels.KERNELS.values() for kernel in table]

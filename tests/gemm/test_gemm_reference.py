@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from closeness import assert_close_to_exact, assert_rounded_once
 from gemm.cases import ALL_FORMATS, UNGATED_FORMATS, GemmCase, format_id, make_case
 from gemm.family import run_reference
 
 from moe.flow import SwigluParams
 from moe.gemm.config import FLASHINFER
+from moe.testing.closeness import assert_close_to_exact, assert_rounded_once
 
 
 def assert_is_rounded_truth(case: GemmCase, swiglu: SwigluParams | None = None) -> None:

@@ -27,7 +27,7 @@ with warnings.catch_warnings(record=True) as caught:
     import torch
     import moe
     from emulation.offline_driver import offline_gpu
-    from gemm.hopper_cases import permutation_of_counts
+    from gemm.hopper.cases import permutation_of_counts
     from moe.gemm import kernels
 
     config = moe.MoEConfig.create(hidden_size=128, intermediate_size=128, num_experts=4, top_k=2)

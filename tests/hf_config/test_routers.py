@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import BF16_EPSILON
 from torch import Tensor
 
 from moe.config import MoEConfig
 from moe.hf_config import FAMILIES, REFUSED
 from moe.routing.reference import select_experts_reference
+from moe.testing.closeness import BF16_EPSILON
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 

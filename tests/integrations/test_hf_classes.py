@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import relative_error
 from torch import Tensor, nn
 
 from moe.integrations.huggingface import check_model, register, use_moe
+from moe.testing.closeness import relative_error
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import relative_error
 from integrations.test_huggingface import build_model, make_experts, routed_tokens, tokens_for
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from moe.integrations.huggingface import check_model, register, use_moe
+from moe.testing.closeness import relative_error
 
 pytest.importorskip("transformers", minversion="5.7")
 from transformers import AutoModelForCausalLM

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from closeness import assert_close_to_exact, relative_error
-from problems import experts_in_float64
 from torch import Tensor, nn
 
 from moe import operators
@@ -20,6 +18,8 @@ from moe.expert_ids import ID_DTYPES
 from moe.flow import TopK
 from moe.integrations import huggingface
 from moe.integrations.huggingface import check_model, register, use_moe
+from moe.testing.closeness import assert_close_to_exact, relative_error
+from moe.testing.problems import experts_in_float64
 
 pytest.importorskip("transformers", minversion="5.7")
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from closeness import assert_close_to_exact
-from problems import experts_in_float64, random_topk
 from torch import Tensor
 
 import moe
 from moe.flow import TopK
 from moe.parallel import ParallelLayer, build_layer
 from moe.parallel.transport import Transport
+from moe.testing.closeness import assert_close_to_exact
+from moe.testing.problems import experts_in_float64, random_topk
 
 HIDDEN, INNER, EXPERTS, TOP_K = 32, 24, 8, 3
 CONFIG = moe.MoEConfig.create(hidden_size=HIDDEN, intermediate_size=INNER, num_experts=EXPERTS, top_k=TOP_K)

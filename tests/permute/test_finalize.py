@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from closeness import BF16_EPSILON
 from torch import Tensor
 
 from moe.flow import Permutation, TopK
 from moe.permute.config import FinalizeConfig, PermuteConfig
 from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
+from moe.testing.closeness import BF16_EPSILON
 
 FLOAT32_EPSILON = 2.0**-24  # half the gap between neighbours, relative
 DEFAULT = FinalizeConfig()

@@ -6,13 +6,13 @@ import threading
 
 import pytest
 import torch
-from problems import make_problem
 from torch import Tensor
 
 from moe import MoEConfig
 from moe.permute.reference import plan_permutation_reference
 from moe.routing.reference import select_experts_reference
 from moe.runtime.scratch import new_scratch, scratch_from
+from moe.testing.problems import make_problem
 from moe.workspace import workspace_of
 
 pytest.importorskip("triton")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from problems import make_problem, random_topk
 
 from moe import ExpertOutputs, GemmTile, MoEConfig, MoEPipeline, TopK, WeightFormat, build_pipeline, reference_pipeline
+from moe.testing.problems import make_problem, random_topk
 from moe.tuning import lookup, tuned
 from moe.tuning.choice import TuningChoice
 from moe.tuning.gpu import GpuModel

@@ -202,6 +202,7 @@ def consume(
     ID: gl.constexpr,
 ):
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
+    # Zeros, which are written nowhere: the loop carries a result from its first turn on.
     result = activate_columns(no_products(), Swiglu(1.0, 0.0, 0.0), IS_SHUFFLED, IS_GATE_FIRST)
     result_row = NOWHERE
     result_column = 0

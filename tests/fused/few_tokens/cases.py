@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from closeness import assert_close_to_exact
 from gemm.cases import ALL_FORMATS
-from problems import experts_in_float64, make_problem
 from torch import Tensor
 
 from moe.config import MoEConfig
@@ -17,6 +15,8 @@ from moe.fused.few_tokens.config import FewTokenConfig, MatvecTile
 from moe.fused.few_tokens.reference import few_token_experts_reference
 from moe.gemm.config import WeightLayout
 from moe.gemm.weight_format import pack_weights
+from moe.testing.closeness import assert_close_to_exact
+from moe.testing.problems import experts_in_float64, make_problem
 
 pytest.importorskip("triton")
 from moe.fused.few_tokens.experts import few_token_experts

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from closeness import assert_rounded_once
 from fused.few_tokens.cases import make_case
 
 from moe.fused.few_tokens.gemm1 import few_token_gemm1
 from moe.fused.few_tokens.reference import few_token_gemm1_reference
 from moe.gemm.reference import activate_reference
+from moe.testing.closeness import assert_rounded_once
 
 
 @pytest.mark.parametrize("function", [few_token_gemm1, few_token_gemm1_reference])

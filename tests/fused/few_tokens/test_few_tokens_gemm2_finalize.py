@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from closeness import assert_close_to_exact
 from fused.few_tokens.cases import make_case
 
 from moe.flow import TopK
 from moe.fused.few_tokens.gemm1 import few_token_gemm1
 from moe.fused.few_tokens.gemm2_finalize import few_token_gemm2_finalize
 from moe.fused.few_tokens.reference import few_token_gemm1_reference, few_token_gemm2_finalize_reference
+from moe.testing.closeness import assert_close_to_exact
 
 
 def test_the_sum_is_of_rows_rounded_to_bf16(triton_device, poisoned_memory):

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from closeness import assert_rounded_once
 from gemm.cases import ALL_FORMATS, format_id, make_case
 from gemm.family import Family, Problem
 
 from moe.flow import SwigluParams
 from moe.gemm.config import FLASHINFER, GemmTile, WeightFormat
+from moe.testing.closeness import assert_rounded_once
 
 pytest.importorskip("triton")
 from gemm.contract import *  # noqa: F403

@@ -27,20 +27,22 @@ def assert_close_to_exact(actual: Tensor, reference: Tensor, exact: Tensor) -> N
         reference: the same by the bf16 torch reference, which shares no code with it.
         exact: the same in float64.
     """
-    assert actual.shape == exact.shape, f"shape {list(actual.shape)}, wanted {list(exact.shape)}"
+    _expect(actual.shape == exact.shape, f"shape {list(actual.shape)}, wanted {list(exact.shape)}")
     if not actual.numel():
         return
-    assert torch.isfinite(actual).all(), f"not finite at {(~torch.isfinite(actual)).nonzero()[:5].tolist()}"
+    is_finite = torch.isfinite(actual)
+    _expect(bool(is_finite.all()), f"not finite at {(~is_finite).nonzero()[:5].tolist()}")
     error = relative_error(actual, exact)
-    assert error <= MAX_RELATIVE_FROBENIUS, f"relative Frobenius error {error:.3e}"
+    _expect(error <= MAX_RELATIVE_FROBENIUS, f"relative Frobenius error {error:.3e}")
     difference = (actual.double() - exact.double()).abs()
     reference_error = (reference.double() - exact.double()).abs().amax(dim=-1, keepdim=True)
     budget = 2 * (reference_error + BF16_EPSILON * exact.double().abs())
     worst = (difference - budget).argmax()
-    at = tuple(i.item() for i in torch.unravel_index(worst, difference.shape))
-    assert difference[at] <= budget[at], (
+    at = tuple(int(i) for i in torch.unravel_index(worst, difference.shape))
+    _expect(
+        bool(difference[at] <= budget[at]),
         f"at {list(at)}: got {actual[at].item()}, exact {exact[at].item()}, error {difference[at].item():.3e}, "
-        f"budget {budget[at].item():.3e}; {(difference > budget).sum().item()} elements over budget"
+        f"budget {budget[at].item():.3e}; {(difference > budget).sum().item()} elements over budget",
     )
 
 
@@ -51,6 +53,13 @@ def assert_rounded_once(actual: Tensor, exact: Tensor) -> None:
     many, by too little for `assert_close_to_exact` to tell.
     """
     num_off = int((actual != exact.to(torch.bfloat16)).sum())
-    assert num_off <= MAX_SHARE_OFF_NEAREST * exact.numel(), (
-        f"{num_off} of {exact.numel()} elements are not the nearest bf16"
+    _expect(
+        num_off <= MAX_SHARE_OFF_NEAREST * exact.numel(),
+        f"{num_off} of {exact.numel()} elements are not the nearest bf16",
     )
+
+
+def _expect(is_so: bool, otherwise: str) -> None:
+    """Not `assert`, which Python leaves out with -O."""
+    if not is_so:
+        raise AssertionError(otherwise)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe.config import MoEConfig
 from moe.flow import SwigluParams, TopK
+from moe.gemm.config import ActivationType
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,28 @@ def experts_in_float64(
         token, choice = (topk.expert_ids == local_id + local_expert_offset).nonzero(as_tuple=True)
         if not len(token):
             continue
-        up = hidden_states[token].double() @ w1[local_id].double().T
-        if is_gated:
-            gate, up = up.chunk(2, dim=1)
-            act = _swiglu(gate, up, swiglu, local_id)
-        else:
-            act = up.clamp(min=0) ** 2
+        product = hidden_states[token].double() @ w1[local_id].double().T
+        activation = ActivationType.Swiglu if is_gated else ActivationType.Relu2
+        act = activated_in_float64(product, activation, local_id, swiglu)
         rows = act @ w2[local_id].double().T
         output.index_add_(0, token, rows * topk.weights[token, choice, None].double())
     return output
+
+
+def activated_in_float64(
+    product: Tensor, activation: ActivationType, local_id: int, swiglu: SwigluParams | None = None
+) -> Tensor:
+    """[rows, 2I] float64, gate columns first, or [rows, I] -> [rows, I], of one expert.
+
+    Raises:
+        ValueError: an activation whose formula is not written here.
+    """
+    if activation is ActivationType.Relu2:
+        return product.clamp(min=0) ** 2
+    if activation is ActivationType.Swiglu:
+        gate, up = product.chunk(2, dim=1)
+        return _swiglu(gate, up, swiglu, local_id)
+    raise ValueError(f"activation: expected one with a formula in moe.testing.problems, got {activation.name}; add it")
 
 
 def _swiglu(gate: Tensor, up: Tensor, swiglu: SwigluParams | None, local_id: int) -> Tensor:
