@@ -2,6 +2,7 @@
 # make smoke   every kernel once, in the mode that runs it: about a minute on two cores
 # make test    every test mode, each a process of its own; the GPU's too where there is one
 # make test-triton39  the tests that a Triton can change, with 3.9 in place of the installed one; test-triton38, test-triton36 too
+# make fuzz    CALLS random calls of every entry from SEED on, on the CPU and the GPU; what fails is shrunk
 # make bench   time every named layer, whole and stage by stage, into bench.json
 # make bench-dense    time stages and layers in turns with cuBLAS GEMMs of the same size, into bench-dense.json
 # make lint    ruff and mypy
@@ -19,7 +20,7 @@ CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,.ci/constraints.txt)
 comma := ,
 empty :=
 
-.PHONY: demo smoke smoke-plain smoke-emulated test test-plain test-emulated test-interpreter test-simulator test-gpu test-triton36 test-triton38 test-triton39 bench bench-dense lint format clean say-demo
+.PHONY: demo smoke fuzz smoke-plain smoke-emulated test test-plain test-emulated test-interpreter test-simulator test-gpu test-triton36 test-triton38 test-triton39 bench bench-dense lint format clean say-demo
 
 # A line at once, before pip and before torch is loaded: both are silent for seconds.
 demo: say-demo $(VENV)/.installed-run
@@ -30,6 +31,11 @@ say-demo:
 	@echo "one layer of $(MODEL): installed into $(VENV) if it is not, then timed stage by stage"
 
 # Modes side by side, each saying how far it is: half of them on each of two cores.
+fuzz: CALLS ?= 100000
+fuzz: SEED ?= 1
+fuzz: $(VENV)/.installed-test
+	MOE_FUZZ_CALLS=$(CALLS) MOE_FUZZ_SEED=$(SEED) $(PYTEST) -q tests/fuzz
+
 smoke: $(VENV)/.installed-test
 	$(MAKE) --no-print-directory -k -j2 smoke-plain smoke-emulated
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import relative_error
 from integrations.test_huggingface import build_model, experts_in, tokens_for
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -15,6 +14,7 @@ from transformers.distributed.expert_parallel import apply_expert_parallelism
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from moe.integrations.huggingface import check_model, use_moe
+from moe.testing.closeness import relative_error
 
 SETTINGS = {"num_experts": 8, "moe_intermediate_size": 32}
 EXPERT_STYLES = {"gate_up_proj": "grouped_gemm", "down_proj": "grouped_gemm", "": "ep_dispatch_experts"}

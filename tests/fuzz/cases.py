@@ -1,0 +1,180 @@
+"""Random layers and calls as plain numbers, which shrink, and the tensors that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe.config import MoEConfig
+from moe.flow import SwigluParams, TopK
+from moe.gemm.config import SHUFFLE_ROWS, WeightFormat
+from moe.gemm.weight_format import pack_weights
+from moe.routing.config import RoutingMethod
+
+LAYOUTS = ("MajorK", "MajorMn", "BlockMajorK")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. All tensors follow from these numbers."""
+
+    num_tokens: int = 1
+    hidden_size: int = 8
+    intermediate_size: int = 8
+    num_experts: int = 1
+    top_k: int = 1
+    method: str = "Renormalize"
+    n_group: int = 0
+    topk_group: int = 0
+    scale: float = 1.0
+    normalises: bool = True
+    is_gated: bool = True
+    layout: str = "MajorK"
+    is_shuffled: bool = False
+    gate_up_order: str = "gate_up"
+    first_local: int = 0
+    num_local: int = 1
+    tile_rows: int | None = None
+    is_batch_invariant: bool = False
+    swiglu: tuple[str, ...] = ()
+    logits_dtype: str = "float32"
+    bias_dtype: str | None = None
+    weights_dtype: str = "bfloat16"
+    gives_output: bool = False
+    records: bool = False
+    seed: int = 0
+
+    def config(self) -> MoEConfig:
+        return MoEConfig.create(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            method=self.method,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            routed_scaling_factor=self.scale,
+            norm_topk_prob=self.normalises,
+            activation="Swiglu" if self.is_gated else "Relu2",
+            weight_format=self.weight_format,
+            local_expert_offset=self.first_local,
+            num_local_experts=self.num_local,
+            tile_rows=self.tile_rows,
+            is_batch_invariant=self.is_batch_invariant,
+        )
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        return WeightFormat(layout=self.layout, is_shuffled=self.is_shuffled, gate_up_order=self.gate_up_order)
+
+    def flat(self) -> Case:
+        """The same as the flat calls take it."""
+        return replace(
+            self,
+            layout="BlockMajorK",
+            gate_up_order="up_gate",
+            hidden_size=-(-self.hidden_size // 64) * 64,
+            intermediate_size=-(-self.intermediate_size // 64) * 64,
+            tile_rows=None,
+            method="Renormalize" if self.method == "TopKSigmoid" else self.method,  # which has no number
+        )
+
+
+@dataclass(frozen=True)
+class Tensors:
+    logits: Tensor  # [T, E]
+    bias: Tensor | None
+    hidden_states: Tensor
+    w1: Tensor  # logical, gate rows first
+    w2: Tensor
+    stored_w1: Tensor
+    stored_w2: Tensor
+    swiglu: SwigluParams | None
+    topk: TopK  # of chosen experts, some of them no expert's
+
+
+@st.composite
+def cases(draw: st.DrawFn, multiple: int = 8) -> Case:
+    """Any layer that the package takes, small, and any call of it.
+
+    Args:
+        multiple: of hidden and intermediate sizes; a larger one has fewer kernels to compile.
+    """
+    method = draw(st.sampled_from([method.value for method in RoutingMethod]))
+    n_group = topk_group = 0
+    num_experts = draw(st.integers(1, 40))
+    if method == "DeepSeekV3" and draw(st.booleans()):
+        n_group = draw(st.integers(2, 8))
+        num_experts = n_group * draw(st.integers(2, 6))
+        topk_group = draw(st.integers(1, n_group))
+    choices = topk_group * num_experts // n_group if n_group else num_experts
+    top_k = 1 if method == "Llama4" else draw(st.integers(1, min(choices, 10)))
+    layout = draw(st.sampled_from(LAYOUTS))
+    step = 64 if layout == "BlockMajorK" else multiple
+    hidden_size, intermediate_size = (step * draw(st.integers(1, max(1, 144 // step))) for _ in range(2))
+    is_gated = draw(st.booleans())
+    rows = (intermediate_size * (2 if is_gated else 1), hidden_size)
+    num_local = draw(st.integers(1, num_experts))
+    return Case(
+        num_tokens=draw(st.integers(0, 40)),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_experts=num_experts,
+        top_k=top_k,
+        method=method,
+        n_group=n_group,
+        topk_group=topk_group,
+        scale=draw(st.sampled_from([1.0, 2.5, 0.125])) if method in ("DeepSeekV3", "MiniMax2") else 1.0,
+        normalises=draw(st.booleans()),
+        is_gated=is_gated,
+        layout=layout,
+        is_shuffled=not any(count % SHUFFLE_ROWS for count in rows) and draw(st.booleans()),
+        gate_up_order=draw(st.sampled_from(["gate_up", "up_gate"])),
+        first_local=draw(st.integers(0, num_experts - num_local)),
+        num_local=num_local,
+        tile_rows=draw(st.sampled_from([None, 16, 32, 64, 128])),
+        is_batch_invariant=draw(st.booleans()),
+        swiglu=tuple(draw(st.sets(st.sampled_from(["alpha", "beta", "clamp_limit"])))) if is_gated else (),
+        logits_dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+        bias_dtype=draw(st.sampled_from([None, "float32", "bfloat16"])),
+        weights_dtype=draw(st.sampled_from(["bfloat16", "float32"])),
+        gives_output=draw(st.booleans()),
+        records=draw(st.booleans()),
+        seed=draw(st.integers(0, 1 << 16)),
+    )
+
+
+def tensors_of(case: Case, device: torch.device) -> Tensors:
+    generator = torch.Generator().manual_seed(case.seed)
+    shape = (case.num_tokens, case.top_k)
+
+    def normal(*sizes: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*sizes, generator=generator) * scale).bfloat16()
+
+    w1 = normal(
+        case.num_local, case.intermediate_size * (1 + case.is_gated), case.hidden_size, scale=case.hidden_size**-0.5
+    )
+    w2 = normal(case.num_local, case.hidden_size, case.intermediate_size, scale=case.intermediate_size**-0.5)
+    stored = [
+        pack_weights(weights, case.weight_format, is_gated=is_gated)
+        for weights, is_gated in ((w1, case.is_gated), (w2, False))
+    ]
+    # Steps that bfloat16 tells apart, in a random order: keys that differ by less than an error are left to the tests of routing.
+    steps = torch.linspace(-4, 4, case.num_experts)
+    logits = steps[torch.rand(case.num_tokens, case.num_experts, generator=generator).argsort(dim=1)]
+    bias = None if case.bias_dtype is None else torch.randn(case.num_experts, generator=generator) * 0.5
+    ids = torch.randint(-2, case.num_experts + 2, shape, generator=generator, dtype=torch.int32)
+    numbers = {name: (torch.rand(case.num_local, generator=generator) + 0.5).to(device) for name in sorted(case.swiglu)}
+    return Tensors(
+        logits.to(getattr(torch, case.logits_dtype)).to(device),
+        None if bias is None else bias.to(getattr(torch, case.bias_dtype)).to(device),
+        normal(case.num_tokens, case.hidden_size).to(device),
+        w1,
+        w2,
+        *(weights.to(device) for weights in stored),
+        SwigluParams(**numbers) if numbers else None,
+        TopK(ids.to(device), torch.rand(shape, generator=generator).to(getattr(torch, case.weights_dtype)).to(device)),
+    )
