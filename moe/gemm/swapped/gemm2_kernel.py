@@ -65,7 +65,8 @@ def swapped_gemm2_kernel(
     USES_PDL: gl.constexpr,
     PREFETCHES: gl.constexpr,  # the first weights before the wait of a dependent launch: the units were ready before gemm1
 ):
-    stages = make_stages(rows_desc.layout, CHUNK_ROWS, 1)
+    layout: gl.constexpr = rows_desc.layout  # Triton 3.6 passes no attribute on as a constexpr
+    stages = make_stages(layout, CHUNK_ROWS, 1)
     output = make_output(out_desc)
     mail = make_mail()
     fence_async_shared()
