@@ -73,6 +73,14 @@ def in_package(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
+def test_the_drawing_of_the_levels_in_the_docs_is_theirs():
+    page = (PACKAGE.parent / "docs" / "README.md").read_text()
+    drawing = page.split("`tests/test_imports.py` holds them")[1].split("```")[1].strip()
+    drawn = [set(line.split("     ")[0].replace("|", " ").split()) for line in drawing.splitlines()]
+    units = {unit_of(path) for path in MODULES}
+    assert drawn == [units & level for level in reversed(LEVELS)]
+
+
 @pytest.mark.parametrize("path", MODULES, ids=in_package)
 def test_imports_go_down_only(path: Path):
     unit = unit_of(path)

@@ -12,6 +12,6 @@ MIN_MEAN_ROWS = 2  # with fewer, an expert may have no rows, and its weights wou
 
 
 def prefetches(config: GemmConfig, permutation: Permutation, num_programs: int, *, uses_pdl: bool) -> bool:
-    """Whether `num_programs` programs bring the start of W1 to L2 (`prefetch_kernel`) before they wait for the plan."""
+    """Whether `num_programs` programs bring the start of W1 to L2 (`prefetch_weights`) before they wait for the plan."""
     weight_bytes = 2 * math.prod(config.weight_shape)
     return uses_pdl and permutation.mean_rows >= MIN_MEAN_ROWS and num_programs * BYTES.value <= weight_bytes
