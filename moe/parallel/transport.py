@@ -135,6 +135,8 @@ class _Collectives:
 
     def share(self, what: str, num_bytes: int, device: torch.device) -> SharedMemory:
         """Symmetric memory of torch, kept for all layers of the group that cut it in the same way: they run one after another."""
+        if self.group.size() == 1:
+            return _own_memory(what, num_bytes, device)
         key = (self.group.group_name, what, device)
         if key not in _shared:
             _shared[key] = _symmetric_memory(self.group, num_bytes, device)

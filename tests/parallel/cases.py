@@ -135,6 +135,18 @@ def a_mesh_names_the_group(world: Any) -> None:
         build_layer(whole.config, mesh, "cpu")
 
 
+def tensors_that_are_not_contiguous_never_reach_a_collective(world: Any) -> None:
+    transport = transport_of(world)
+    wrong = torch.zeros(4, 8).T
+    for call in (
+        lambda: transport.all_gather("x", wrong),
+        lambda: transport.all_to_all("x", wrong),
+        lambda: transport.broadcast("x", wrong),
+    ):
+        with pytest.raises(AssertionError):
+            call()
+
+
 def a_late_rank_is_named(world: Any) -> None:
     group = dist.new_group(timeout=timedelta(seconds=LATE_S))
     whole = make_whole((2, 2, 2, 2))
@@ -178,6 +190,7 @@ CASES = {
         the_bench_times_halves_and_counts_bytes,
         all_exchanges_between_two,
         a_mesh_names_the_group,
+        tensors_that_are_not_contiguous_never_reach_a_collective,
         a_late_rank_is_named,
         a_dead_rank_is_named,
     )

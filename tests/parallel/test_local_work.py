@@ -73,8 +73,9 @@ def test_partial_sums_are_joined_in_rank_order(num_ranks, rows, num_tokens, hidd
     assert torch.equal(given, output)
 
 
-@pytest.mark.parametrize(("num_ranks", "top_k"), [(1, 1), (2, 8), (5, 3), (40, 6)])
-@pytest.mark.parametrize("num_tokens", [0, 1, 30, 1100])
+@pytest.mark.parametrize(
+    ("num_ranks", "top_k", "num_tokens"), [(1, 1, 0), (1, 1, 5), (2, 8, 1), (2, 8, 1100), (5, 3, 30), (40, 6, 30)]
+)
 def test_rows_and_slots_get_the_numbers_of_the_reference(num_tokens, num_ranks, top_k, triton_device, poisoned_memory):
     generator = torch.Generator().manual_seed(num_tokens + top_k)
     ranks = torch.randint(-1, num_ranks, (num_tokens, top_k), generator=generator, dtype=torch.int32).to(triton_device)

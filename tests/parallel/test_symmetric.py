@@ -28,26 +28,30 @@ def results(whole: Whole, calls: int, **options: object) -> list[Tensor]:
     return [torch.cat(outputs) for outputs in zip(*of_ranks)]
 
 
-@pytest.mark.parametrize("tokens", [(5, 5, 5), (7, 0, 4), (20, 0, 1), (0, 0, 0)], ids=str)
-@pytest.mark.parametrize("placement", [None, [5, 0, 3], COPIES], ids=["even", "a_rank_without_experts", "copies"])
+@pytest.mark.parametrize(
+    ("placement", "tokens"),
+    [(None, (5, 5, 5)), ([5, 0, 3], (7, 0, 4)), (COPIES, (18, 0, 1)), (COPIES, (0, 0, 0))],
+    ids=["even", "a_rank_without_experts", "copies", "no_tokens"],
+)
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_shared_memory_gives_the_bits_of_the_plain_exchange(exchange, placement, tokens, triton_device):
     whole = moved_to(make_whole(tokens), triton_device)
-    options = {"experts_of_rank": placement, "max_tokens": 20}
+    options = {"experts_of_rank": placement, "max_tokens": max(tokens) + 1}
+    # Pads as `gather` does, so its kernels see the same rows.
+    (wanted,) = results(whole, 1, exchange="gather", **options)
+    whole.expect(wanted)
     # Twice: the second call finds what the first one left.
     for output in results(whole, 2, exchange=exchange, **options):
-        whole.expect(output)
-        # Pads as `gather` does, so its kernels see the same rows.
-        assert torch.equal(output, results(whole, 1, exchange="gather", **options)[0])
+        assert torch.equal(output, wanted)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 3, 16, 17, 23])
+@pytest.mark.parametrize("num_tokens", [0, 1, 16, 17])
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_shared_memory_gives_every_rank_all_sums(num_ranks, num_tokens, triton_device):
     whole = moved_to(make_whole([num_tokens]), triton_device)
 
     def one_rank(transport: Transport) -> list[Tensor]:
-        layer = layer_over(transport, whole, exchange="symmetric_sum", max_tokens=23)
+        layer = layer_over(transport, whole, exchange="symmetric_sum", max_tokens=19)
         return [run_rank_with_all_tokens(whole, layer) for _ in range(2)]
 
     def plain(transport: Transport) -> Tensor:
