@@ -2,6 +2,7 @@
 
 from moe.parallel.flow import Combine, Dispatch, Dispatched, Exchange, WayBack
 from moe.parallel.layer import ParallelLayer, build_layer, count_load
+from moe.parallel.overlap import InHalves, WithSharedExpert
 from moe.parallel.placement import Placement, even_placement
 from moe.parallel.rebalance import (
     Rebalanced,
@@ -18,12 +19,14 @@ __all__ = [
     "Dispatch",
     "Dispatched",
     "Exchange",
+    "InHalves",
     "ParallelLayer",
     "Placement",
     "Rebalanced",
     "Transport",
     "WayBack",
     "WeightMove",
+    "WithSharedExpert",
     "balanced_placement",
     "build_layer",
     "count_load",

@@ -74,7 +74,7 @@ class ParallelLayer:
             TypeError, ValueError: as a pipeline, before anything is sent. Other ranks then wait for this one until their timeout.
             RuntimeError: a rank that is dead or late: names rank, collective and timeout.
         """
-        self._check(hidden_states, logits.shape[0], w1, w2, output)
+        self.check(hidden_states, logits.shape[0], w1, w2, output)
         topk = self.pipeline.route(logits, bias, replay_out=routing_replay_out)
         return self._run(topk, hidden_states, w1, w2, swiglu, output)
 
@@ -90,7 +90,7 @@ class ParallelLayer:
     ) -> Tensor:
         """The same from chosen experts: global ids [T, K], anything out of [0, E) for an unused slot."""
         self.config.permute.check(topk)
-        self._check(hidden_states, topk.expert_ids.shape[0], w1, w2, output)
+        self.check(hidden_states, topk.expert_ids.shape[0], w1, w2, output)
         return self._run(topk, hidden_states, w1, w2, swiglu, output)
 
     def run_local(
@@ -121,7 +121,8 @@ class ParallelLayer:
         rows = self.run_local(dispatched, w1, w2, swiglu=swiglu)
         return self.combine(rows, dispatched, output=output)
 
-    def _check(self, hidden_states: Tensor, num_tokens: int, w1: Tensor, w2: Tensor, output: Tensor | None) -> None:
+    def check(self, hidden_states: Tensor, num_tokens: int, w1: Tensor, w2: Tensor, output: Tensor | None) -> None:
+        """Raise TypeError or ValueError unless the tensors of a call over `num_tokens` tokens are what this rank passes."""
         dims = {"T": num_tokens, "H": self.config.hidden_size}
         expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16)
         if self.local_experts:
@@ -144,6 +145,7 @@ def build_layer(
     is_rank_invariant: bool = False,
     counts_load: bool = False,
     layer: int = 0,
+    memory: int = 0,
 ) -> ParallelLayer:
     """A layer over the ranks of a group. All ranks call it with the same arguments but for `device`.
 
@@ -164,6 +166,8 @@ def build_layer(
             One kind of kernel for every number of tokens and one row a slot back, so slower (docs/parallel.md).
         counts_load: count chosen slots by expert, on the device, in the layer's `load`.
         layer: the layer's number in its model: with copies of experts, layers spread tokens over them differently.
+        memory: which of several memories a symmetric exchange uses. Layers that run one after another share one; those that are
+            under way at once (`InHalves`) need different numbers.
 
     Raises:
         ValueError: an unknown exchange, a config of a slice, a placement for another number of ranks or experts, or an option that
@@ -182,7 +186,7 @@ def build_layer(
     pipeline = experts.at(1)  # its router and its last stage, whose results do not follow from tiles
     site = Site(transport, placement_tables(placement, device), local_work(device), layer)
     if exchange.startswith("symmetric"):
-        halves = _symmetric_exchange_of(exchange, site, config, max_tokens or 0, device)
+        halves = _symmetric_exchange_of(exchange, site, config, max_tokens or 0, device, memory)
     else:
         halves = _exchange_of(exchange, site, pipeline, max_tokens=max_tokens, is_rank_invariant=is_rank_invariant)
     load = torch.zeros(config.num_experts, dtype=torch.int64, device=device) if counts_load else None
@@ -201,14 +205,16 @@ def _exchange_of(
     return build[name]()
 
 
-def _symmetric_exchange_of(name: str, site: Site, config: MoEConfig, max_tokens: int, device: torch.device) -> Exchange:
+def _symmetric_exchange_of(
+    name: str, site: Site, config: MoEConfig, max_tokens: int, device: torch.device, memory: int
+) -> Exchange:
     # Here and not above: it needs Triton.
     from moe.parallel.symmetric import symmetric_gather_exchange, symmetric_sum_exchange
 
     if name == "symmetric_sum":
-        return symmetric_sum_exchange(site, max_tokens, config.hidden_size, device)
+        return symmetric_sum_exchange(site, max_tokens, config.hidden_size, device, memory)
     return symmetric_gather_exchange(
-        site, max_tokens, config.hidden_size, config.top_k, device, selects=name == "symmetric_move"
+        site, max_tokens, config.hidden_size, config.top_k, device, memory, selects=name == "symmetric_move"
     )
 
 

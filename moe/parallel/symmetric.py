@@ -56,7 +56,7 @@ def shared_bytes(sizes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> int:
 
 
 def symmetric_gather_exchange(
-    site: Site, max_tokens: int, hidden_size: int, top_k: int, device: torch.device, *, selects: bool
+    site: Site, max_tokens: int, hidden_size: int, top_k: int, device: torch.device, memory: int, *, selects: bool
 ) -> Exchange:
     """`gather` and, where it `selects`, `move` over symmetric memory.
 
@@ -67,7 +67,7 @@ def symmetric_gather_exchange(
     num_ranks, rank = transport.num_ranks, transport.rank
     rows = ((num_ranks * max_tokens, hidden_size), torch.bfloat16)
     sizes = [rows, ((num_ranks, 2, max_tokens, top_k), torch.int32), rows]
-    shared = transport.share(f"gather {sizes}", shared_bytes(sizes), device)
+    shared = transport.share(f"gather {sizes} {memory}", shared_bytes(sizes), device)
     arrived, packed, partial = regions(shared, sizes)
 
     def dispatch(hidden_states: Tensor, topk: TopK) -> Dispatched:
@@ -90,12 +90,14 @@ def symmetric_gather_exchange(
     return Exchange(dispatch, combine)
 
 
-def symmetric_sum_exchange(site: Site, max_tokens: int, hidden_size: int, device: torch.device) -> Exchange:
+def symmetric_sum_exchange(
+    site: Site, max_tokens: int, hidden_size: int, device: torch.device, memory: int
+) -> Exchange:
     """`sum` over symmetric memory: with two ranks or few tokens each sums all of them, else each its share, which it pushes to all."""
     transport = site.transport
     num_ranks, rank = transport.num_ranks, transport.rank
     rows = ((max_tokens, hidden_size), torch.bfloat16)
-    shared = transport.share(f"sum {rows}", shared_bytes([rows, rows]), device)
+    shared = transport.share(f"sum {rows} {memory}", shared_bytes([rows, rows]), device)
     partial, sums = regions(shared, [rows, rows])
 
     def dispatch(hidden_states: Tensor, topk: TopK) -> Dispatched:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import moe
 from moe.flow import TopK
-from moe.parallel import ParallelLayer, move_weights, rebalance, transport_of
+from moe.parallel import InHalves, ParallelLayer, WithSharedExpert, move_weights, rebalance, transport_of
 
 TOKENS = (5, 0, 70, 2)
 MOST = max(TOKENS)
@@ -138,6 +138,26 @@ def weights_move(world: Any) -> None:
         assert torch.equal(weights, wanted)
 
 
+def work_beside_the_exchange(world: Any) -> None:
+    whole = whole_of(world)
+    transport = transport_of(world)
+    shared = torch.nn.Linear(whole.hidden_states.shape[1], whole.hidden_states.shape[1], bias=False).bfloat16()
+    shared = shared.to(device_of_rank())
+    for exchange in ("gather", "move", "symmetric_gather", "symmetric_move"):
+        first, second = (
+            layer_over(transport, whole, exchange=exchange, max_tokens=MOST, memory=memory) for memory in (1, 2)
+        )
+        _, x = whole.tokens_at(transport.rank)
+        w1, w2 = whole.weights_of(first)
+        logits = torch.randn(len(x), EXPERTS, device=x.device)
+        cut = -(-len(x) // 2)
+        wanted = torch.cat([first(logits[part], x[part], w1, w2) for part in (slice(0, cut), slice(cut, len(x)))])
+        plain = first(logits, x, w1, w2).clone()
+        for _ in range(10):
+            assert torch.equal(InHalves(first, second)(logits, x, w1, w2), wanted)
+            assert torch.equal(WithSharedExpert(first, shared)(logits, x, w1, w2), plain + shared(x))
+
+
 CASES = {
     case.__name__: case
     for case in (
@@ -149,5 +169,6 @@ CASES = {
         rank_invariant_bits,
         in_a_graph,
         weights_move,
+        work_beside_the_exchange,
     )
 }
