@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from moe import failing_calls
 from moe.call import (
     LayerCall,
     check_call,
@@ -113,6 +114,11 @@ class MoEPipeline:
 
     def run(self, call: LayerCall) -> Tensor:
         """One call of the layer, to [T, H] bfloat16."""
+        if failing_calls.FOLDER is not None:
+            return failing_calls.watched(self.config, call, self._stage_names, self._run, is_finalized=True)
+        return self._run(call)
+
+    def _run(self, call: LayerCall) -> Tensor:
         if self.checks_inputs:
             check_call(self.config, call)
         if call.workspace is None:
@@ -130,6 +136,13 @@ class MoEPipeline:
 
     def run_unfinalized(self, call: LayerCall) -> ExpertOutputs:
         """One call of the layer, stopped before finalize."""
+        if failing_calls.FOLDER is not None:
+            return failing_calls.watched(
+                self.config, call, self._stage_names, self._run_unfinalized, is_finalized=False
+            )
+        return self._run_unfinalized(call)
+
+    def _run_unfinalized(self, call: LayerCall) -> ExpertOutputs:
         if self.checks_inputs:
             check_call(self.config, call)
         route = self._stages.route
@@ -154,6 +167,11 @@ class MoEPipeline:
     def workspace(self, num_tokens: int) -> Workspace:
         """The same, beside the bytes that are asked for; errors alike."""
         return workspace_of(self.config, num_tokens)
+
+    @property
+    def _stage_names(self) -> dict[str, str]:
+        names = ("route", "permute", "gemm1", "gemm2", "finalize")
+        return {name: repr(getattr(self, name)).partition(" at 0x")[0] for name in names}
 
     @functools.cached_property
     def _stages(self) -> _Stages:

@@ -22,6 +22,7 @@ LEVELS = (
     {"config"},
     {"workspace"},
     {"call"},
+    {"failing_calls"},
     {"pipeline"},
     {"compose"},
     {"training", "tuning"},

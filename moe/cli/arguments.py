@@ -15,6 +15,7 @@ from moe.cli.commands import (
     bench_command,
     info_command,
     launches_command,
+    replay_command,
     run_command,
     tune_command,
 )
@@ -36,6 +37,7 @@ examples:
   python -m moe tune --model qwen3-30b-a3b                 needs a GPU
   python -m moe tune --model qwen3-30b-a3b --dry-run       what it would time
   python -m moe info                                       device and versions
+  python -m moe replay FILE                                a failing call again
 
 `python -m moe COMMAND --help` lists what a command takes."""
 RUN_EXAMPLES = """\
@@ -57,6 +59,10 @@ examples:
   python -m moe tune --model qwen3-30b-a3b --max-tokens 2048
   python -m moe tune --model qwen3-30b-a3b --tokens 1 64 --dry-run
   python -m moe tune --show"""
+REPLAY_EXAMPLES = """\
+example:
+  MOE_KEEP_FAILING_CALLS=failing python serve.py
+  python -m moe replay failing/moe-call-20261130-120000-4711-1.safetensors"""
 INFO_EXAMPLES = """\
 example:
   python -m moe info --json"""
@@ -125,6 +131,13 @@ def make_parser() -> argparse.ArgumentParser:
         _add_command(commands, "tune", "find what is fastest for a layer on this GPU, and keep it", TUNE_EXAMPLES)
     )
 
+    replay = _add_command(
+        commands, "replay", "a failing call that was kept, again: here, and by the references", REPLAY_EXAMPLES
+    )
+    replay.set_defaults(command=replay_command)
+    replay.add_argument("file", metavar="FILE", help="what a process with $MOE_KEEP_FAILING_CALLS wrote")
+    _add_device(replay)
+
     info = _add_command(commands, "info", "device, versions, which stages run kernels here", INFO_EXAMPLES)
     info.set_defaults(command=info_command)
     info.add_argument("--json", action="store_true", help="print values instead of text")
@@ -186,7 +199,7 @@ def _add_command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str, examples: str
 ) -> argparse.ArgumentParser:
     """A command whose help ends with examples, and the models' names where it takes one."""
-    epilog = examples if name == "info" else f"{wrap(MODELS, indent='  ')}\n\n{examples}"
+    epilog = examples if name in ("info", "replay") else f"{wrap(MODELS, indent='  ')}\n\n{examples}"
     return commands.add_parser(
         name,
         help=what,

@@ -22,6 +22,7 @@ from moe.cli.memory import expect_memory
 from moe.cli.own_stage import OwnStage, measure_stage, read_stage, stage_table
 from moe.cli.plot import expect_plot
 from moe.cli.progress import Progress
+from moe.cli.replay import read_kept, replay
 from moe.cli.result_file import ResultFile, today
 from moe.cli.run import measure_layer, report_json, report_text
 from moe.cli.text import wrap
@@ -229,3 +230,10 @@ def tunes_on(device: torch.device) -> bool:
 def _measure_peaks(device: torch.device, progress: Progress) -> Peaks:
     progress.step(f"measuring the peak matmul and copy rates of {device}")
     return measure_peaks(device)
+
+
+def replay_command(options: argparse.Namespace) -> int:
+    kept = read_kept(options.file)
+    lines, is_right = replay(kept, pick_device(options.device))
+    print("\n".join(lines))
+    return 0 if is_right else 1
