@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from moe.cli.text import wrap
+from moe.cli.together import what_does_not_go_together
 from moe.compose import build_pipeline
 from moe.config import MoEConfig
 from moe.pipeline import MoEPipeline
@@ -19,7 +20,16 @@ from moe.runtime.device import why_no_kernels
 from moe.stages import CheckedStage
 
 PACKAGES = ("moe-stages", "torch", "triton", "numba", "numba-cuda", "cuda-core", "pydantic", "numpy")
+MORE_PACKAGES = (
+    "cuda-toolkit",
+    "nvidia-nvvm",
+    "transformers",
+    "flashinfer-python",
+    "vllm",
+    "sglang",
+)  # listed where installed
 CPUINFO = Path("/proc/cpuinfo")
+NOT_INSTALLED = "not installed"
 STAGES = ("route", "permute", "gemm1", "gemm2", "finalize")
 
 
@@ -34,6 +44,7 @@ class Machine:
     details: str
     versions: dict[str, str]
     stages: dict[str, str]  # stage -> the function that runs it
+    conflicts: list[str]  # a sentence for each thing that does not go together
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -73,8 +84,21 @@ def describe_machine(device: torch.device) -> Machine:
             details += f"; no kernel runs on {reason}"
     versions = {"python": platform.python_version()} | {package: installed_version(package) for package in PACKAGES}
     versions["cuda of torch"] = torch.version.cuda or "none"
+    more = {package: installed_version(package) for package in MORE_PACKAGES}
+    versions |= {package: version for package, version in more.items() if version != NOT_INSTALLED}
     stages = {stage: function_of_stage(build_pipeline(config, device), stage) for stage in STAGES}
-    return Machine(str(device), name, details, versions, stages)
+    conflicts = what_does_not_go_together(
+        versions,
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        driver_cuda=_cuda_of_driver() if device.type == "cuda" else None,
+    )
+    return Machine(str(device), name, details, versions, stages, conflicts)
+
+
+def _cuda_of_driver() -> tuple[int, int]:
+    """The newest CUDA that the driver knows: it says 13020 for 13.2."""
+    number = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # builds without CUDA lack it
+    return number // 1000, number % 1000 // 10
 
 
 def function_of_stage(pipeline: MoEPipeline, stage: str) -> str:
@@ -99,7 +123,7 @@ def installed_version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def info_text(machine: Machine) -> str:
@@ -109,6 +133,9 @@ def info_text(machine: Machine) -> str:
     lines += ["", "stages on this device"]
     for stage, function in machine.stages.items():
         lines.append(f"  {stage:<9} {'kernel   ' if is_kernel(function) else 'reference'} {function}")
+    if machine.conflicts:
+        lines += ["", "what does not go together"]
+        lines += [wrap(f"  {sentence}", indent=" " * 4) for sentence in machine.conflicts]
     return "\n".join(lines)
 
 
