@@ -108,6 +108,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--plot", type=Path, metavar="FILE", help="draw the roofline and time by tokens (needs matplotlib)"
     )
     bench.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write a page with pictures and all values, which needs only a browser",
+    )
+    bench.add_argument(
         "--stage",
         metavar="STAGE=MODULE:FUNCTION",
         help="check and time a stage of your own, as gemm2=my.module:my_gemm2, beside ours; MODULE may be a file.py",

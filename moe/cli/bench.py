@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from moe.cli.beside import TURNS, measure_beside, tuned_layer
+from moe.cli.html import html_page
 from moe.cli.layer import NamedLayer, make_inputs, make_layer
 from moe.cli.machine import STAGES, UnfitMachine, describe_machine, info_json
 from moe.cli.memory import expect_memory
@@ -103,10 +104,11 @@ def print_bench(
     progress: Progress,
     json_file: ResultFile | None = None,
     plot_file: Path | None = None,
+    html_file: Path | None = None,
 ) -> bool:
     """A line as each measurement comes; the file is rewritten each time, so that a stopped run keeps its part.
 
-    The picture is drawn at the end.
+    The picture is drawn at the end, and the page after each measurement.
 
     Returns:
         Whether every result was within its error limit, and all were written.
@@ -128,6 +130,8 @@ def print_bench(
         results.append(line.report(peaks))
         if json_file is not None:
             json_file.write({"machine": info_json(machine), "date": today(), "results": results})
+        if html_file is not None:
+            html_file.write_text(html_page(results, machine, today(), unit), encoding="utf-8")
     if plot_file is not None and results:
         plot_bench(results, machine, plot_file)
     return is_good and (json_file is None or json_file.is_written(progress))

@@ -66,9 +66,13 @@ class Progress:
         self.note(text)
 
     def detail(self, text: str) -> None:
-        """A small step begins."""
+        """A small step begins: without a line of its own where details are left out, yet the one that `tick` is about."""
         if self._shows_details:
             self.step(text)
+            return
+        self._what = text
+        if self._live is not None:
+            self._live.describe(text)
 
     def note(self, text: str) -> None:
         """Something to know, while the step goes on."""
@@ -87,7 +91,7 @@ class Progress:
         if self._live is not None:
             self._live.advance(done, total)
         elif time.perf_counter() - self._last > QUIET_S:
-            self.note(f"    {100 * done // total}%")
+            self.note(f"    {self._what}: {100 * done // total}%")
 
     def result(self, text: str) -> None:
         """Print a part of the result to stdout, with nothing of the progress in its way."""
@@ -101,4 +105,4 @@ class Progress:
     def _keep_talking(self) -> None:
         while not self._stops.wait(1.0):
             if self._what and time.perf_counter() - self._last > SILENT_S:
-                self.note("    still at it")
+                self.note(f"    still at it: {self._what}")

@@ -45,7 +45,7 @@ def measure_layer(
     Args:
         with_experts: time also `experts`, the whole without routing.
     """
-    progress.step(f"{layer.shape.name}, {num_tokens:,} tokens: first calls, which compile what needs compiling")
+    progress.step(f"{layer.shape.name}, {num_tokens:,} tokens: first calls, which compile")
     num_sets = sets_for(num_tokens, layer.device)
     sets = make_inputs(layer, num_tokens, num_sets, routing=routing, seed=seed)
     loads = [measure_load(layer, inputs) for inputs in sets]
@@ -55,7 +55,7 @@ def measure_layer(
         for name, call in stage_calls(layer, with_experts=with_experts).items()
     }
     device = layer.device
-    progress.detail(f"timing the layer and its stages, {TURNS} turns of each")
+    progress.detail(f"timing the layer and its stages by turns, {TURNS} of each")
     turns = measure_in_turns(
         calls, device=device, budget_s=TURN_BUDGET_S[device.type], num_turns=TURNS, report=progress.tick
     )
