@@ -1,6 +1,7 @@
 """Writes docs/performance.md's numbers and docs/performance.svg from what `python -m moe bench --json` measured.
 
     python tests/benchmarks/report.py bench.json bench-zipf.json --date 2026-11-22 --driver 580.159
+    python tests/benchmarks/report.py                              draws the picture anew from the page's table
 
 The text around the numbers stays; what lies between the markers is replaced. The picture needs matplotlib.
 """
@@ -192,8 +193,26 @@ def replace_part(page: str, name: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
+def lines_of_page(page: str, peers: dict) -> list[Line]:
+    """The lines of the page's own table, as `table_text` wrote them: to draw them anew."""
+    part = page.partition("<!-- table: begin -->")[2].partition("<!-- table: end -->")[0]
+    header, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in part.strip().splitlines())
+    results = []
+    for row in rows:
+        values = dict(zip(header, row))
+        model, _, routing = values["layer"].partition(", ")
+        roof_us = float(values["roof"])
+        stages = {
+            name: {"median_us": float(values[name]), "roof_us": roof_us} for name in (*STAGES, "experts", "whole")
+        }
+        results.append(
+            {"model": model, "routing": routing or "uniform", "num_tokens": int(values["T"]), "stages": stages}
+        )
+    return read_lines(results, peers)
+
+
 def draw(lines: Sequence[Line], peers: dict, file: Path) -> None:
-    """Time of the experts' part over tokens, a panel a layer that peers were measured on, both axes logarithmic."""
+    """For each layer that peers were measured on, time of the experts' part over tokens, and below it the lead over the best peer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -205,23 +224,29 @@ def draw(lines: Sequence[Line], peers: dict, file: Path) -> None:
     style |= {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"]}
     style |= {"text.color": INK, "axes.labelcolor": SOFT_INK, "xtick.color": SOFT_INK, "ytick.color": SOFT_INK}
     with plt.rc_context(style):
-        figure, axes = plt.subplots(2, 4, figsize=(12, 6.2), facecolor=SURFACE, layout="constrained")
-        for axis, model in zip(axes.flat, models):
-            _draw_panel(
-                axis, model, [line for line in lines if (line.model, line.routing) == (model, "uniform")], peers
-            )
-        _draw_legend(axes.flat[len(models)], axes.flat[0])
-        for axis in axes.flat[len(models) + 1 :]:
-            axis.set_axis_off()
+        figure, axes = plt.subplots(
+            4, 4, figsize=(12.5, 9), facecolor=SURFACE, layout="constrained", height_ratios=(2.4, 1, 2.4, 1)
+        )
+        places = [(axes[2 * row, column], axes[2 * row + 1, column]) for row in (0, 1) for column in range(4)]
+        for number, (model, (times, ratios)) in enumerate(zip(models, places)):
+            its_lines = [line for line in lines if (line.model, line.routing) == (model, "uniform")]
+            _draw_times(times, model, its_lines, peers)
+            _draw_ratios(ratios, its_lines)
+            if number % 4 == 0:
+                times.set_ylabel("microseconds")
+                ratios.set_ylabel("best peer / ours")
+            ratios.set_xlabel("tokens")
+        for times, ratios in places[len(models) :]:
+            _draw_legend(times, places[0][0])
+            ratios.set_axis_off()
         figure.savefig(file, metadata={"Date": None})
         plt.close(figure)
 
 
-def _draw_panel(axis, model: str, lines: list[Line], peers: dict) -> None:
+def _draw_times(axis, model: str, lines: list[Line], peers: dict) -> None:
     lines = sorted(lines, key=lambda line: line.num_tokens)
     cells = [cell for cell in peers["cells"] if (cell["model"], cell["routing"]) == (model, "uniform")]
-    axis.set(yscale="log", facecolor=SURFACE)
-    axis.set_xscale("log", base=2)
+    axis.set(yscale="log")
     roof_us = {cell["num_tokens"]: cell["roof_us"] for cell in cells} | {
         line.num_tokens: line.roof_us for line in lines
     }
@@ -231,26 +256,36 @@ def _draw_panel(axis, model: str, lines: list[Line], peers: dict) -> None:
     peer_tokens = [cell["num_tokens"] for cell in cells]
     axis.plot(peer_tokens, peer_us, color=PEER, marker="s", markersize=4.5, linewidth=1.6, label="best peer")
     tokens, ours = _with_gaps([(line.num_tokens, line.us["experts"]) for line in lines])
-    axis.plot(tokens, ours, color=OURS, marker="o", markersize=5.5, linewidth=2, label="this package")
-    for line in lines:
-        if line.peer_us is not None and line.is_same_draw:
-            place = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "fontsize": 8}
-            weight = "bold" if line.lead > 1 else "normal"
-            color = INK if line.lead > 1 else SOFT_INK
-            axis.annotate(
-                f"{line.lead:.2f}",
-                (line.num_tokens, max(line.us["experts"], line.peer_us)),
-                color=color,
-                weight=weight,
-                **place,
-            )
+    axis.plot(tokens, ours, color=OURS, marker="o", markersize=4, linewidth=1.8, label="this package")
     axis.set_title(model, loc="left", fontsize=10, color=INK)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _shape_axis(axis)
+    axis.tick_params(labelbottom=False)
+
+
+def _draw_ratios(axis, lines: list[Line]) -> None:
+    """The lead, a bar a token count from 1, where it is even; what is within a tie is pale."""
+    compared = [line for line in lines if line.peer_us is not None and line.is_same_draw]
+    for line in compared:
+        color = OURS if line.lead >= 1 else PEER
+        alpha = 1.0 if not 2 - TIE <= line.lead <= TIE else 0.45
+        axis.plot([line.num_tokens] * 2, [1, line.lead], color=color, linewidth=5, alpha=alpha, solid_capstyle="butt")
+        counts = {other.num_tokens for other in compared}
+        aside = 6 * (line.num_tokens // 2 in counts) - 6 * (2 * line.num_tokens in counts)  # neighbours would overlap
+        place = {"textcoords": "offset points", "xytext": (aside, 3), "ha": "center", "fontsize": 7.5}
+        axis.annotate(f"{line.lead:.2f}", (line.num_tokens, max(line.lead, 1)), color=INK, **place)
+    axis.axhline(1, color=SOFT_INK, linewidth=0.8)
+    axis.set_ylim(0.85, 1.75)
+    axis.set_yticks([1, 1.25, 1.5], ["1", "1.25", "1.5"])
+    _shape_axis(axis)
+
+
+def _shape_axis(axis) -> None:
+    axis.set_facecolor(SURFACE)
+    axis.set_xscale("log", base=2)
     axis.set_xticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4096"])
     axis.minorticks_off()
     axis.set_xlim(0.45, 36000)
-    low, high = axis.get_ylim()
-    axis.set_ylim(low, high * 1.6)
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.grid(True, color=FAINT, linewidth=0.5)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -277,8 +312,8 @@ def _draw_legend(axis, source) -> None:
     axis.text(
         0.04,
         0.6,
-        "microseconds of the experts' part\n(permute to finalize) over tokens,\nuniform routing\n\n"
-        "number: best peer's time / ours;\nbold where we are ahead",
+        "above: time of the experts' part\n(permute to finalize) over tokens,\nuniform routing\n\n"
+        "below: the best peer's time / ours;\nabove 1 this package is faster,\npale: within 5%, a tie",
         transform=axis.transAxes,
         va="top",
         fontsize=9,
@@ -288,12 +323,20 @@ def _draw_legend(axis, source) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="written by `python -m moe bench --json`, of one machine")
-    parser.add_argument("--date", required=True, help="of the measurement, YYYY-MM-DD")
-    parser.add_argument("--driver", required=True, help="as nvidia-smi names it")
+    parser.add_argument("files", type=Path, nargs="*", help="written by `python -m moe bench --json`, of one machine")
+    parser.add_argument("--date", help="of the measurement, YYYY-MM-DD")
+    parser.add_argument("--driver", help="as nvidia-smi names it")
     parser.add_argument("--launches", type=Path, help="what `python -m moe launches` printed")
     parser.add_argument("--format", default="hf", help="what bench ran with; default: hf")
     options = parser.parse_args(arguments)
+    if not options.files:
+        peers = json.loads(PEERS.read_text())
+        draw(lines_of_page(PAGE.read_text(), peers), peers, PICTURE)
+        return
+    if not (options.date and options.driver):
+        parser.error(
+            "expected --date and --driver with results; without any the picture is drawn from the page's table"
+        )
     reports = [json.loads(file.read_text()) for file in options.files]
     peers = json.loads(PEERS.read_text())
     lines = read_lines([result for report in reports for result in report["results"]], peers)

@@ -90,6 +90,15 @@ def test_command_fills_the_page_and_draws_the_picture(tmp_path: Path, monkeypatc
     assert "</svg>" in (tmp_path / "performance.svg").read_text()
 
 
+def test_the_table_of_a_page_reads_as_it_was_written(peers: dict):
+    results = [measured("qwen3-30b-a3b", 1, 13.7), measured("sonic-7b", 8, 40.0)]
+    lines = report.read_lines([*results, measured("sonic-7b", 8, 41.0) | {"routing": "zipf"}], peers)
+    page = f"text\n<!-- table: begin -->\n{report.table_text(lines)}\n<!-- table: end -->\n"
+    read = report.lines_of_page(page, peers)
+    assert report.table_text(read) == report.table_text(lines)
+    assert [line.lead for line in read if line.peer_us] == [line.lead for line in lines if line.peer_us]
+
+
 def test_page_without_markers_is_refused():
     with pytest.raises(ValueError, match="expected a page with"):
         report.replace_part("page", "table", "text")
