@@ -182,5 +182,5 @@ def _safetensors() -> Any:
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        raise ImportError('calls are kept by safetensors; pip install "moe-stages[hf]"') from error
+        raise ImportError("calls are kept by safetensors; pip install safetensors") from error
     return safetensors

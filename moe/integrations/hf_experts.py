@@ -59,12 +59,16 @@ def form_of(experts: nn.Module, path: str) -> Form:
     # By module and not by import: this runs each call, compiled ones included.
     if has_gate and cast(Any, type(experts))._apply_gate.__module__ != "transformers.integrations.moe":
         return Form(ActivationType.Swiglu, layout, _own_gate_of(experts, path))
-    is_known = _is_silu if has_gate else _is_squared_relu
-    if not is_known(activation):
-        raise ValueError(
-            f"{path}.act_fn: expected {'silu' if has_gate else 'squared relu'}, got {_name_of(activation)}; {OTHERWISE}"
-        )
+    expect_activation(activation, f"{path}.act_fn", is_gated=has_gate)
     return Form(ActivationType.Swiglu if has_gate else ActivationType.Relu2, layout, Gate())
+
+
+def expect_activation(activation: Any, path: str, *, is_gated: bool = True) -> None:
+    """Raise unless it is the one that the layer has."""
+    is_known = _is_silu if is_gated else _is_squared_relu
+    if not is_known(activation):
+        wanted = "silu" if is_gated else "squared relu"
+        raise ValueError(f"{path}: expected {wanted}, got {_name_of(activation)}; {OTHERWISE}")
 
 
 def weights_of(experts: nn.Module) -> tuple[Tensor, Tensor]:
@@ -83,6 +87,11 @@ def expect_weights(experts: nn.Module, path: str, gathered_dtype: torch.dtype | 
     w1, w2 = weights_of(experts)
     if gathered_dtype is None and getattr(experts, "_is_hooked", False):
         w1, w2 = _local_part(w1), _local_part(w2)
+    expect_plain_weights(path, w1, w2, gathered_dtype)
+
+
+def expect_plain_weights(path: str, w1: Tensor, w2: Tensor, gathered_dtype: torch.dtype | None = None) -> None:
+    """The same of weights in hand."""
     for name, weights in ((_W1, w1), ("down_proj", w2)):
         if weights.dim() != 3:
             raise ValueError(

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from moe.integrations.hf_experts import DEQUANTISE, expect_not_quantised, weights_of
+from moe.integrations.hf_own_forward import OwnForward, stand_for
+
+_NOT_LAYERS = ("JetMoeMoA",)  # an attention whose projections are experts: it stays with the model
 
 
 def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -19,11 +22,17 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             f"model: expected a transformers model, got {type(model).__name__}; pass what from_pretrained returns"
         )
     found = False
+    within: list[str] = []  # what stands for a module stands for all within it
     for path, module in model.named_modules():
         name = path or type(module).__name__
+        if any(path.startswith(outer) for outer in within):
+            continue
         if is_handed_over(module):
             found = True
             yield name, module
+        elif stand_for(module) is not None or type(module).__name__ in _NOT_LAYERS:
+            found = found or stand_for(module) is not None
+            within.append(f"{path}." if path else "")
         elif _looks_like_experts(module):
             _refuse_own_experts(model, name, module)
     if not found:
@@ -33,7 +42,14 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         )
 
 
-def hand_over(model: nn.Module, name: str) -> None:
+def stood_for(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of all whose forward one of ours stands for."""
+    for path, module in model.named_modules():
+        if stand_for(module) is not None:
+            yield path or type(module).__name__, module
+
+
+def hand_over(model: nn.Module, name: str, *, is_batch_invariant: bool) -> None:
     """Have every experts module of a model run by the implementation of this name.
 
     Models of transformers within it are told whole. Experts outside of them, as of one layer, get a config of their own:
@@ -46,6 +62,8 @@ def hand_over(model: nn.Module, name: str) -> None:
         if getattr(module.config, "_experts_implementation", None) != name:
             module.config = copy.copy(module.config)
             module.config._experts_implementation = name
+    for _, module in stood_for(model):
+        module.forward = OwnForward(module, name, is_batch_invariant)
 
 
 def gathered_dtype(model: nn.Module, experts: nn.Module) -> torch.dtype | None:

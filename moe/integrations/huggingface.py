@@ -8,20 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from moe.integrations.hf_experts import (
-    autocasts_to_bfloat16,
-    expect_choice,
-    expect_tensors,
-    expect_weights,
-    form_of,
-    weights_of,
-)
-from moe.integrations.hf_models import experts_of, gathered_dtype, hand_over
-from moe.operators import is_traced
-from moe.operators import run_experts as _run_experts
+from moe.integrations.hf_call import call_experts
+from moe.integrations.hf_experts import expect_weights, form_of, weights_of
+from moe.integrations.hf_models import experts_of, gathered_dtype, hand_over, stood_for
+from moe.integrations.hf_own_forward import OwnForward, stand_for
 
 OLDEST_TRANSFORMERS = (5, 7)  # the first that takes the name of an experts function that it did not bring itself
 INSTALL = 'pip install "transformers>=5.7"'
@@ -72,7 +64,7 @@ def use_moe(model: nn.Module, name: str = "moe", *, is_batch_invariant: bool = F
     """
     register(name, is_batch_invariant=is_batch_invariant)
     _expect_runnable(model)
-    hand_over(model, name)
+    hand_over(model, name, is_batch_invariant=is_batch_invariant)
     check_model(model, name)
     return model
 
@@ -92,6 +84,10 @@ def check_model(model: nn.Module, name: str = "moe") -> None:
             raise ValueError(
                 f"{path}: expected experts_implementation {name!r}, got {chosen!r}; call use_moe(model) to set it"
             )
+    for path, module in stood_for(model):
+        forward = module.__dict__.get("forward")
+        if not isinstance(forward, OwnForward) or forward.name != name:
+            raise ValueError(f"{path}: expected a forward of {name!r}, got its class's; call use_moe(model) to set it")
 
 
 def run_hf_experts(
@@ -121,29 +117,15 @@ def run_hf_experts(
         ValueError: a module or a tensor that this package does not take, and what to do instead.
     """
     path = type(experts).__name__
-    form = form_of(experts, path)
-    w1, w2 = weights_of(experts)
-    expect_tensors(path, hidden_states, w1, w2)
-    expect_choice(path, top_k_index, top_k_weights)
-    dtype = hidden_states.dtype
-    if autocasts_to_bfloat16(hidden_states.device):
-        hidden_states, w1, w2 = hidden_states.bfloat16(), w1.bfloat16(), w2.bfloat16()
-    gate = form.gate
-    run = torch.ops.moe.run_experts if is_traced(hidden_states) else _run_experts
-    output = run(
+    return call_experts(
+        path,
+        form_of(experts, path),
+        weights_of(experts),
         hidden_states,
         top_k_index,
         top_k_weights,
-        w1,
-        w2,
-        int(form.activation),
-        int(form.layout),
-        is_batch_invariant,
-        gate.alpha,
-        gate.beta,
-        gate.clamp_limit,
+        is_batch_invariant=is_batch_invariant,
     )
-    return output.to(dtype)
 
 
 def run_hf_experts_batch_invariant(
@@ -158,6 +140,10 @@ def _expect_runnable(model: nn.Module) -> None:
     for path, experts in experts_of(model):
         form_of(experts, path)
         expect_weights(experts, path, gathered_dtype(model, experts))
+    for path, module in stood_for(model):
+        stand = stand_for(module)
+        assert stand is not None
+        stand.expect(module, path)
 
 
 def _transformers_moe() -> Any:

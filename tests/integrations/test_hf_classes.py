@@ -49,7 +49,6 @@ REFUSED = {
     "Inkling2LoopExperts": "_apply_gate: expected silu",
     "JetMoeParallelExperts": "runs its JetMoeParallelExperts itself",
     "Llama4TextExperts": "runs its Llama4TextExperts itself",
-    "LongcatFlashExperts": "runs its LongcatFlashExperts itself",
     "MuseSparkExperts": "has_post_expert_norm: expected False, got True",
     "NllbMoeExperts": "runs its NllbMoeExperts itself",
     "OpenAIPrivacyFilterExperts": "has_bias: expected False, got True",

@@ -288,3 +288,70 @@ def test_the_operator_is_what_torch_asks_of_one() -> None:
         7.0,
     )
     torch.library.opcheck(torch.ops.moe.run_experts.default, arguments)
+
+
+def longcat() -> nn.Module:
+    settings = {"n_routed_experts": 6, "zero_expert_num": 3, "moe_topk": 3}
+    sizes = {
+        "expert_ffn_hidden_size": 48,
+        "ffn_hidden_size": 64,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+    }
+    return build_model("longcat_flash", **settings, **sizes, qk_rope_head_dim=8, v_head_dim=16, head_dim=8)
+
+
+def jetmoe() -> nn.Module:
+    return build_model("jetmoe", num_local_experts=6, num_experts_per_tok=2, intermediate_size=48, kv_channels=16)
+
+
+@pytest.mark.parametrize("build", [longcat, jetmoe], ids=lambda build: build.__name__)
+def test_models_that_hand_nothing_over_run_by_a_forward_of_ours(build: Any) -> None:
+    model = build()
+    with pytest.raises(ValueError, match="expected a forward of 'moe', got its class's; call use_moe"):
+        check_model(model)
+    modules = [module for module in model.modules() if type(module).__name__ in ("LongcatFlashExperts", "JetMoeMoE")]
+    calls: list[tuple[nn.Module, tuple[Tensor, ...], Tensor]] = []
+    hooks = [
+        m.register_forward_hook(lambda module, args, output: calls.append((module, args, output))) for m in modules
+    ]
+    logits_of(model)
+    assert use_moe(model) is model
+    check_model(model)
+    assert calls
+    for module, args, eager in calls.copy():
+        exact = copy.deepcopy(module)
+        del exact.forward
+        with torch.no_grad():
+            exact = exact.double()(*(arg.double() if arg.is_floating_point() else arg for arg in args))
+            ours = module(*args)
+        assert ours.dtype is eager.dtype
+        assert relative_error(ours, exact) <= max(1.2 * relative_error(eager, exact), 5e-3)
+    for hook in hooks:
+        hook.remove()
+    copied = copy.deepcopy(model)
+    check_model(copied)
+    assert torch.equal(logits_of(copied), logits_of(model))
+    with pytest.raises(ValueError, match="expected a forward of 'moe-other'"):
+        check_model(model, "moe-other")
+
+
+def test_longcats_experts_that_return_their_input_are_reached() -> None:
+    experts = next(module for module in longcat().modules() if type(module).__name__ == "LongcatFlashExperts")
+    hidden_states, weights = torch.randn(4, 64).bfloat16(), torch.rand(4, 2)
+    ids = torch.tensor([[6, 8], [0, 7], [5, 1], [8, 8]])
+    with torch.no_grad():
+        expected = experts(hidden_states, ids, weights)
+        use_moe(experts)
+        ours = experts(hidden_states, ids, weights)
+    assert relative_error(ours, expected) <= 6e-3
+    torch.testing.assert_close(ours[3], (weights[3].sum() * hidden_states[3].float()).bfloat16())
+
+
+def test_another_activation_is_refused_there_too() -> None:
+    model = jetmoe()
+    model.model.layers[0].mlp.activation = nn.GELU()
+    with pytest.raises(ValueError, match=r"mlp\.activation: expected silu, got GELU"):
+        use_moe(model)
+    assert "forward" not in vars(model.model.layers[0].mlp)

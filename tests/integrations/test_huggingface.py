@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe import operators
 from moe.expert_ids import ID_DTYPES
 from moe.flow import TopK
-from moe.integrations import huggingface
+from moe.integrations import hf_call
 from moe.integrations.huggingface import check_model, register, use_moe
 from moe.testing.closeness import assert_close_to_exact, relative_error
 from moe.testing.problems import experts_in_float64
@@ -121,13 +121,13 @@ def routed_as(model: nn.Module, calls: list) -> Iterator[None]:
 def our_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Outputs of our experts function."""
     outputs = []
-    run = huggingface._run_experts
+    run = hf_call._run_experts
 
     def counted(*args: object) -> Tensor:
         outputs.append(run(*args))
         return outputs[-1]
 
-    monkeypatch.setattr(huggingface, "_run_experts", counted)
+    monkeypatch.setattr(hf_call, "_run_experts", counted)
     return outputs
 
 
@@ -254,8 +254,8 @@ def test_both_weight_layouts_are_read_where_they_lie(
     experts = make_experts(device, is_transposed=is_transposed)
     inputs = routed_tokens(experts, num_tokens)
     seen = []
-    run = huggingface._run_experts
-    monkeypatch.setattr(huggingface, "_run_experts", lambda *args: (seen.append(args[3:5]), run(*args))[1])
+    run = hf_call._run_experts
+    monkeypatch.setattr(hf_call, "_run_experts", lambda *args: (seen.append(args[3:5]), run(*args))[1])
     output = experts(*inputs)
     assert output.shape == (num_tokens, 32)
     assert output.dtype == torch.bfloat16
@@ -563,7 +563,7 @@ def test_a_second_name_works_too(our_calls: list[Tensor]) -> None:
 
 def test_without_transformers_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.integrations", None)
-    with pytest.raises(ImportError, match=r'needs transformers; pip install "moe-stages\[hf\]"'):
+    with pytest.raises(ImportError, match=r"needs transformers; pip install .transformers>=5\.7"):
         register()
 
 
