@@ -27,7 +27,7 @@ class FrozenConfig(BaseModel):
     def __hash__(self) -> int:
         """Computed once: configs are keys of what is kept for a launch."""
         try:
-            return object.__getattribute__(self, "_kept_hash")
+            return self._kept_hash  # type: ignore[attr-defined]  # a slot
         except AttributeError:
             value = hash(_type_and_values(self))
             object.__setattr__(self, "_kept_hash", value)

@@ -50,8 +50,9 @@ def check_call(config: MoEConfig, call: LayerCall) -> None:
     if not is_as_expected(call.hidden_states, (num_tokens, config.hidden_size), torch.bfloat16, device):
         _refuse_hidden_states(config, call, first, first_name)
     config.permute.check_num_tokens(num_tokens)
-    check_weights(config.gemm1, "gemm1_weights", call.w1, device)
-    check_weights(config.gemm2, "gemm2_weights", call.w2, device)
+    for name, gemm, weights in (("gemm1_weights", config.gemm1, call.w1), ("gemm2_weights", config.gemm2, call.w2)):
+        if not is_as_expected(weights, gemm.weight_shape, torch.bfloat16, device):
+            check_weights(gemm, name, weights, device)
     if call.swiglu is not None:
         check_swiglu(config.gemm1, call.swiglu, device)
     if call.output is not None or call.routing_replay_out is not None:

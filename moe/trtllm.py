@@ -100,43 +100,46 @@ def trtllm_bf16_moe(
         ValueError: anything else that does not fit, before anything is launched or written.
     """
     layer = FlatLayer(
-        hidden_size=_hidden_size(hidden_states),
-        device=hidden_states.device,
-        num_experts=num_experts,
-        top_k=top_k,
-        n_group=n_group,
-        topk_group=topk_group,
-        intermediate_size=intermediate_size,
-        local_expert_offset=local_expert_offset,
-        local_num_experts=local_num_experts,
-        routed_scaling_factor=routed_scaling_factor,
-        routing_method_type=routing_method_type,
-        use_shuffled_weight=use_shuffled_weight,
-        weight_layout=weight_layout,
-        do_finalize=do_finalize,
-        enable_pdl=enable_pdl,
-        tune_max_num_tokens=tune_max_num_tokens,
-        activation_type=activation_type,
-        norm_topk_prob=norm_topk_prob,
-        is_batch_invariant=is_batch_invariant,
+        _hidden_size(hidden_states),
+        hidden_states.device,
+        num_experts,
+        top_k,
+        n_group,
+        topk_group,
+        intermediate_size,
+        local_expert_offset,
+        local_num_experts,
+        routed_scaling_factor,
+        routing_method_type,
+        use_shuffled_weight,
+        weight_layout,
+        do_finalize,
+        enable_pdl,
+        tune_max_num_tokens,
+        activation_type,
+        norm_topk_prob,
+        is_batch_invariant,
     )
     pipeline = _pipeline(layer)
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
-    tensors = (routing_logits, hidden_states, gemm1_weights, gemm2_weights)
+    call = LayerCall(
+        routing_logits,
+        hidden_states,
+        gemm1_weights,
+        gemm2_weights,
+        swiglu,
+        routing_bias,
+        output if do_finalize else None,
+        routing_replay_out,
+        False,
+        workspace_buffer,
+    )
     if is_traced(hidden_states):
-        return _traced(pipeline, LayerCall(*tensors, swiglu, routing_bias, output, routing_replay_out), do_finalize)
+        return _traced(pipeline, call, do_finalize)
     if do_finalize:
-        return pipeline(
-            *tensors,
-            bias=routing_bias,
-            swiglu=swiglu,
-            output=output,
-            routing_replay_out=routing_replay_out,
-            workspace=workspace_buffer,
-        )
+        return pipeline.run(call)
     _refuse_workspace(workspace_buffer)
-    outputs = pipeline.expert_outputs(*tensors, bias=routing_bias, swiglu=swiglu, routing_replay_out=routing_replay_out)
-    return _as_list(outputs)
+    return _as_list(pipeline.run_unfinalized(call))
 
 
 def trtllm_bf16_routed_moe(
@@ -189,25 +192,25 @@ def trtllm_bf16_routed_moe(
             "(moe.build_pipeline) to add to its result before the activation"
         )
     layer = FlatLayer(
-        hidden_size=_hidden_size(hidden_states),
-        device=hidden_states.device,
-        num_experts=num_experts,
-        top_k=top_k,
-        n_group=n_group,
-        topk_group=topk_group,
-        intermediate_size=intermediate_size,
-        local_expert_offset=local_expert_offset,
-        local_num_experts=local_num_experts,
-        routed_scaling_factor=routed_scaling_factor,
-        routing_method_type=routing_method_type,
-        use_shuffled_weight=use_shuffled_weight,
-        weight_layout=weight_layout,
-        do_finalize=do_finalize,
-        enable_pdl=enable_pdl,
-        tune_max_num_tokens=tune_max_num_tokens,
-        activation_type=activation_type,
-        norm_topk_prob=True,
-        is_batch_invariant=is_batch_invariant,
+        _hidden_size(hidden_states),
+        hidden_states.device,
+        num_experts,
+        top_k,
+        n_group,
+        topk_group,
+        intermediate_size,
+        local_expert_offset,
+        local_num_experts,
+        routed_scaling_factor,
+        routing_method_type,
+        use_shuffled_weight,
+        weight_layout,
+        do_finalize,
+        enable_pdl,
+        tune_max_num_tokens,
+        activation_type,
+        True,
+        is_batch_invariant,
     )
     pipeline = _pipeline(layer)
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
@@ -219,11 +222,20 @@ def trtllm_bf16_routed_moe(
     if routing_replay_out is not None:
         pipeline.config.permute.check(topk)
         pipeline.config.routing.check_replay(routing_replay_out, topk.expert_ids.shape[0], hidden_states.device)
-    tensors = (topk, hidden_states, gemm1_weights, gemm2_weights)
+    call = LayerCall(
+        topk,
+        hidden_states,
+        gemm1_weights,
+        gemm2_weights,
+        swiglu,
+        output=output if do_finalize else None,
+        is_chosen=True,
+        workspace=workspace_buffer,
+    )
     if do_finalize:
-        return pipeline.run_experts(*tensors, swiglu=swiglu, output=output, workspace=workspace_buffer)
+        return pipeline.run(call)
     _refuse_workspace(workspace_buffer)
-    return _as_list(pipeline.run_experts_unfinalized(*tensors, swiglu=swiglu))
+    return _as_list(pipeline.run_unfinalized(call))
 
 
 def trtllm_fused_moe_workspace_size(
@@ -259,7 +271,7 @@ def trtllm_fused_moe_workspace_size(
 
 
 class FlatLayer(NamedTuple):
-    """What a flat call says of its layer beside tensors, by the names of its arguments."""
+    """What a flat call says of its layer beside tensors, by the names and in the order of its arguments."""
 
     hidden_size: int
     device: torch.device
@@ -283,16 +295,26 @@ class FlatLayer(NamedTuple):
 
 
 def _pipeline(layer: FlatLayer) -> TunedPipeline:
-    """The pipeline of a flat call. Engines pass numbers as tensors too, which hash by where they lie."""
-    if Tensor in map(type, layer):
-        layer = FlatLayer(*map(plain_number, layer))
-    return _pipeline_of(*layer)
+    """The pipeline of a flat call."""
+    try:
+        return _pipeline_of(*layer)
+    except _TensorNumber:
+        plain = FlatLayer(*map(plain_number, layer))
+        if Tensor in map(type, plain):
+            _checked(plain)  # says which is no number
+        return _pipeline_of(*plain)
+
+
+class _TensorNumber(Exception):
+    """Engines pass numbers as tensors too. Those hash by where they lie, so nothing is kept for them."""
 
 
 # typed: True and 1.0 equal 1, and would find its entry.
 @lru_cache(maxsize=1024, typed=True)
 def _pipeline_of(*values: Any) -> TunedPipeline:
     """Every check that needs no tensor, once a combination of arguments."""
+    if Tensor in map(type, values):
+        raise _TensorNumber
     layer = _checked(FlatLayer(*values))
     try:
         config = MoEConfig.model_validate(

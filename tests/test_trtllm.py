@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -462,7 +463,7 @@ def test_a_pipeline_is_built_where_the_hidden_states_lie(monkeypatch: pytest.Mon
 
     def tuned_pipeline(config: MoEConfig, device: torch.device, *, max_num_tokens: int, **more: Any) -> Any:
         asked.append((device, max_num_tokens))
-        return lambda *tensors, **others: None
+        return SimpleNamespace(run=lambda call: None)
 
     monkeypatch.setattr(trtllm, "tuned_pipeline", tuned_pipeline)
     monkeypatch.setattr(trtllm, "run_traced", lambda pipeline, call: None)

@@ -37,10 +37,32 @@ def swiglu_of_expert(pointers, expert):
 def swiglu(gate, up, parameters):
     """gate' * sigmoid(alpha * gate') * (up' + beta), with gate' = min(gate, limit) and up' = clamp(up, -limit, limit).
 
-    parameters: the expert's.
+    parameters: the expert's, loaded before the products were there.
     """
     alpha, beta, limit = parameters
+    gate, up = clamp(gate, up, limit)
+    return gate / (1.0 + tl.exp2(gate * (alpha * MINUS_LOG2_E))) * (up + beta)
+
+
+@triton.jit
+def swiglu_at(gate, up, pointers, expert):
+    """The same where parameters are loaded when the products are there, and those that are absent cost nothing.
+
+    The few-token kernels' loads are scheduled around it: in the form above, layers with rows of 4096 elements and more took 1.5
+    to 3% longer for one token on an H200.
+    """
+    if pointers.clamp_limit is not None:
+        gate, up = clamp(gate, up, tl.load(pointers.clamp_limit + expert))
+    scaled_gate = gate
+    if pointers.alpha is not None:
+        scaled_gate = gate * tl.load(pointers.alpha + expert)
+    if pointers.beta is not None:
+        up += tl.load(pointers.beta + expert)
+    return gate * tl.sigmoid(scaled_gate) * up
+
+
+@triton.jit
+def clamp(gate, up, limit):
     gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
-    up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
-    return gate / (1.0 + tl.exp2(gate * (alpha * MINUS_LOG2_E))) * (up + beta)
+    return gate, tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)

@@ -83,8 +83,9 @@ class TunedPipeline:
         workspace: Tensor | None = None,
     ) -> Tensor:
         """As `MoEPipeline.__call__`."""
-        call = LayerCall(logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out, False, workspace)
-        return self._tuned_for(call).run(call)
+        return self.run(
+            LayerCall(logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out, False, workspace)
+        )
 
     def expert_outputs(
         self,
@@ -98,8 +99,7 @@ class TunedPipeline:
         routing_replay_out: Tensor | None = None,
     ) -> ExpertOutputs:
         """As `MoEPipeline.expert_outputs`."""
-        call = LayerCall(logits, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out)
-        return self._tuned_for(call).run_unfinalized(call)
+        return self.run_unfinalized(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out))
 
     def run_experts(
         self,
@@ -113,15 +113,13 @@ class TunedPipeline:
         workspace: Tensor | None = None,
     ) -> Tensor:
         """As `MoEPipeline.run_experts`."""
-        call = LayerCall(topk, hidden_states, w1, w2, swiglu, None, output, None, True, workspace)
-        return self._tuned_for(call).run(call)
+        return self.run(LayerCall(topk, hidden_states, w1, w2, swiglu, None, output, None, True, workspace))
 
     def run_experts_unfinalized(
         self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
     ) -> ExpertOutputs:
         """As `MoEPipeline.run_experts_unfinalized`."""
-        call = LayerCall(topk, hidden_states, w1, w2, swiglu, None, None, None, True)
-        return self._tuned_for(call).run_unfinalized(call)
+        return self.run_unfinalized(LayerCall(topk, hidden_states, w1, w2, swiglu, None, None, None, True))
 
     def run(self, call: LayerCall) -> Tensor:
         """As `MoEPipeline.run`."""

@@ -145,7 +145,9 @@ def experts_of_a_model(case: Case, device: torch.device) -> None:
     )
     tensors = tensors_of(case, device)
     dtype = ID_DTYPES[case.seed % len(ID_DTYPES)]
-    ids = tensors.topk.expert_ids.to(dtype)  # of which -1 is the largest number in an unsigned one, and no expert either
+    ids = tensors.topk.expert_ids.to(
+        dtype
+    )  # of which -1 is the largest number in an unsigned one, and no expert either
     activation = ActivationType.Swiglu if case.is_gated else ActivationType.Relu2
     result = run_experts(
         tensors.hidden_states,

@@ -13,7 +13,7 @@ from moe.fused.few_tokens.tile_device import (
     load_weights,
     row_and_column_of_lane,
 )
-from moe.gemm.activation_device import Swiglu, relu2, swiglu, swiglu_of_expert
+from moe.gemm.activation_device import Swiglu, relu2, swiglu_at
 
 
 @triton.jit(do_not_specialize=["first_expert", "num_experts"])
@@ -78,7 +78,7 @@ def few_token_gemm1_kernel(
         second_product = tl.sum(second, 1)
         gate = first_product if IS_GATE_FIRST else second_product
         up = second_product if IS_GATE_FIRST else first_product
-        activated = swiglu(gate, up, swiglu_of_expert(Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr), expert))
+        activated = swiglu_at(gate, up, Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr), expert)
     else:
         activated = relu2(first_product)
     out_ptrs = out_ptr + slot.to(tl.int64) * OUT_FEATURES + column

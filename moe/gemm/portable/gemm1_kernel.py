@@ -7,7 +7,7 @@ Portable: pipelined 16-byte asynchronous copies of gathered rows and of weights,
 import triton
 import triton.language as tl
 
-from moe.gemm.activation_device import Swiglu, relu2, swiglu, swiglu_of_expert
+from moe.gemm.activation_device import Swiglu, relu2, swiglu_at
 from moe.gemm.portable.tile_device import (
     Operands,
     Plan,
@@ -79,7 +79,7 @@ def portable_gemm1_kernel(
         first, second = halves_of_lanes(accumulators, IS_SHUFFLED, BLOCK_M, BLOCK_W)
         gate = first if IS_GATE_FIRST else second
         up = second if IS_GATE_FIRST else first
-        activated = swiglu(gate, up, swiglu_of_expert(Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr), tile.expert))
+        activated = swiglu_at(gate, up, Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr), tile.expert)
     else:
         activated = relu2(columns_of_lanes(accumulators, IS_SHUFFLED, BLOCK_M, BLOCK_W))
     store_columns(out_ptr, activated, tile, OUT_FEATURES)
