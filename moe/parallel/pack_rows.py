@@ -26,7 +26,7 @@ def pack_rows(
     slots = torch.empty(num_rows, 2, top_k, dtype=torch.int32, device=rows.device)
     row_of_copy = torch.empty_like(copy)
     if num_tokens:
-        kernel, num_blocks = _kernel_of(top_k, hidden_size)
+        kernel, num_blocks = _kernel_of(top_k, hidden_size, num_ranks)
         kernel.launch(
             (num_tokens * num_blocks, 1, 1),
             rows,
@@ -44,12 +44,13 @@ def pack_rows(
 
 
 @functools.cache
-def _kernel_of(top_k: int, hidden_size: int) -> tuple[TritonKernel, int]:
+def _kernel_of(top_k: int, hidden_size: int, num_ranks: int) -> tuple[TritonKernel, int]:
     block_h = min(BLOCK_H, triton.next_power_of_2(hidden_size))
     kernel = TritonKernel(
         pack_rows_kernel,
         TOP_K=top_k,
         TOP_K_PAD=triton.next_power_of_2(top_k),
+        RANKS_PAD=triton.next_power_of_2(num_ranks),
         HIDDEN=hidden_size,
         BLOCK_H=block_h,
         num_warps=max(block_h // COLUMNS_A_WARP, 1),

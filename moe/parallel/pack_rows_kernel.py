@@ -19,6 +19,7 @@ def pack_rows_kernel(
     num_ranks,
     TOP_K: tl.constexpr,
     TOP_K_PAD: tl.constexpr,
+    RANKS_PAD: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -34,14 +35,17 @@ def pack_rows_kernel(
     rank_of_slot = tl.load(rank_of_slot_ptr + slot, mask=is_choice, other=-1)
     local = tl.load(local_ptr + slot, mask=is_choice, other=-1)
     weight = tl.load(weights_ptr + slot, mask=is_choice, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
-    first = tl.zeros([], tl.int64)
+    # All loads before the first store, which they would wait for: one trip to memory, not one a rank.
+    ranks = tl.arange(0, RANKS_PAD)
+    is_rank = ranks < num_ranks
+    copies = tl.load(copy_ptr + token * num_ranks + ranks, mask=is_rank, other=-1)
+    counts = tl.load(counts_ptr + 2 * ranks, mask=is_rank, other=0)
+    row_of_rank = tl.where(copies >= 0, tl.cumsum(counts, 0) - counts + copies, -1)
+    tl.store(row_of_copy_ptr + token * num_ranks + ranks, row_of_rank.to(tl.int32), mask=is_rank & (block == 0))
     for rank in range(num_ranks):
-        copy = tl.load(copy_ptr + token * num_ranks + rank)
-        row = first + copy
-        is_sent = copy >= 0
+        row = tl.sum(tl.where(ranks == rank, row_of_rank, 0), 0)
+        is_sent = row >= 0
         tl.store(rows_ptr + row * HIDDEN + column, values, mask=in_row & is_sent)
         there = tl.where(rank_of_slot == rank, local, -1)
         tl.store(slots_ptr + row * 2 * TOP_K + choice, there, mask=is_choice & is_sent)
         tl.store(slots_ptr + (row * 2 + 1) * TOP_K + choice, weight, mask=is_choice & is_sent)
-        tl.store(row_of_copy_ptr + token * num_ranks + rank, tl.where(is_sent, row, -1).to(tl.int32), mask=block == 0)
-        first += tl.load(counts_ptr + 2 * rank)

@@ -11,7 +11,8 @@ from torch import Tensor
 from moe.parallel.plan_copies_kernel import plan_copies_kernel
 from moe.runtime.triton_launch import TritonKernel
 
-MAX_ELEMENTS = 4096  # of a block of slots: what 8 warps hold without spilling
+MAX_ELEMENTS, NUM_WARPS = 4096, 16  # slots of a block: eight a thread, more spill with some releases of Triton
+COUNT_BLOCKS = 4  # blocks that are counted at once
 
 
 def plan_copies(rank_of_slot: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,5 +35,12 @@ def plan_copies(rank_of_slot: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, T
 def _kernel_of(top_k: int) -> tuple[TritonKernel, int]:
     padded = triton.next_power_of_2(top_k)
     block = max(MAX_ELEMENTS // padded, 16)
-    kernel = TritonKernel(plan_copies_kernel, TOP_K=top_k, TOP_K_PAD=padded, BLOCK=block, num_warps=8)
+    kernel = TritonKernel(
+        plan_copies_kernel,
+        TOP_K=top_k,
+        TOP_K_PAD=padded,
+        BLOCK=block,
+        COUNT_BLOCK=COUNT_BLOCKS * block,
+        num_warps=NUM_WARPS,
+    )
     return kernel, block

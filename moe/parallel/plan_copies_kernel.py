@@ -16,6 +16,7 @@ def plan_copies_kernel(
     TOP_K: tl.constexpr,
     TOP_K_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr,  # tokens that are counted at once: more, since little is kept of them
 ):
     rank = tl.program_id(0)
     first = tl.program_id(1) * BLOCK
@@ -23,10 +24,10 @@ def plan_copies_kernel(
     # Each program counts all tokens before its own again: they are few bytes, and nobody waits for another.
     num_copies = tl.zeros([], tl.int64)
     num_slots = tl.zeros([], tl.int64)
-    for start in range(0, first, BLOCK):
-        goes, _ = _goes(rank_of_slot_ptr, start, rank, num_tokens, choice, TOP_K, BLOCK)
-        num_copies += tl.sum(tl.max(goes, 1), 0)
-        num_slots += tl.sum(tl.sum(goes, 1), 0)
+    for start in range(0, first, COUNT_BLOCK):
+        earlier, _ = _goes(rank_of_slot_ptr, start, rank, first, choice, TOP_K, COUNT_BLOCK)
+        num_copies += tl.sum(tl.max(earlier, 1), 0)
+        num_slots += tl.sum(tl.sum(earlier, 1), 0)
     goes, ids = _goes(rank_of_slot_ptr, first, rank, num_tokens, choice, TOP_K, BLOCK)
     token = first + tl.arange(0, BLOCK)
     is_token = token < num_tokens
@@ -46,9 +47,9 @@ def plan_copies_kernel(
 
 
 @triton.jit
-def _goes(rank_of_slot_ptr, first, rank, num_tokens, choice, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a block of tokens, [BLOCK, TOP_K_PAD]: 1 for slots that go to the rank, and the slots' ranks."""
+def _goes(rank_of_slot_ptr, first, rank, end, choice, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a block of tokens before `end`, [BLOCK, TOP_K_PAD]: 1 for slots that go to the rank, and the slots' ranks."""
     token = first + tl.arange(0, BLOCK)
-    mask = (token < num_tokens)[:, None] & (choice < TOP_K)[None, :]
+    mask = (token < end)[:, None] & (choice < TOP_K)[None, :]
     ids = tl.load(rank_of_slot_ptr + token[:, None] * TOP_K + choice[None, :], mask=mask, other=-1)
     return (ids == rank).to(tl.int32), ids

@@ -42,10 +42,15 @@ def push_rows_kernel(
             expert = tl.load(ids_ptr + token * TOP_K + choice, mask=choice < TOP_K, other=-1)
             word = token_word(token + tl.zeros_like(choice), rank, layer)
             rank_of_slot = rank_of_expert(expert, word, num_copies_ptr, rank_of_copy_ptr, NUM_EXPERTS, MAX_COPIES)
+        # Before the first store, which each of these loads would wait for.
+        addresses = ()
+        for step in tl.static_range(NUM_RANKS):
+            address_of_peer = tl.load(rows_of_rank_ptr + (rank + 1 + step) % NUM_RANKS)
+            addresses = addresses + (address_of_peer,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no starred tuples
         for step in tl.static_range(NUM_RANKS):
             # Each rank begins with its neighbour, so that no one is written to by all at once.
             peer = (rank + 1 + step) % NUM_RANKS
-            address = tl.load(rows_of_rank_ptr + peer).to(tl.pointer_type(tl.bfloat16))
+            address = addresses[step].to(tl.pointer_type(tl.bfloat16))
             is_sent = in_row
             if SELECTS:
                 is_sent = in_row & (tl.max((rank_of_slot == peer).to(tl.int32), 0) > 0)

@@ -74,7 +74,8 @@ def test_partial_sums_are_joined_in_rank_order(num_ranks, rows, num_tokens, hidd
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "top_k", "num_tokens"), [(1, 1, 0), (1, 1, 5), (2, 8, 1), (2, 8, 1100), (5, 3, 30), (40, 6, 30)]
+    ("num_ranks", "top_k", "num_tokens"),
+    [(1, 1, 0), (1, 1, 5), (2, 8, 1), (2, 8, 1100), (2, 8, 2600), (5, 3, 30), (40, 6, 30)],
 )
 def test_rows_and_slots_get_the_numbers_of_the_reference(num_tokens, num_ranks, top_k, triton_device, poisoned_memory):
     generator = torch.Generator().manual_seed(num_tokens + top_k)
