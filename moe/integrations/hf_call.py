@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.integrations.hf_experts import Form, autocasts_to_bfloat16, expect_choice, expect_tensors
 from moe.operators import is_traced
@@ -47,3 +47,31 @@ def call_experts(
         gate.clamp_limit,
     )
     return output.to(dtype)
+
+
+def call_each(
+    path: str, form: Form, weights: tuple[Tensor, Tensor], rows: Tensor, ids: Tensor, *, is_batch_invariant: bool
+) -> Tensor:
+    """What each row's one expert makes of it, without a weight: rows [N, H] and ids [N] -> [N, H]."""
+    ones = torch.ones(len(rows), 1, dtype=torch.float32, device=rows.device)
+    return call_experts(path, form, weights, rows, ids[:, None], ones, is_batch_invariant=is_batch_invariant)
+
+
+def call_normed(
+    path: str,
+    form: Form,
+    weights: tuple[Tensor, Tensor],
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    norm: nn.Module,
+    *,
+    is_batch_invariant: bool,
+) -> Tensor:
+    """`call_experts` with a norm on what each expert returns, before it is weighed. Holds [T, K, H] twice."""
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+    top_k = top_k_index.shape[-1]
+    rows = tokens.repeat_interleave(top_k, dim=0)
+    each = norm(call_each(path, form, weights, rows, top_k_index.flatten(), is_batch_invariant=is_batch_invariant))
+    weighed = each.view(len(tokens), top_k, -1).float() * top_k_weights[..., None].float()
+    return weighed.sum(dim=1).to(hidden_states.dtype).view(hidden_states.shape)

@@ -48,17 +48,21 @@ def form_of(experts: nn.Module, path: str) -> Form:
     """
     has_gate = getattr(experts, "has_gate", True)
     expect_not_quantised(experts, path)
-    wanted = {"has_bias": False, "has_post_expert_norm": False}
+    wanted = {"has_bias": False}
     if has_gate:
         wanted["is_concatenated"] = True
     for name, value in wanted.items():
         if getattr(experts, name, value) != value:
             raise ValueError(f"{path}.{name}: expected {value}, got {not value}; {OTHERWISE}")
+    if getattr(experts, "has_post_expert_norm", False) and not isinstance(
+        norm := getattr(experts, "post_expert_norm", None), nn.Module
+    ):
+        raise ValueError(f"{path}.post_expert_norm: expected a module, got {type(norm).__name__}; {OTHERWISE}")
     layout = WeightLayout.MajorMn if experts.is_transposed else WeightLayout.MajorK
     activation = getattr(experts, "act_fn", None)
     # By module and not by import: this runs each call, compiled ones included.
     if has_gate and cast(Any, type(experts))._apply_gate.__module__ != "transformers.integrations.moe":
-        return Form(ActivationType.Swiglu, layout, _own_gate_of(experts, path))
+        return Form(ActivationType.Swiglu, layout, own_gate_of(experts, path))
     expect_activation(activation, f"{path}.act_fn", is_gated=has_gate)
     return Form(ActivationType.Swiglu if has_gate else ActivationType.Relu2, layout, Gate())
 
@@ -184,7 +188,7 @@ def autocasts_to_bfloat16(device: torch.device) -> bool:
 _OWN_GATES: dict[tuple[object, ...], Gate | None] = {}
 
 
-def _own_gate_of(experts: nn.Module, path: str) -> Gate:
+def own_gate_of(experts: nn.Module, path: str) -> Gate:
     """The layer's gate that does what the module's own `_apply_gate` does."""
     limit = getattr(experts, "swiglu_limit", getattr(experts, "limit", None))
     alpha = getattr(experts, "swiglu_alpha", getattr(experts, "alpha", None))

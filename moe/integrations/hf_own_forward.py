@@ -1,7 +1,8 @@
-"""Experts that transformers never hands over, whose forward one of ours stands for: LongCat-Flash, and JetMoE's layer of experts."""
+"""Experts that transformers never hands over, whose forward one of ours stands for, or the forward of the layer around them."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moe.gemm.config import ActivationType, WeightLayout
-from moe.integrations.hf_call import call_experts
-from moe.integrations.hf_experts import Form, Gate, expect_activation, expect_plain_weights
+from moe.integrations.hf_call import call_each, call_experts
+from moe.integrations.hf_experts import Form, Gate, expect_activation, expect_plain_weights, own_gate_of, weights_of
 
 _FORM = Form(ActivationType.Swiglu, WeightLayout.MajorK, Gate())
 
@@ -24,7 +25,7 @@ class OwnForward:
     name: str  # that use_moe was given
     is_batch_invariant: bool
 
-    def __call__(self, *args: Tensor) -> Tensor:
+    def __call__(self, *args: Tensor) -> Any:
         return OWN[type(self.module).__name__].forward(self.module, self.is_batch_invariant, *args)
 
 
@@ -32,13 +33,19 @@ class OwnForward:
 class Stand:
     """What stands for the forward of a class, and what it reads of a module."""
 
-    forward: Callable[..., Tensor]
-    weights: Callable[[Any], tuple[Tensor, Tensor]]  # [E, 2I, H] gate first, [E, H, I]
-    activation: str  # attribute
+    forward: Callable[..., Any]  # (module, is_batch_invariant, *its arguments) -> its result
+    weights: Callable[
+        [Any], tuple[Tensor, Tensor]
+    ]  # [E, 2I, H] gate first, [E, H, I]; the last axes swapped for Llama 4
+    activation: str  # attribute; "" where the module's gate is tried instead
 
     def expect(self, module: nn.Module, path: str) -> None:
         """Raise ValueError unless the layer computes what the module computes, from its weights."""
-        expect_activation(getattr(module, self.activation, None), f"{path}.{self.activation}")
+        if self.activation:
+            activation = operator.attrgetter(self.activation)(module)
+            expect_activation(activation, f"{path}.{self.activation}")
+        else:
+            own_gate_of(module, path)
         expect_plain_weights(path, *self.weights(module))
 
 
@@ -84,8 +91,37 @@ def _jetmoe(layer: Any, is_batch_invariant: bool, layer_input: Tensor) -> Tensor
     return (routed + layer.bias).view(layer_input.shape)
 
 
-# class -> what stands for its forward; of JetMoE the layer around its two matrices of experts
+def _step(
+    experts: Any, is_batch_invariant: bool, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    path = type(experts).__name__
+    form = Form(ActivationType.Swiglu, WeightLayout.MajorK, own_gate_of(experts, path))
+    inputs = (hidden_states, top_k_index, top_k_weights)
+    return call_experts(path, form, weights_of(experts), *inputs, is_batch_invariant=is_batch_invariant)
+
+
+def _llama4_weights(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.experts.gate_up_proj, layer.experts.down_proj
+
+
+def _llama4(layer: Any, is_batch_invariant: bool, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """The router's weight goes into an expert's input, so each (token, choice) is a row of its own; with one choice no more than T."""
+    tokens = hidden_states.reshape(-1, layer.hidden_dim)
+    scores, logits = layer.router(tokens)
+    ids = logits.topk(layer.top_k, dim=1).indices
+    rows = (tokens[:, None] * scores.gather(1, ids)[..., None]).flatten(0, 1)
+    form = Form(ActivationType.Swiglu, WeightLayout.MajorMn, Gate())
+    each = call_each(
+        type(layer).__name__, form, _llama4_weights(layer), rows, ids.flatten(), is_batch_invariant=is_batch_invariant
+    )
+    routed = each.view(len(tokens), layer.top_k, -1).float().sum(dim=1)
+    return (layer.shared_expert(tokens).float() + routed).to(hidden_states.dtype), logits
+
+
+# class -> what stands for its forward; of JetMoE and Llama 4 the layer around the experts
 OWN = {
-    "LongcatFlashExperts": Stand(_longcat, _longcat_weights, "act_fn"),
     "JetMoeMoE": Stand(_jetmoe, _jetmoe_weights, "activation"),
+    "Llama4TextMoe": Stand(_llama4, _llama4_weights, "experts.act_fn"),
+    "LongcatFlashExperts": Stand(_longcat, _longcat_weights, "act_fn"),
+    "Step3p7Experts": Stand(_step, weights_of, ""),
 }

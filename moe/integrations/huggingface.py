@@ -6,11 +6,11 @@ transformers calls an experts function with the experts module as its first argu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from moe.integrations.hf_call import call_experts
+from moe.integrations.hf_call import call_experts, call_normed
 from moe.integrations.hf_experts import expect_weights, form_of, weights_of
 from moe.integrations.hf_models import experts_of, gathered_dtype, hand_over, stood_for
 from moe.integrations.hf_own_forward import OwnForward, stand_for
@@ -117,15 +117,11 @@ def run_hf_experts(
         ValueError: a module or a tensor that this package does not take, and what to do instead.
     """
     path = type(experts).__name__
-    return call_experts(
-        path,
-        form_of(experts, path),
-        weights_of(experts),
-        hidden_states,
-        top_k_index,
-        top_k_weights,
-        is_batch_invariant=is_batch_invariant,
-    )
+    arguments = (path, form_of(experts, path), weights_of(experts), hidden_states, top_k_index, top_k_weights)
+    if getattr(experts, "has_post_expert_norm", False):
+        norm = cast(nn.Module, experts.post_expert_norm)
+        return call_normed(*arguments, norm, is_batch_invariant=is_batch_invariant)
+    return call_experts(*arguments, is_batch_invariant=is_batch_invariant)
 
 
 def run_hf_experts_batch_invariant(

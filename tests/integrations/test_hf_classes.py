@@ -49,10 +49,8 @@ REFUSED = {
     "Inkling2LoopExperts": "_apply_gate: expected silu",
     "JetMoeParallelExperts": "runs its JetMoeParallelExperts itself",
     "Llama4TextExperts": "runs its Llama4TextExperts itself",
-    "MuseSparkExperts": "has_post_expert_norm: expected False, got True",
     "NllbMoeExperts": "runs its NllbMoeExperts itself",
     "OpenAIPrivacyFilterExperts": "has_bias: expected False, got True",
-    "Step3p7Experts": "runs its Step3p7Experts itself",
     "SwitchTransformersExperts": "runs its SwitchTransformersExperts itself",
 }
 

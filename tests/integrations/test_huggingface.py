@@ -386,7 +386,7 @@ def own_gate(self: nn.Module, gate_up: Tensor) -> Tensor:
     ("attribute", "value", "message"),
     [
         ("has_bias", True, r"TinyExperts.has_bias: expected False, got True; leave this model on another"),
-        ("has_post_expert_norm", True, r"has_post_expert_norm: expected False, got True"),
+        ("has_post_expert_norm", True, r"post_expert_norm: expected a module, got NoneType"),
         ("is_concatenated", False, r"is_concatenated: expected True, got False"),
         ("act_fn", nn.GELU(), r"act_fn: expected silu, got GELU"),
         ("act_fn", None, r"act_fn: expected silu, got NoneType"),
@@ -467,12 +467,16 @@ def test_each_tensor_that_asks_for_a_gradient_is_refused(name: str) -> None:
 
 
 def test_a_model_that_ignores_experts_implementation_is_refused() -> None:
-    model = build_model("llama4_text", num_local_experts=4, intermediate_size=48, intermediate_size_mlp=48, head_dim=16)
-    with pytest.raises(ValueError, match="Llama4ForCausalLM runs its Llama4TextExperts itself and ignores"):
+    class OwnExperts(nn.Module):
+        pass
+
+    model = build_model("mixtral")
+    model.model.layers[1].mlp.experts = OwnExperts()
+    with pytest.raises(ValueError, match="MixtralForCausalLM runs its OwnExperts itself and ignores"):
         use_moe(model)
     assert model.config._experts_implementation == "eager"
     model.set_experts_implementation("moe")
-    with pytest.raises(ValueError, match="Llama4TextExperts itself"):
+    with pytest.raises(ValueError, match="OwnExperts itself"):
         check_model(model)
 
 
