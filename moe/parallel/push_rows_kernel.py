@@ -50,7 +50,7 @@ def push_rows_kernel(
         for step in tl.static_range(NUM_RANKS):
             # Each rank begins with its neighbour, so that no one is written to by all at once.
             peer = (rank + 1 + step) % NUM_RANKS
-            address = addresses[step].to(tl.pointer_type(tl.bfloat16))
+            address = addresses[step].to(tl.pointer_type(tl.bfloat16))  # type: ignore[var-annotated]
             is_sent = in_row
             if SELECTS:
                 is_sent = in_row & (tl.max((rank_of_slot == peer).to(tl.int32), 0) > 0)
