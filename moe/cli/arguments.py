@@ -188,6 +188,9 @@ def _add_one_layer(parser: argparse.ArgumentParser) -> None:
 def _add_config(parser: argparse._ActionsContainer, to_format: argparse.ArgumentParser | None = None) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="JSON of a MoEConfig, or a model's config.json")
     (to_format or parser).add_argument(
+        "--layer", type=_layer_number, metavar="N", help="which layer of --config, where its layers differ; from 0"
+    )
+    (to_format or parser).add_argument(
         "--format", choices=FORMATS, help="format of the weights in memory; default: hf (MajorK), or what --config says"
     )
 
@@ -235,6 +238,12 @@ def _model(text: str) -> str:
     ]
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise argparse.ArgumentTypeError(f"no model is called {text!r}{hint} Known: {', '.join(NAMED_SHAPES)}")
+
+
+def _layer_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")
+    return int(text)
 
 
 def _count(text: str) -> int:

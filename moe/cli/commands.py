@@ -59,7 +59,7 @@ def run_command(options: argparse.Namespace) -> int:
 def bench_command(options: argparse.Namespace) -> int:
     if options.parallel:
         return _bench_parallel(options)
-    layers = layers_of(options.model or [], options.config, options.format)
+    layers = layers_of(options.model or [], options.config, options.format, options.layer)
     own = None if options.stage is None else read_stage(options.stage)
     if own is not None and (options.plot or options.html):
         raise UnfitMachine("--plot and --html show whole layers; with --stage, write --json instead")
@@ -105,7 +105,7 @@ def _bench_parallel(options: argparse.Namespace) -> int:
     for name in ("stage", "plot"):
         if getattr(options, name) is not None:
             raise UnfitMachine(f"--{name}: not with --parallel; leave one of them out")
-    layers = layers_of(options.model or [], options.config, options.format)
+    layers = layers_of(options.model or [], options.config, options.format, options.layer)
     layers = layers or layers_of(PARALLEL_MODELS, None, options.format)
     device = start_ranks()
     is_first = torch.distributed.get_rank() == 0
@@ -192,7 +192,7 @@ def tune_command(options: argparse.Namespace) -> int:
     # Here and not above: the other commands need no tables.
     from moe.cli.tune import expect_cache, export_table, print_stages, show_candidates, show_tables, tune_layers
 
-    layers = layers_of(options.model, options.config, options.format)
+    layers = layers_of(options.model, options.config, options.format, options.layer)
     device = pick_device(options.device)
     if not (layers or options.show or options.export):
         raise UnfitMachine("tune: expected --model or --config, or --show or --export, got none; name a layer")
@@ -220,7 +220,9 @@ def tune_command(options: argparse.Namespace) -> int:
 
 
 def _layer_of(options: argparse.Namespace) -> NamedLayer:
-    (layer,) = layers_of([] if options.config else [options.model or DEFAULT_MODEL], options.config, options.format)
+    (layer,) = layers_of(
+        [] if options.config else [options.model or DEFAULT_MODEL], options.config, options.format, options.layer
+    )
     return layer
 
 

@@ -77,18 +77,24 @@ class Inputs:
     output: Tensor  # [T, H] bfloat16
 
 
-def layers_of(models: Sequence[str], file: Path | None, weight_format: str | None) -> list[NamedLayer]:
+def layers_of(
+    models: Sequence[str], file: Path | None, weight_format: str | None, number: int | None = None
+) -> list[NamedLayer]:
     """The layers of named models, and that of a JSON file: a MoEConfig, or a Hugging Face config.json.
 
     Args:
         weight_format: a name of FORMATS; None: MajorK for named models, and what the file says or its model has.
+        number: which layer of the model in a config.json; None: any, where they are alike.
 
     Raises:
         UnfitMachine: a file that cannot be read, or that describes no layer, or names its format beside another.
     """
+    if number is not None and file is None:
+        raise UnfitMachine(f"--layer {number}: expected --config FILE, of whose model it is a layer, got none")
     layers = [layer_of_shape(NAMED_SHAPES[name], FORMATS[weight_format or "hf"]) for name in dict.fromkeys(models)]
     if file is not None:
-        layers.append(NamedLayer(file.name, _read_config(file, weight_format)))
+        name = file.name if number is None else f"{file.name} layer {number}"
+        layers.append(NamedLayer(name, _read_config(file, weight_format, number)))
     return layers
 
 
@@ -110,7 +116,7 @@ def layer_of_shape(shape: MoEShape, weight_format: WeightFormat) -> NamedLayer:
     return NamedLayer(shape.name, config)
 
 
-def _read_config(file: Path, weight_format: str | None) -> MoEConfig:
+def _read_config(file: Path, weight_format: str | None, number: int | None) -> MoEConfig:
     try:
         fields = json.loads(file.read_text())
         if isinstance(fields, dict) and "routing" in fields:
@@ -119,8 +125,11 @@ def _read_config(file: Path, weight_format: str | None) -> MoEConfig:
                 raise UnfitMachine(
                     f"--format {weight_format}: {file} names its own; leave --format out, or edit the file"
                 )
+            if number is not None:
+                raise UnfitMachine(f"--layer {number}: {file} is the config of one layer; leave --layer out")
             return config
-        return MoEConfig.from_hf_config(fields, weight_format=None if weight_format is None else FORMATS[weight_format])
+        chosen = None if weight_format is None else FORMATS[weight_format]
+        return MoEConfig.from_hf_config(fields, layer=number, weight_format=chosen)
     except UnfitMachine:
         raise
     except OSError as error:

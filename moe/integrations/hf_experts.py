@@ -173,7 +173,7 @@ def _expect_plain(path: str, tensors: dict[str, Tensor]) -> None:
         if type(tensor) not in _PLAIN_TYPES:
             raise ValueError(
                 f"{path}: expected {name} to be a plain tensor, got {type(tensor).__name__}; load the model without "
-                f"quantisation and without tensor parallelism of its experts, or {OTHERWISE}"
+                f"quantisation, shard it by fully_shard and call use_moe on the whole of it, or {OTHERWISE}"
             )
 
 

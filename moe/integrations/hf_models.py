@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from moe.integrations.hf_experts import DEQUANTISE, expect_not_quantised, weights_of
+from moe.integrations.hf_experts import DEQUANTISE, expect_not_quantised
 from moe.integrations.hf_own_forward import OwnForward, stand_for
 
 _NOT_LAYERS = ("JetMoeMoA",)  # an attention whose projections are experts: it stays with the model
@@ -66,14 +66,13 @@ def hand_over(model: nn.Module, name: str, *, is_batch_invariant: bool) -> None:
         module.forward = OwnForward(module, name, is_batch_invariant)
 
 
-def gathered_dtype(model: nn.Module, experts: nn.Module) -> torch.dtype | None:
-    """The dtype in which fully_shard gathers the weights of an experts module for a call; None where it does not."""
-    weights, _ = weights_of(experts)
+def gathered_dtype(model: nn.Module, module: nn.Module, weights: Tensor) -> torch.dtype | None:
+    """The dtype in which fully_shard gathers the weights of a module for a call; None where it does not."""
     if not isinstance(weights, _distributed_tensor()):
         return None
-    for module in _path_to(model, experts):
-        if hasattr(module, "_get_fsdp_state"):
-            policy = getattr(module._get_fsdp_state(), "_mp_policy", None)
+    for outer in _path_to(model, module):
+        if hasattr(outer, "_get_fsdp_state"):
+            policy = getattr(outer._get_fsdp_state(), "_mp_policy", None)
             return getattr(policy, "param_dtype", None) or weights.dtype
     return None
 

@@ -39,14 +39,14 @@ class Stand:
     ]  # [E, 2I, H] gate first, [E, H, I]; the last axes swapped for Llama 4
     activation: str  # attribute; "" where the module's gate is tried instead
 
-    def expect(self, module: nn.Module, path: str) -> None:
-        """Raise ValueError unless the layer computes what the module computes, from its weights."""
+    def expect(self, module: nn.Module, path: str, gathered_dtype: torch.dtype | None) -> None:
+        """Raise ValueError unless the layer computes what the module computes, from its weights; see `expect_weights`."""
         if self.activation:
             activation = operator.attrgetter(self.activation)(module)
             expect_activation(activation, f"{path}.{self.activation}")
         else:
             own_gate_of(module, path)
-        expect_plain_weights(path, *self.weights(module))
+        expect_plain_weights(path, *self.weights(module), gathered_dtype)
 
 
 def stand_for(module: nn.Module) -> Stand | None:

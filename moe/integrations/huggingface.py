@@ -135,11 +135,11 @@ def _expect_runnable(model: nn.Module) -> None:
     """Raise unless the layer computes what every experts module of the model computes, from its weights."""
     for path, experts in experts_of(model):
         form_of(experts, path)
-        expect_weights(experts, path, gathered_dtype(model, experts))
+        expect_weights(experts, path, gathered_dtype(model, experts, weights_of(experts)[1]))
     for path, module in stood_for(model):
         stand = stand_for(module)
         assert stand is not None
-        stand.expect(module, path)
+        stand.expect(module, path, gathered_dtype(model, module, stand.weights(module)[1]))
 
 
 def _transformers_moe() -> Any:

@@ -7,6 +7,7 @@ import pytest
 
 from moe.__main__ import main
 from moe.cli import commands
+from moe.cli.layer import layers_of
 from moe.shapes import NAMED_SHAPES
 from moe.tuning.measure import Peaks
 
@@ -190,3 +191,18 @@ def test_a_picture_needs_no_backend_that_is_installed(tmp_path: Path, monkeypatc
     environment = os.environ | {"MPLBACKEND": "module://not_installed"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert (run.stdout, run.returncode) == ("module://not_installed\n", 0), run.stderr
+
+
+def test_one_layer_of_a_model_whose_layers_differ_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    fields = {"model_type": "qwen3_moe", "hidden_act": "silu", "hidden_size": 64, "moe_intermediate_size": 32}
+    fields |= {"num_experts": [8, 4], "num_experts_per_tok": 2, "norm_topk_prob": True, "num_hidden_layers": 2}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(fields))
+    run = ["run", "--config", str(file), "--device", "cpu", "--tokens", "4"]
+    assert "its layers differ: num_experts is 8 in layer 0, 4 in layer 1" in refusal(run, capsys)
+    assert main([*run, "--layer", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "config.json layer 1"
+    assert [layers_of([], file, None, number)[0].config.num_experts for number in (0, 1)] == [8, 4]
+    assert "expected 0 to 1, got 2" in refusal([*run, "--layer", "2"], capsys)
+    assert "expected --config FILE" in refusal(["run", "--layer", "1"], capsys)
+    assert "expected a number of 0 or more, got '-1'" in refusal([*run, "--layer=-1"], capsys)

@@ -351,6 +351,16 @@ def test_models_that_hand_nothing_over_run_by_a_forward_of_ours(build: Any) -> N
         check_model(model, "moe-other")
 
 
+@pytest.mark.parametrize("build", [longcat, jetmoe, llama4], ids=lambda build: build.__name__)
+def test_those_models_run_sharded_too(build: Any, one_process: None) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    expected = logits_of(use_moe(build()))
+    model = build()
+    fully_shard(model)
+    assert torch.equal(logits_of(use_moe(model)), expected)
+
+
 def first_of(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
