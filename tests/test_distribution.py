@@ -48,7 +48,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path):
     package = {name for name in package if "__pycache__" not in name}
     info = {name for name in names if ".dist-info/" in name}
     assert names - info == package
-    assert {"moe/py.typed", "moe/testing/__init__.py", "moe/tuning/tables/nvidia_h200.json"} <= names
+    assert {"moe/py.typed", "moe/testing/__init__.py", "moe/cli/__init__.py"} <= names
+    assert any(name.startswith("moe/tuning/tables/") and name.endswith(".json") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in info)
 
 
@@ -98,4 +99,4 @@ def test_messages_name_what_pip_can_find():
     for requirement in re.findall(
         r'"((?:transformers|matplotlib|numba-cuda|cuda-toolkit|nvidia-nvjitlink)\S+)"', " ".join(texts)
     ):
-        assert f'"{requirement}"' in pyproject, requirement
+        assert f'"{requirement}' in pyproject, requirement
