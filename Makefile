@@ -30,12 +30,12 @@ demo: say-demo $(VENV)/.installed-run
 say-demo:
 	@echo "one layer of $(MODEL): installed into $(VENV) if it is not, then timed stage by stage"
 
-# Modes side by side, each saying how far it is: half of them on each of two cores.
 fuzz: CALLS ?= 100000
 fuzz: SEED ?= 1
 fuzz: $(VENV)/.installed-test
 	MOE_FUZZ_CALLS=$(CALLS) MOE_FUZZ_SEED=$(SEED) $(PYTEST) -q tests/fuzz
 
+# Modes side by side, each saying how far it is: half of them on each of two cores.
 smoke: $(VENV)/.installed-test
 	$(MAKE) --no-print-directory -k -j2 smoke-plain smoke-emulated
 
@@ -77,7 +77,7 @@ COMPILES := $(wildcard tests/*/*_offline.py tests/*/*/*_offline.py) tests/emulat
 	tests/runtime/test_triton_launch.py tests/gemm/test_unknown_triton.py
 # numba's kernels are compiled without Triton.
 OF_TRITON := -k "not finds_its_registers and not counting_leaves_room and not planning_kernels_wait"
-INTERPRETED := tests/test_interpreter.py tests/test_smoke.py tests/permute/test_finalize.py
+INTERPRETED := tests/emulation/test_bf16_interpreter.py tests/testing/test_own_kernel.py tests/test_smoke.py tests/permute/test_finalize.py
 
 $(VENV)/triton%/.installed: $(VENV)/.installed-test
 	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(@D) $(TRITON_$*)

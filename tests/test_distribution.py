@@ -15,7 +15,7 @@ pytest.importorskip("build")
 pytest.importorskip("hatchling")
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("moe", "tests", "docs", "Makefile", "README.md", "LICENSE", "pyproject.toml")
+SOURCES = ("moe", "tests", "docs", ".ci", "Makefile", "README.md", "LICENSE", "pyproject.toml")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_the_source_distribution_holds_what_make_test_needs(built: Path):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"Makefile", "README.md", "LICENSE", "pyproject.toml", "tests/conftest.py", "docs/README.md"} <= names
+    assert {"Makefile", "README.md", "LICENSE", "pyproject.toml", "tests/conftest.py", ".ci/constraints.txt"} <= names
     tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")}
     assert tests <= names
 
