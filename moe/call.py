@@ -32,8 +32,10 @@ class LayerCall(NamedTuple):
     @property
     def num_tokens(self) -> int:
         """0 for what has no tokens to count: `check_call` says what is wrong with it."""
-        first = self.entry.expert_ids if isinstance(self.entry, TopK) else self.entry
-        return first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
+        try:
+            return (self.entry.expert_ids if self.is_chosen else self.entry).shape[0]
+        except (AttributeError, IndexError, TypeError):
+            return 0
 
 
 def check_call(config: MoEConfig, call: LayerCall) -> None:

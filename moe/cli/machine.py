@@ -95,9 +95,13 @@ def describe_machine(device: torch.device) -> Machine:
     return Machine(str(device), name, details, versions, stages, conflicts)
 
 
-def _cuda_of_driver() -> tuple[int, int]:
-    """The newest CUDA that the driver knows: it says 13020 for 13.2."""
-    number = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # builds without CUDA lack it
+def _cuda_of_driver() -> tuple[int, int] | None:
+    """The newest CUDA that the driver knows: it says 13020 for 13.2. None where cuda-core, which asks it, is missing."""
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return None
+    _, number = driver.cuDriverGetVersion()
     return number // 1000, number % 1000 // 10
 
 
