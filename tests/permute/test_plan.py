@@ -166,8 +166,11 @@ def test_kernel_agrees_with_the_reference(num_tokens, top_k, num_experts, launch
     assert_agrees(planner, random_ids(num_tokens, num_experts, top_k, planner.device), config_of(num_experts, top_k))
 
 
-def test_both_sides_of_the_one_launch_border_agree(poisoned_memory, planner) -> None:
-    border = sys.modules[planner.run.__module__].CHUNKING.max_slots_in_one_launch // 32
+def test_both_sides_of_the_one_launch_border_agree(poisoned_memory, planner, monkeypatch) -> None:
+    module = sys.modules[planner.run.__module__]
+    if planner.device.type == "cpu":  # each slot costs an emulation the same, and a border is a border
+        monkeypatch.setattr(module, "CHUNKING", replace(module.CHUNKING, max_slots_in_one_launch=1024))
+    border = module.CHUNKING.max_slots_in_one_launch // 32
     for num_tokens in (border, border + 1):
         assert_agrees(planner, random_ids(num_tokens, 256, 32, planner.device), config_of(256, 32))
 
@@ -188,7 +191,7 @@ UNIT_CASES = {  # num_tokens, top_k, num_experts, tile_rows
     "several_units_an_expert": (64, 8, 5, 16),
     "several_groups_an_expert": (97, 8, 2, 16),
     "one_takes_all": (40, 8, 1, 16),
-    "more_experts_than_threads": (16, 2, 2048, 16),
+    "more_experts_than_threads": (16, 2, 300, 16),  # 64 threads: see `launches`
     "nobody": (7, 1, 3, 16),
 }
 
