@@ -26,7 +26,7 @@ LEVELS = (
     {"pipeline"},
     {"compose"},
     {"training", "tuning"},
-    {"parallel", "operators"},  # run experts as the tuning tables say
+    {"parallel", "operators", "expert_linear"},  # run experts as the tuning tables say
     {"trtllm", "cli"},
     {"integrations", "testing"},
     {"__init__", "__main__"},

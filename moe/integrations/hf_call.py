@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from moe.integrations.hf_experts import Form, autocasts_to_bfloat16, expect_choice, expect_tensors
+from moe.expert_linear import expert_linear
+from moe.integrations.hf_experts import Form, autocasts_to_bfloat16, expect_choice, expect_tensors, weights_of
 from moe.operators import is_traced
 from moe.operators import run_experts as _run_experts
 
@@ -32,6 +36,7 @@ def call_experts(
     if autocasts_to_bfloat16(hidden_states.device):
         hidden_states, w1, w2 = hidden_states.bfloat16(), w1.bfloat16(), w2.bfloat16()
     gate = form.gate
+    assert form.activation is not None  # else call_apart
     run = torch.ops.moe.run_experts if is_traced(hidden_states) else _run_experts
     output = run(
         hidden_states,
@@ -75,3 +80,44 @@ def call_normed(
     each = norm(call_each(path, form, weights, rows, top_k_index.flatten(), is_batch_invariant=is_batch_invariant))
     weighed = each.view(len(tokens), top_k, -1).float() * top_k_weights[..., None].float()
     return weighed.sum(dim=1).to(hidden_states.dtype).view(hidden_states.shape)
+
+
+def call_apart(
+    path: str,
+    form: Form,
+    experts: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    is_batch_invariant: bool,
+) -> Tensor:
+    """Experts with biases, or an activation that no kernel has: their two matrices by the layer's GEMMs, their own code between.
+
+    Rounds gate and up to bfloat16, as transformers does, and holds [T, K, 2I].
+    """
+    w1, w2 = weights_of(experts)
+    expect_tensors(path, hidden_states, w1, w2)
+    expect_choice(path, top_k_index, top_k_weights)
+    dtype, top_k, num_experts = hidden_states.dtype, top_k_index.shape[-1], w2.shape[0]
+    if autocasts_to_bfloat16(hidden_states.device):
+        hidden_states, w1, w2 = hidden_states.bfloat16(), w1.bfloat16(), w2.bfloat16()
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+    ids = top_k_index.flatten().long()
+    is_absent = (ids < 0) | (ids >= num_experts)
+    ids = torch.where(is_absent, num_experts, ids)
+    run = torch.ops.moe.expert_linear if is_traced(hidden_states) else expert_linear
+    linear = partial(run, weight_layout=int(form.layout), is_batch_invariant=is_batch_invariant)
+    biased = ids.clamp(max=num_experts - 1)
+    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    rows = linear(tokens.repeat_interleave(top_k, dim=0), ids, w1)
+    if experts.has_bias:
+        rows = rows + getattr(experts, f"{up_name}_bias")[biased].to(rows.dtype)
+    rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
+    rows = linear(rows.bfloat16().contiguous(), ids, w2)
+    if experts.has_bias:
+        rows = rows + experts.down_proj_bias[biased].to(rows.dtype)
+    if experts.has_post_expert_norm:
+        rows = experts.post_expert_norm(rows)
+    weighted = torch.where(is_absent[:, None], 0.0, rows.float() * top_k_weights.flatten()[:, None].float())
+    return weighted.view(len(tokens), top_k, weighted.shape[-1]).sum(dim=1).to(dtype).view(hidden_states.shape)

@@ -35,7 +35,7 @@ class Gate(NamedTuple):
 class Form(NamedTuple):  # a tuple, which torch.compile can follow
     """What the experts compute, by the layer's names."""
 
-    activation: ActivationType
+    activation: ActivationType | None  # None: their own code, between two matrices that are multiplied apart
     layout: WeightLayout
     gate: Gate
 
@@ -44,26 +44,29 @@ def form_of(experts: nn.Module, path: str) -> Form:
     """What the experts compute.
 
     Raises:
-        ValueError: anything but W2 act(gate) * up with a gate that the layer has, or W2 relu(up)^2 without one.
+        ValueError: quantised weights, or a norm that is none.
     """
     has_gate = getattr(experts, "has_gate", True)
     expect_not_quantised(experts, path)
-    wanted = {"has_bias": False}
-    if has_gate:
-        wanted["is_concatenated"] = True
-    for name, value in wanted.items():
-        if getattr(experts, name, value) != value:
-            raise ValueError(f"{path}.{name}: expected {value}, got {not value}; {OTHERWISE}")
     if getattr(experts, "has_post_expert_norm", False) and not isinstance(
         norm := getattr(experts, "post_expert_norm", None), nn.Module
     ):
         raise ValueError(f"{path}.post_expert_norm: expected a module, got {type(norm).__name__}; {OTHERWISE}")
     layout = WeightLayout.MajorMn if experts.is_transposed else WeightLayout.MajorK
-    activation = getattr(experts, "act_fn", None)
+    if getattr(experts, "has_bias", False):
+        _expect_tensors_of(experts, path, f"{_first_name(experts)}_bias", "down_proj_bias")
+        return Form(None, layout, Gate())
+    if not getattr(experts, "is_concatenated", True):
+        return Form(None, layout, Gate())
     # By module and not by import: this runs each call, compiled ones included.
     if has_gate and cast(Any, type(experts))._apply_gate.__module__ != "transformers.integrations.moe":
-        return Form(ActivationType.Swiglu, layout, own_gate_of(experts, path))
-    expect_activation(activation, f"{path}.act_fn", is_gated=has_gate)
+        gate = _known_gate_of(experts, path)
+        return Form(None if gate is None else ActivationType.Swiglu, layout, gate or Gate())
+    activation = getattr(experts, "act_fn", None)
+    if not (_is_silu if has_gate else _is_squared_relu)(activation):
+        if not callable(activation):
+            raise ValueError(f"{path}.act_fn: expected a function, got {type(activation).__name__}; {OTHERWISE}")
+        return Form(None, layout, Gate())
     return Form(ActivationType.Swiglu if has_gate else ActivationType.Relu2, layout, Gate())
 
 
@@ -76,8 +79,18 @@ def expect_activation(activation: Any, path: str, *, is_gated: bool = True) -> N
 
 
 def weights_of(experts: nn.Module) -> tuple[Tensor, Tensor]:
-    w1 = experts.gate_up_proj if getattr(experts, "has_gate", True) else experts.up_proj
-    return cast(Tensor, w1), cast(Tensor, experts.down_proj)
+    return getattr(experts, _first_name(experts)), cast(Tensor, experts.down_proj)
+
+
+def _first_name(experts: nn.Module) -> str:
+    return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+
+
+def _expect_tensors_of(experts: nn.Module, path: str, *names: str) -> None:
+    for name in names:
+        value = getattr(experts, name, None)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}.{name}: expected a tensor, got {type(value).__name__}; {OTHERWISE}")
 
 
 def expect_weights(experts: nn.Module, path: str, gathered_dtype: torch.dtype | None = None) -> None:
@@ -88,6 +101,7 @@ def expect_weights(experts: nn.Module, path: str, gathered_dtype: torch.dtype | 
 
     Of weights that transformers' own expert or tensor parallelism has split, this rank's part is what a call is given.
     """
+    _expect_tensors_of(experts, path, _first_name(experts), "down_proj")
     w1, w2 = weights_of(experts)
     if gathered_dtype is None and getattr(experts, "_is_hooked", False):
         w1, w2 = _local_part(w1), _local_part(w2)
@@ -189,7 +203,21 @@ _OWN_GATES: dict[tuple[object, ...], Gate | None] = {}
 
 
 def own_gate_of(experts: nn.Module, path: str) -> Gate:
-    """The layer's gate that does what the module's own `_apply_gate` does."""
+    """The layer's gate that does what the module's own `_apply_gate` does.
+
+    Raises:
+        ValueError: the layer has none.
+    """
+    gate = _known_gate_of(experts, path)
+    if gate is None:
+        raise ValueError(
+            f"{path}._apply_gate: expected silu(gate) * up, or SwiGLU with a limit, alpha and up + 1, got a gate of its "
+            f"own; {OTHERWISE}"
+        )
+    return gate
+
+
+def _known_gate_of(experts: nn.Module, path: str) -> Gate | None:
     limit = getattr(experts, "swiglu_limit", getattr(experts, "limit", None))
     alpha = getattr(experts, "swiglu_alpha", getattr(experts, "alpha", None))
     key = (type(experts), _name_of(getattr(experts, "act_fn", None)), limit, alpha)
@@ -199,13 +227,7 @@ def own_gate_of(experts: nn.Module, path: str) -> Gate:
                 f"{path}._apply_gate: expected a gate that was tried before; call check_model, then compile"
             )
         _OWN_GATES[key] = next((gate for gate in _gates(limit, alpha) if _is_gate_of(experts, gate)), None)
-    gate = _OWN_GATES[key]
-    if gate is None:
-        raise ValueError(
-            f"{path}._apply_gate: expected silu(gate) * up, or SwiGLU with a limit, alpha and up + 1, got a gate of its "
-            f"own; {OTHERWISE}"
-        )
-    return gate
+    return _OWN_GATES[key]
 
 
 def _gates(limit: object, alpha: object) -> Iterator[Gate]:

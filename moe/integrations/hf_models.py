@@ -66,9 +66,9 @@ def hand_over(model: nn.Module, name: str, *, is_batch_invariant: bool) -> None:
         module.forward = OwnForward(module, name, is_batch_invariant)
 
 
-def gathered_dtype(model: nn.Module, module: nn.Module, weights: Tensor) -> torch.dtype | None:
+def gathered_dtype(model: nn.Module, module: nn.Module, weights: Tensor | None) -> torch.dtype | None:
     """The dtype in which fully_shard gathers the weights of a module for a call; None where it does not."""
-    if not isinstance(weights, _distributed_tensor()):
+    if weights is None or not isinstance(weights, _distributed_tensor()):
         return None
     for outer in _path_to(model, module):
         if hasattr(outer, "_get_fsdp_state"):

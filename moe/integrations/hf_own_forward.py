@@ -114,7 +114,7 @@ def _llama4(layer: Any, is_batch_invariant: bool, hidden_states: Tensor) -> tupl
     each = call_each(
         type(layer).__name__, form, _llama4_weights(layer), rows, ids.flatten(), is_batch_invariant=is_batch_invariant
     )
-    routed = each.view(len(tokens), layer.top_k, -1).float().sum(dim=1)
+    routed = each.view(len(tokens), layer.top_k, layer.hidden_dim).float().sum(dim=1)
     return (layer.shared_expert(tokens).float() + routed).to(hidden_states.dtype), logits
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from moe.integrations.hf_call import call_experts, call_normed
+from moe.integrations.hf_call import call_apart, call_experts, call_normed
 from moe.integrations.hf_experts import expect_weights, form_of, weights_of
 from moe.integrations.hf_models import experts_of, gathered_dtype, hand_over, stood_for
 from moe.integrations.hf_own_forward import OwnForward, stand_for
@@ -117,7 +117,10 @@ def run_hf_experts(
         ValueError: a module or a tensor that this package does not take, and what to do instead.
     """
     path = type(experts).__name__
-    arguments = (path, form_of(experts, path), weights_of(experts), hidden_states, top_k_index, top_k_weights)
+    form, inputs = form_of(experts, path), (hidden_states, top_k_index, top_k_weights)
+    if form.activation is None:
+        return call_apart(path, form, experts, *inputs, is_batch_invariant=is_batch_invariant)
+    arguments = (path, form, weights_of(experts), *inputs)
     if getattr(experts, "has_post_expert_norm", False):
         norm = cast(nn.Module, experts.post_expert_norm)
         return call_normed(*arguments, norm, is_batch_invariant=is_batch_invariant)
@@ -135,7 +138,7 @@ def _expect_runnable(model: nn.Module) -> None:
     """Raise unless the layer computes what every experts module of the model computes, from its weights."""
     for path, experts in experts_of(model):
         form_of(experts, path)
-        expect_weights(experts, path, gathered_dtype(model, experts, weights_of(experts)[1]))
+        expect_weights(experts, path, gathered_dtype(model, experts, getattr(experts, "down_proj", None)))
     for path, module in stood_for(model):
         stand = stand_for(module)
         assert stand is not None

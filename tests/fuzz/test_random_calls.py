@@ -21,6 +21,7 @@ from torch import Tensor
 
 import moe
 from moe.expert_ids import ID_DTYPES
+from moe.expert_linear import expert_linear
 from moe.flow import ExpertOutputs
 from moe.gemm.config import ActivationType, WeightLayout
 from moe.operators import run_experts
@@ -162,6 +163,26 @@ def experts_of_a_model(case: Case, device: torch.device) -> None:
     assert_within_roundings(result, tensors.topk.expert_ids, tensors.topk.weights, case, tensors)
 
 
+def matrix_of_experts(case: Case, device: torch.device) -> None:
+    layout = "MajorMn" if case.layout == "MajorMn" else "MajorK"
+    case = Case(
+        **vars(case)
+        | {"layout": layout, "is_shuffled": False, "swiglu": (), "num_local": case.num_experts, "first_local": 0}
+    )
+    tensors = tensors_of(case, device)
+    ids = tensors.topk.expert_ids[:, 0].to(ID_DTYPES[case.seed % 2])
+    layout_number = int(WeightLayout[layout])
+    weights = (tensors.w1.mT.contiguous() if layout == "MajorMn" else tensors.w1).to(device)
+    result = expert_linear(tensors.hidden_states, ids, weights, layout_number, case.is_batch_invariant)
+    is_absent = (ids < 0) | (ids >= case.num_experts)
+    w1 = tensors.w1.double()[ids.clamp(0, case.num_experts - 1).cpu().long()]
+    exact = torch.einsum("nk,nmk->nm", tensors.hidden_states.cpu().double(), w1)
+    size = torch.einsum("nk,nmk->nm", tensors.hidden_states.cpu().double().abs(), w1.abs())
+    exact[is_absent.cpu()] = 0.0
+    error = (result.cpu().double() - exact).abs()
+    assert (error <= 2.0**-8 * exact.abs() + 2.0**-20 * size).all()
+
+
 def replayed_routing(case: Case, device: torch.device) -> None:
     tensors, config = tensors_of(case, device), case.config().routing
     recorded = torch.full((case.num_tokens, case.top_k), POISON, dtype=torch.int16, device=device)
@@ -181,6 +202,7 @@ ENTRIES: list[Callable[[Case, torch.device], None]] = [
     flat_call,
     flat_call_of_chosen_experts,
     experts_of_a_model,
+    matrix_of_experts,
     replayed_routing,
 ]
 

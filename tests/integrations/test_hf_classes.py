@@ -42,15 +42,9 @@ SIZES = {
 }
 REFUSED = {
     "DbrxExperts": "runs its DbrxExperts itself",
-    "DiffusionGemmaTextExperts": "expected silu, got GELUTanh",
-    "Gemma4TextExperts": "expected silu, got GELUTanh",
-    "GptOssExperts": "has_bias: expected False, got True",
-    "Inkling2Experts": "_apply_gate: expected silu",
-    "Inkling2LoopExperts": "_apply_gate: expected silu",
     "JetMoeParallelExperts": "runs its JetMoeParallelExperts itself",
     "Llama4TextExperts": "runs its Llama4TextExperts itself",
     "NllbMoeExperts": "runs its NllbMoeExperts itself",
-    "OpenAIPrivacyFilterExperts": "has_bias: expected False, got True",
     "SwitchTransformersExperts": "runs its SwitchTransformersExperts itself",
 }
 
@@ -129,7 +123,7 @@ def test_the_layer_does_what_the_class_does_or_says_why_not(where: str) -> None:
 
 def test_most_classes_run() -> None:
     names = [where.rpartition(".")[2] for where in CLASSES]
-    assert len(names) - sum(name in REFUSED for name in names) >= 0.75 * len(names)
+    assert sum(name in REFUSED for name in names) <= 5  # of which two run by the layer around them
 
 
 def test_an_own_gate_is_tried_before_a_model_is_compiled() -> None:
