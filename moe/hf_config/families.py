@@ -203,3 +203,6 @@ REFUSED = {
     "vitpose_backbone": "its experts are chosen by the data set of an image and not by a router",
     "zaya": f"{_BIASED_SOFTMAX}, and a token may choose no expert",
 }
+
+# Of those, what use_moe does not run either: their experts are no modules that it can stand for.
+RUN_BY_NOTHING = ("dbrx", "doge", "nllb-moe", "switch_transformers", "vitpose_backbone")

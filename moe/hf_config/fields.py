@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe.hf_config.families import FAMILIES, REFUSED, Family
+from moe.hf_config.families import FAMILIES, REFUSED, RUN_BY_NOTHING, Family
 from moe.hf_config.keys import ALIASES, BY_HAND, NUM_EXPERTS_KEYS, TOP_K_KEYS, Keys
 from moe.hf_config.layers import config_of_layer, configs_by_layer, num_layers_of, why_without_experts
 from moe.hf_config.stated import LIMIT_KEYS, expect_nothing_else
@@ -59,7 +59,10 @@ def _model_of(config: Mapping[str, Any] | Any) -> tuple[str, Family, Mapping[str
     model_type = str(model_type)
     family_name = model_type.removesuffix("_text")
     if family_name in REFUSED:
-        raise ValueError(f"model_type {model_type!r}: {REFUSED[family_name]}")
+        otherwise = "; moe.integrations.huggingface.use_moe runs a whole model of it"
+        raise ValueError(
+            f"model_type {model_type!r}: {REFUSED[family_name]}{'' if family_name in RUN_BY_NOTHING else otherwise}"
+        )
     if family_name not in FAMILIES:
         raise ValueError(
             f"model_type: expected one of {', '.join(sorted(FAMILIES))}; got {model_type!r}; "

@@ -12,6 +12,7 @@ import pytest
 from moe.config import MoEConfig
 from moe.gemm.config import FLASHINFER, ActivationType, WeightLayout
 from moe.hf_config import FAMILIES, REFUSED
+from moe.hf_config.families import RUN_BY_NOTHING
 from moe.routing.config import RoutingMethod
 from moe.shapes import NAMED_SHAPES
 
@@ -242,6 +243,13 @@ def test_a_transformers_config_is_read_as_its_dict() -> None:
 def test_something_else_than_a_mapping_is_a_type_error(config: object) -> None:
     with pytest.raises(TypeError, match=r"config: expected a mapping, got .*json\.load"):
         MoEConfig.from_hf_config(config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_refused_family_is_told_whether_use_moe_runs_it(family: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(REFUSED[family])) as error:
+        MoEConfig.from_hf_config({"model_type": family})
+    assert ("use_moe runs a whole model of it" in str(error.value)) == (family not in RUN_BY_NOTHING)
 
 
 def test_no_family_is_both_known_and_refused() -> None:

@@ -145,6 +145,18 @@ def test_axk2_with_groups_chooses_masked_experts_and_is_refused() -> None:
         MoEConfig.from_hf_config(config)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flint-renorm", "laguna", "minimax_m2", "step3p5", "cohere2_moe-sigmoid-renorm"])
+def test_where_all_sigmoids_underflow_these_routers_divide_0_by_0_and_ours_gives_0(name: str) -> None:
+    config = small_config(ROUTERS[name].model_type, ROUTERS[name].settings)
+    gate = build_router(ROUTERS[name], config)
+    gate.weight.fill_(-200.0 / 32)
+    logits, weights, _ = run_router(gate, torch.ones(1, 3, 32), torch.zeros(16))
+    assert weights.isnan().all()
+    layer = MoEConfig.from_hf_config(config.to_dict())
+    assert (select_experts_reference(logits.float(), config=layer.routing).weights == 0).all()
+
+
 def text_types_with_experts() -> list[str]:
     """The types of the text models of this transformers whose configs number experts."""
     found = set()
