@@ -51,7 +51,7 @@ def run_command(options: argparse.Namespace) -> int:
         print(json.dumps(report_json(measurement, peaks) | {"machine": info_json(machine)}, indent=1))
     else:
         print(file=sys.stderr)
-        print(wrap(f"{machine.device}: {machine.name}, {machine.details}"))
+        print(wrap(f"{machine.device}: {machine.name}\n{machine.details}"))
         print(f"\n{report_text(measurement, peaks)}")
     return 0 if measurement.accuracy.is_good else 1
 
