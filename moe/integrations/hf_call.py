@@ -109,15 +109,16 @@ def call_apart(
     run = torch.ops.moe.expert_linear if is_traced(hidden_states) else expert_linear
     linear = partial(run, weight_layout=int(form.layout), is_batch_invariant=is_batch_invariant)
     biased = ids.clamp(max=num_experts - 1)
-    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    has_gate, has_bias = getattr(experts, "has_gate", True), getattr(experts, "has_bias", False)
+    up_name = "gate_up_proj" if has_gate else "up_proj"
     rows = linear(tokens.repeat_interleave(top_k, dim=0), ids, w1)
-    if experts.has_bias:
+    if has_bias:
         rows = rows + getattr(experts, f"{up_name}_bias")[biased].to(rows.dtype)
-    rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
+    rows = experts._apply_gate(rows) if has_gate else experts.act_fn(rows)
     rows = linear(rows.bfloat16().contiguous(), ids, w2)
-    if experts.has_bias:
+    if has_bias:
         rows = rows + experts.down_proj_bias[biased].to(rows.dtype)
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):
         rows = experts.post_expert_norm(rows)
     weighted = torch.where(is_absent[:, None], 0.0, rows.float() * top_k_weights.flatten()[:, None].float())
     return weighted.view(len(tokens), top_k, weighted.shape[-1]).sum(dim=1).to(dtype).view(hidden_states.shape)
