@@ -9,7 +9,7 @@ from pydantic import ValidationError, model_validator
 
 from moe.base_config import FrozenConfig, Names, plain_error
 from moe.fused.few_tokens.config import FewTokenTiles
-from moe.gemm.config import ActivationType, GemmConfig, WeightFormat
+from moe.gemm.config import ActivationType, GemmConfig, WeightFormat, named_activations
 from moe.hf_config import layer_fields
 from moe.permute.config import MIN_TILE_ROWS, FinalizeConfig, PermuteConfig
 from moe.routing.config import RoutingConfig, RoutingMethod
@@ -133,7 +133,7 @@ class MoEConfig(FrozenConfig):
                     f"stages disagree: {first}={self._at(first)} but {second}={self._at(second)}; make them equal"
                 )
         if self.gemm1.activation is None:
-            raise ValueError("gemm1.activation: expected Swiglu or Relu2, got None; name the activation")
+            raise ValueError(f"gemm1.activation: expected {named_activations()}, got None; name the activation")
         if self.gemm2.activation is not None:
             raise ValueError(
                 f"gemm2.activation: expected None, got {self.gemm2.activation.name}; gemm2 has no activation"

@@ -18,6 +18,33 @@ class Swiglu(NamedTuple):
 
 
 @triton.jit
+def activate(product, ACTIVATION: tl.constexpr):
+    """An activation without a gate. ACTIVATION: `GemmConfig.activation_name`."""
+    if ACTIVATION == "Relu2":
+        return relu2(product)
+    else:
+        tl.static_assert(False, "no such activation without a gate in moe/gemm/activation_device.py")
+
+
+@triton.jit
+def activate_gated(gate, up, parameters, ACTIVATION: tl.constexpr):
+    """An activation with a gate. parameters: the expert's (`swiglu_of_expert`), for activations that have any."""
+    if ACTIVATION == "Swiglu":
+        return swiglu(gate, up, parameters)
+    else:
+        tl.static_assert(False, "no such activation with a gate in moe/gemm/activation_device.py")
+
+
+@triton.jit
+def activate_gated_at(gate, up, pointers, expert, ACTIVATION: tl.constexpr):
+    """The same with pointers to the parameters of all experts, of which one's are loaded when the products are there."""
+    if ACTIVATION == "Swiglu":
+        return swiglu_at(gate, up, pointers, expert)
+    else:
+        tl.static_assert(False, "no such activation with a gate in moe/gemm/activation_device.py")
+
+
+@triton.jit
 def relu2(x):
     """max(x, 0)^2"""
     positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe.checks import expect, expect_no_scales, expect_type, is_as_expected
 from moe.flow import Permutation, SwigluParams
-from moe.gemm.config import BLOCK_MAJOR_K, GemmConfig, WeightLayout
+from moe.gemm.config import BLOCK_MAJOR_K, ActivationType, GemmConfig, WeightLayout
 
 
 def check_weights(config: GemmConfig, name: str, weights: Tensor, device: torch.device | None = None) -> None:
@@ -95,7 +95,7 @@ def check_swiglu(config: GemmConfig, swiglu: SwigluParams | None, device: torch.
         parameter = getattr(swiglu, name)
         if parameter is None:
             continue
-        if not config.is_gated:
+        if config.activation is not ActivationType.Swiglu:
             raise ValueError(
                 "gemm1_alpha, gemm1_beta, and gemm1_clamp_limit are only supported for ActivationType.Swiglu.: "
                 f"got gemm1_{name} with activation {config.activation!r}; leave it out"

@@ -11,9 +11,11 @@ from pydantic import Field, field_validator, model_validator
 from moe.base_config import Count, FrozenConfig, PowerOfTwo
 from moe.checks import plain_number
 
+GemmKernel = Literal["portable", "swapped", "wide"]  # the families: a folder each
+
 
 class ActivationType(IntEnum):
-    """flashinfer's numbers. Swiglu and Relu2 are implemented."""
+    """flashinfer's numbers. `ACTIVATIONS` has those that are implemented."""
 
     Gelu = 0
     Relu = 1
@@ -42,6 +44,20 @@ _GATED = (
 )
 
 
+# What gemm1 computes in each family. Whatever runs must run on every GPU, so the portable kernels compute all that there are, and
+# the few-token kernels too; those of Hopper read gate and up rows together, and so take gated ones only.
+ACTIVATIONS: dict[GemmKernel, tuple[ActivationType, ...]] = {
+    "portable": (ActivationType.Swiglu, ActivationType.Relu2),
+    "swapped": (ActivationType.Swiglu,),
+    "wide": (ActivationType.Swiglu,),
+}
+
+
+def named_activations(form: str = "{name}", family: GemmKernel = "portable") -> str:
+    """Those of a family, each written as `form` with its name and value: "Swiglu or Relu2"."""
+    return " or ".join(form.format(name=member.name, value=member.value) for member in ACTIVATIONS[family])
+
+
 class WeightLayout(IntEnum):
     """How the [N, K] matrix of one expert lies in memory (K is the contraction). flashinfer's numbers."""
 
@@ -55,7 +71,6 @@ SHUFFLE_ROWS = 32  # rows that are permuted among themselves
 DIM_MULTIPLE = 8  # elements in a 16-byte load
 
 GateUpOrder = Literal["gate_up", "up_gate"]
-GemmKernel = Literal["portable", "swapped", "wide"]  # the families: a folder each
 
 
 class WeightFormat(FrozenConfig):
@@ -110,19 +125,20 @@ class GemmConfig(FrozenConfig):
         if isinstance(value, str):
             of_name = {name.lower(): member for name, member in ActivationType.__members__.items()}
             if value.lower() not in of_name:
-                raise ValueError(f"expected 'Swiglu' or 'Relu2', got {value!r}")
+                names = named_activations("'{name}'")
+                raise ValueError(f"expected {names}, got {value!r}")
             return of_name[value.lower()]
         if isinstance(value, int) and not isinstance(value, bool) and value not in list(ActivationType):
-            raise ValueError(f"Invalid activation type: {value}; expected 3 (Swiglu) or 6 (Relu2)")
+            raise ValueError(f"Invalid activation type: {value}; expected {named_activations('{value} ({name})')}")
         return value
 
     @model_validator(mode="after")
     def _is_implemented(self) -> GemmConfig:
-        if self.activation not in (None, ActivationType.Swiglu, ActivationType.Relu2):
+        if self.activation is not None and self.activation not in ACTIVATIONS["portable"]:
             kind = "gated" if self.activation.is_gated else "eltwise"
             raise ValueError(
                 f"Unsupported {kind} activation type: got {self.activation.name} ({self.activation.value}); "
-                "expected Swiglu (3) or Relu2 (6)"
+                f"expected {named_activations('{name} ({value})')}"
             )
         if self.weight_format.layout is WeightLayout.BlockMajorK and self.in_features % BLOCK_MAJOR_K:
             raise ValueError(
@@ -151,7 +167,12 @@ class GemmConfig(FrozenConfig):
 
     @property
     def is_gated(self) -> bool:
-        return self.activation is ActivationType.Swiglu
+        return self.activation is not None and self.activation.is_gated
+
+    @property
+    def activation_name(self) -> str | None:
+        """How kernels are told which one (`moe/gemm/activation_device.py`)."""
+        return None if self.activation is None else self.activation.name
 
     @property
     def weight_rows(self) -> int:

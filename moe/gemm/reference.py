@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.checks import check_gather, check_grouped
-from moe.gemm.config import GemmConfig
+from moe.gemm.config import ActivationType, GemmConfig
 from moe.gemm.weight_format import unpack_expert
 
 
@@ -49,11 +49,17 @@ def product_in_fp32(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def activate_reference(product: Tensor, expert: int, config: GemmConfig, swiglu: SwigluParams | None) -> Tensor:
-    """[rows, 2I] fp32, gate columns first, -> [rows, I] with SwiGLU; [rows, I] -> [rows, I] with Relu2."""
-    if not config.is_gated:
-        return product.clamp(min=0).square()
-    gate, up = product.chunk(2, dim=1)
-    swiglu = swiglu or SwigluParams()
+    """[rows, 2I] fp32, gate columns first, -> [rows, I] where gated; else [rows, I] -> [rows, I]."""
+    match config.activation:
+        case ActivationType.Swiglu:
+            gate, up = product.chunk(2, dim=1)
+            return _swiglu(gate, up, expert, swiglu or SwigluParams())
+        case ActivationType.Relu2:
+            return product.clamp(min=0).square()
+    raise AssertionError(config.activation)
+
+
+def _swiglu(gate: Tensor, up: Tensor, expert: int, swiglu: SwigluParams) -> Tensor:
     if swiglu.clamp_limit is not None:
         limit = swiglu.clamp_limit[expert]
         gate, up = gate.clamp(max=limit), up.clamp(max=limit).clamp(min=-limit)

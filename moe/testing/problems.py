@@ -95,5 +95,5 @@ def _swiglu(gate: Tensor, up: Tensor, swiglu: SwigluParams | None, local_id: int
 
     swiglu = swiglu or SwigluParams()
     limit = parameter(swiglu.clamp_limit, float("inf"))
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    gate, up = gate.clamp(max=limit), up.clamp(max=limit).clamp(min=-limit)  # in this order where a limit is negative
     return gate * torch.sigmoid(parameter(swiglu.alpha, 1.0) * gate) * (up + parameter(swiglu.beta, 0.0))

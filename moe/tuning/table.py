@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from moe.base_config import Count, FrozenConfig
 from moe.config import MoEConfig
-from moe.gemm.config import GateUpOrder
+from moe.gemm.config import ACTIVATIONS, GateUpOrder, named_activations
 from moe.runtime.cache_folder import cache_folder, file_lock, make_folder, replace_file
 from moe.tuning.choice import TuningChoice
 from moe.tuning.gpu import KERNELS_VERSION, GpuModel, has_same_minor, torch_version, triton_version
@@ -41,13 +41,20 @@ class LayerKey(FrozenConfig):
     num_experts: Count
     num_local_experts: Count
     top_k: Count
-    activation: Literal["Swiglu", "Relu2"]
+    activation: str
     layout: Literal["MajorK", "MajorMn", "BlockMajorK"]
     is_shuffled: bool
     gate_up_order: GateUpOrder
     gemm2_layout: Literal["MajorK", "MajorMn", "BlockMajorK"]
     gemm2_is_shuffled: bool
     dtype: Literal["bfloat16"] = "bfloat16"
+
+    @field_validator("activation")
+    @classmethod
+    def _is_implemented(cls, name: str) -> str:
+        if name not in {member.name for member in ACTIVATIONS["portable"]}:
+            raise ValueError(f"expected {named_activations()}, got {name!r}")
+        return name
 
     @classmethod
     def of(cls, config: MoEConfig) -> LayerKey:

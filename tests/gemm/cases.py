@@ -13,6 +13,7 @@ from moe.gemm.config import ActivationType, GemmConfig, GemmTile, WeightFormat, 
 from moe.gemm.weight_format import pack_weights
 from moe.permute.config import PermuteConfig
 from moe.permute.reference import plan_permutation_reference
+from moe.testing.problems import activated_in_float64
 
 ALL_FORMATS = [
     WeightFormat(layout=layout, is_shuffled=is_shuffled, gate_up_order=order)
@@ -49,23 +50,11 @@ class GemmCase:
             token, choice = (self.expert_ids == expert).nonzero(as_tuple=True)
             row = token if self.config.activation else self.permutation.row_of_slot[token, choice].long()
             product = self.rows[row].double() @ self.logical[expert].double().T
-            exact[token, choice] = self._activated(product, expert, swiglu)
+            activation = self.config.activation
+            if activation is not None:
+                product = activated_in_float64(product, activation, expert, swiglu)
+            exact[token, choice] = product
         return exact
-
-    def _activated(self, product: Tensor, expert: int, swiglu: SwigluParams | None) -> Tensor:
-        if self.config.activation is None:
-            return product
-        if self.config.activation is ActivationType.Relu2:
-            return product.clamp(min=0) ** 2
-        gate, up = product.chunk(2, dim=1)
-        swiglu = swiglu or SwigluParams()
-        alpha = 1.0 if swiglu.alpha is None else swiglu.alpha[expert].item()
-        if swiglu.clamp_limit is not None:
-            limit = swiglu.clamp_limit[expert].item()
-            gate, up = gate.clamp(max=limit), up.clamp(max=limit).clamp(min=-limit)
-        if swiglu.beta is not None:
-            up = up + swiglu.beta[expert].item()
-        return gate / (1 + torch.exp(-alpha * gate)) * up
 
     def by_slot(self, out: Tensor) -> Tensor:
         """[P, out_features] -> [T, K, out_features]; zeros where the expert is not local."""

@@ -10,7 +10,7 @@ from gemm.cases import GARBAGE, GemmCase, format_id, ids_of_loads, make_case
 from torch import Tensor
 
 from moe.flow import SwigluParams
-from moe.gemm.config import SHUFFLE_ROWS, WeightFormat
+from moe.gemm.config import ACTIVATIONS, SHUFFLE_ROWS, ActivationType, GemmKernel, WeightFormat
 from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
 from moe.testing.closeness import assert_close_to_exact
 
@@ -54,7 +54,8 @@ class Family:
         """gemm1 with every activation, and gemm2, of these dims in these formats where dims and format agree."""
         for activation in (*self.activations, None):
             for dims in all_dims:
-                weight_rows = dims[1] * (2 if activation == "Swiglu" else 1)
+                is_gated = activation is not None and ActivationType[activation].is_gated
+                weight_rows = dims[1] * (2 if is_gated else 1)
                 for weight_format in formats:
                     if not (weight_format.is_shuffled and weight_rows % SHUFFLE_ROWS):
                         yield Problem(activation, dims, weight_format)
@@ -84,6 +85,10 @@ class Family:
         exact, reference = case.exact(swiglu), case.by_slot(run_reference(case, swiglu))
         actual = case.by_slot(self.run(case, swiglu, **options))
         assert_close_to_exact(actual.flatten(0, 1), reference.flatten(0, 1), exact.flatten(0, 1))
+
+
+def activations_of(family: GemmKernel) -> list[str]:
+    return [activation.name for activation in ACTIVATIONS[family]]
 
 
 def run_reference(case: GemmCase, swiglu: SwigluParams | None = None) -> Tensor:

@@ -74,6 +74,7 @@ def _kernel_of(config: FewTokenConfig, device: torch.device) -> tuple[TritonKern
         IN_FEATURES=gemm.in_features,
         OUT_FEATURES=gemm.out_features,
         TOP_K=config.top_k,
+        ACTIVATION=gemm.activation_name,
         IS_GATED=gemm.is_gated,
         IS_GATE_FIRST=gemm.weight_format.gate_up_order == "gate_up",
         IS_SHUFFLED=gemm.weight_format.is_shuffled,

@@ -13,7 +13,7 @@ from moe.fused.few_tokens.tile_device import (
     load_weights,
     row_and_column_of_lane,
 )
-from moe.gemm.activation_device import Swiglu, relu2, swiglu_at
+from moe.gemm.activation_device import Swiglu, activate, activate_gated_at
 
 
 @triton.jit(do_not_specialize=["first_expert", "num_experts"])
@@ -30,6 +30,7 @@ def few_token_gemm1_kernel(
     IN_FEATURES: tl.constexpr,
     OUT_FEATURES: tl.constexpr,
     TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     IS_GATED: tl.constexpr,
     IS_GATE_FIRST: tl.constexpr,
     IS_SHUFFLED: tl.constexpr,
@@ -78,8 +79,9 @@ def few_token_gemm1_kernel(
         second_product = tl.sum(second, 1)
         gate = first_product if IS_GATE_FIRST else second_product
         up = second_product if IS_GATE_FIRST else first_product
-        activated = swiglu_at(gate, up, Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr), expert)
+        pointers = Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr)
+        activated = activate_gated_at(gate, up, pointers, expert, ACTIVATION)
     else:
-        activated = relu2(first_product)
+        activated = activate(first_product, ACTIVATION)
     out_ptrs = out_ptr + slot.to(tl.int64) * OUT_FEATURES + column
     tl.store(out_ptrs, activated.to(tl.bfloat16), mask=in_lanes)

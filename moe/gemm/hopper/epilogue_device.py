@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from moe.gemm.activation_device import swiglu
+from moe.gemm.activation_device import activate_gated
 
 NOWHERE = gl.constexpr(1 << 30)  # a row past any tensor's end: a TMA store there writes nothing
 
@@ -20,11 +20,11 @@ class Output(NamedTuple):
 
 
 @gluon.jit
-def activate(first, second, parameters, IS_GATE_FIRST: gl.constexpr):
-    """SwiGLU of products with the weight's first and second half -> bf16."""
+def activate_halves(first, second, parameters, ACTIVATION: gl.constexpr, IS_GATE_FIRST: gl.constexpr):
+    """The activation of products with the weight's first and second half -> bf16."""
     gate = first if IS_GATE_FIRST else second
     up = second if IS_GATE_FIRST else first
-    return swiglu(gate, up, parameters).to(gl.bfloat16)
+    return activate_gated(gate, up, parameters, ACTIVATION).to(gl.bfloat16)
 
 
 @gluon.jit

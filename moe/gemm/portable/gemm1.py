@@ -94,6 +94,7 @@ def _kernel_of(
         portable_gemm1_kernel,
         IN_FEATURES=config.in_features,
         OUT_FEATURES=config.out_features,
+        ACTIVATION=config.activation_name,
         IS_GATED=config.is_gated,
         IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
         IS_SHUFFLED=config.weight_format.is_shuffled,

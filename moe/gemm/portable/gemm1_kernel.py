@@ -7,7 +7,7 @@ Portable: pipelined 16-byte asynchronous copies of gathered rows and of weights,
 import triton
 import triton.language as tl
 
-from moe.gemm.activation_device import Swiglu, relu2, swiglu_at
+from moe.gemm.activation_device import Swiglu, activate, activate_gated_at
 from moe.gemm.portable.tile_device import (
     Operands,
     Plan,
@@ -36,6 +36,7 @@ def portable_gemm1_kernel(
     clamp_limit_ptr,
     IN_FEATURES: tl.constexpr,
     OUT_FEATURES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     IS_GATED: tl.constexpr,
     IS_GATE_FIRST: tl.constexpr,
     IS_SHUFFLED: tl.constexpr,
@@ -79,7 +80,8 @@ def portable_gemm1_kernel(
         first, second = halves_of_lanes(accumulators, IS_SHUFFLED, BLOCK_M, BLOCK_W)
         gate = first if IS_GATE_FIRST else second
         up = second if IS_GATE_FIRST else first
-        activated = swiglu_at(gate, up, Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr), tile.expert)
+        pointers = Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr)
+        activated = activate_gated_at(gate, up, pointers, tile.expert, ACTIVATION)
     else:
-        activated = relu2(columns_of_lanes(accumulators, IS_SHUFFLED, BLOCK_M, BLOCK_W))
+        activated = activate(columns_of_lanes(accumulators, IS_SHUFFLED, BLOCK_M, BLOCK_W), ACTIVATION)
     store_columns(out_ptr, activated, tile, OUT_FEATURES)

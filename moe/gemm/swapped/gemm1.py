@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.checks import check_gather
-from moe.gemm.config import GemmConfig, WeightLayout
+from moe.gemm.config import ACTIVATIONS, GemmConfig, WeightLayout, named_activations
 from moe.gemm.hopper.boxes import row_boxes
 from moe.gemm.hopper.problem import MAX_REGISTERS, num_blocks
 from moe.gemm.hopper.work_units import units_of
@@ -25,7 +25,9 @@ BLOCK_N = 128  # columns of the result, for 256 rows of the weight
 
 def takes(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
     """Whether `swapped_gemm1` computes this: SwiGLU, a contiguous contraction, tile_rows 16 to 128."""
-    return is_hopper(device) and config.is_gated and fits_swapped(config, tile_rows, BLOCK_N)
+    return (
+        is_hopper(device) and config.activation in ACTIVATIONS["swapped"] and fits_swapped(config, tile_rows, BLOCK_N)
+    )
 
 
 def swapped_gemm1(
@@ -48,10 +50,10 @@ def swapped_gemm1(
         ValueError: where a tensor does not fit the config, or the kernel does not take the config.
     """
     check_gather(config, hidden_states, weights, permutation, swiglu)
-    if not (config.is_gated and fits_swapped(config, permutation.tile_rows, BLOCK_N)):
+    if not (config.activation in ACTIVATIONS["swapped"] and fits_swapped(config, permutation.tile_rows, BLOCK_N)):
         raise ValueError(
-            "swapped_gemm1: expected SwiGLU, a contiguous contraction of more than 64 and tile_rows of "
-            f"{TILE_ROWS}; got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm1"
+            f"swapped_gemm1: expected {named_activations(family='swapped')}, a contiguous contraction of more than 64 and "
+            f"tile_rows of {TILE_ROWS}; got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm1"
         )
     return launch_swapped_gemm1(
         hidden_states, weights, permutation, config=config, swiglu=swiglu, is_dynamic=is_dynamic, uses_pdl=uses_pdl
@@ -101,6 +103,7 @@ def _kernel_of(config: GemmConfig, is_dynamic: bool, uses_pdl: bool, does_prefet
         OUT_FEATURES=config.out_features,
         IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
         IS_SHUFFLED=config.weight_format.is_shuffled,
+        ACTIVATION=config.activation_name,
         IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
         IS_DYNAMIC=is_dynamic,
         USES_PDL=uses_pdl,

@@ -68,6 +68,7 @@ def swapped_gemm1_kernel(
     OUT_FEATURES: gl.constexpr,
     IS_BLOCK_MAJOR: gl.constexpr,
     IS_SHUFFLED: gl.constexpr,
+    ACTIVATION: gl.constexpr,
     IS_GATE_FIRST: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
     USES_PDL: gl.constexpr,
@@ -83,8 +84,8 @@ def swapped_gemm1_kernel(
     works = WorkList(units_ptr, max_units, counts_ptr)
     gl.warp_specialize(
         [
-            (consume, (stages, mail, output, swiglu, IN_FEATURES, True, IS_GATE_FIRST, 0)),
-            (consume, (stages, mail, output, swiglu, IN_FEATURES, True, IS_GATE_FIRST, 1)),
+            (consume, (stages, mail, output, swiglu, IN_FEATURES, ACTIVATION, IS_GATE_FIRST, 0)),
+            (consume, (stages, mail, output, swiglu, IN_FEATURES, ACTIVATION, IS_GATE_FIRST, 1)),
             (
                 produce,
                 (

@@ -75,8 +75,8 @@ def swapped_gemm2_kernel(
     works = WorkList(units_ptr, max_units, counts_ptr)
     gl.warp_specialize(
         [
-            (consume, (stages, mail, output, swiglu, IN_FEATURES, False, False, 0)),
-            (consume, (stages, mail, output, swiglu, IN_FEATURES, False, False, 1)),
+            (consume, (stages, mail, output, swiglu, IN_FEATURES, None, False, 0)),
+            (consume, (stages, mail, output, swiglu, IN_FEATURES, None, False, 1)),
             (
                 produce,
                 (

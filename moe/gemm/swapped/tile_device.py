@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma, warpgroup_mma_wait
 
 from moe.gemm.activation_device import swiglu_of_expert
-from moe.gemm.hopper.epilogue_device import NOWHERE, Output, activate, put
+from moe.gemm.hopper.epilogue_device import NOWHERE, Output, activate_halves, put
 from moe.gemm.hopper.ring_device import make_ring, release, wait_until_filled
 from moe.gemm.hopper.work_device import (
     column_block_of,
@@ -135,13 +135,16 @@ def consume(
     output,
     swiglu,
     IN_FEATURES: gl.constexpr,
-    IS_GATED: gl.constexpr,
+    ACTIVATION: gl.constexpr,
     IS_GATE_FIRST: gl.constexpr,
     ID: gl.constexpr,
 ):
-    """A consumer of either GEMM: as many products as the unit's rows need, and their results as soon as they are there."""
+    """A consumer of either GEMM: as many products as the unit's rows need, and their results as soon as they are there.
+
+    ACTIVATION: None in gemm2.
+    """
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
-    COLUMNS: gl.constexpr = columns_of_consumer(IS_GATED)
+    COLUMNS: gl.constexpr = columns_of_consumer(ACTIVATION is not None)
     step = 0
     num_received = 0
     message = receive(mail, num_received)
@@ -154,21 +157,21 @@ def consume(
         unit = Unit(output, row, row_blocks, column, swiglu_of_expert(swiglu, expert))
         if row_blocks <= 2:
             all_rows = multiply(stages, step, NUM_STEPS, 32, ID)
-            write_chunk(all_rows, unit, 0, IS_GATED, IS_GATE_FIRST, ID)
+            write_chunk(all_rows, unit, 0, ACTIVATION, IS_GATE_FIRST, ID)
         elif row_blocks <= 4:
             all_rows = multiply(stages, step, NUM_STEPS, 64, ID)
-            write_64(all_rows, unit, 0, IS_GATED, IS_GATE_FIRST, ID)
+            write_64(all_rows, unit, 0, ACTIVATION, IS_GATE_FIRST, ID)
         elif row_blocks <= 6:
             first, extra = multiply_with_extra(stages, step, NUM_STEPS, 64, ID)
-            write_64(first, unit, 0, IS_GATED, IS_GATE_FIRST, ID)
-            write_chunk(extra, unit, 2, IS_GATED, IS_GATE_FIRST, ID)
+            write_64(first, unit, 0, ACTIVATION, IS_GATE_FIRST, ID)
+            write_chunk(extra, unit, 2, ACTIVATION, IS_GATE_FIRST, ID)
         elif row_blocks <= 8:
             all_rows = multiply(stages, step, NUM_STEPS, 128, ID)
-            write_128(all_rows, unit, IS_GATED, IS_GATE_FIRST, ID)
+            write_128(all_rows, unit, ACTIVATION, IS_GATE_FIRST, ID)
         else:
             first, extra = multiply_with_extra(stages, step, NUM_STEPS, 128, ID)
-            write_128(first, unit, IS_GATED, IS_GATE_FIRST, ID)
-            write_chunk(extra, unit, 4, IS_GATED, IS_GATE_FIRST, ID)
+            write_128(first, unit, ACTIVATION, IS_GATE_FIRST, ID)
+            write_chunk(extra, unit, 4, ACTIVATION, IS_GATE_FIRST, ID)
         step += NUM_STEPS
         message = receive(mail, num_received)
     tma.store_wait(0)
@@ -220,31 +223,31 @@ def accumulator_layout(rows):
 
 
 @gluon.jit
-def write_128(accumulators, unit, IS_GATED: gl.constexpr, IS_GATE_FIRST: gl.constexpr, ID: gl.constexpr):
+def write_128(accumulators, unit, ACTIVATION: gl.constexpr, IS_GATE_FIRST: gl.constexpr, ID: gl.constexpr):
     """Write the results of [128, 128]."""
     first, last = split_rows(accumulators, MAX_ROWS)
-    write_64(first, unit, 0, IS_GATED, IS_GATE_FIRST, ID)
-    write_64(last, unit, 2, IS_GATED, IS_GATE_FIRST, ID)
+    write_64(first, unit, 0, ACTIVATION, IS_GATE_FIRST, ID)
+    write_64(last, unit, 2, ACTIVATION, IS_GATE_FIRST, ID)
 
 
 @gluon.jit
 def write_64(
-    accumulators, unit, CHUNK: gl.constexpr, IS_GATED: gl.constexpr, IS_GATE_FIRST: gl.constexpr, ID: gl.constexpr
+    accumulators, unit, CHUNK: gl.constexpr, ACTIVATION: gl.constexpr, IS_GATE_FIRST: gl.constexpr, ID: gl.constexpr
 ):
     """Write the results of [128, 64] to chunks CHUNK and CHUNK + 1."""
     first, last = split_rows(accumulators, 2 * CHUNK_ROWS)
-    write_chunk(first, unit, CHUNK, IS_GATED, IS_GATE_FIRST, ID)
-    write_chunk(last, unit, CHUNK + 1, IS_GATED, IS_GATE_FIRST, ID)
+    write_chunk(first, unit, CHUNK, ACTIVATION, IS_GATE_FIRST, ID)
+    write_chunk(last, unit, CHUNK + 1, ACTIVATION, IS_GATE_FIRST, ID)
 
 
 @gluon.jit
 def write_chunk(
-    accumulators, unit, CHUNK: gl.constexpr, IS_GATED: gl.constexpr, IS_GATE_FIRST: gl.constexpr, ID: gl.constexpr
+    accumulators, unit, CHUNK: gl.constexpr, ACTIVATION: gl.constexpr, IS_GATE_FIRST: gl.constexpr, ID: gl.constexpr
 ):
     """Write the results of [128, 32] to chunk CHUNK: 64 columns through one of two buffers in turn, or 128 through both."""
-    if IS_GATED:
+    if ACTIVATION is not None:
         first, second = split_weight_rows(accumulators)
-        result = activate(first, second, unit.swiglu, IS_GATE_FIRST)
+        result = activate_halves(first, second, unit.swiglu, ACTIVATION, IS_GATE_FIRST)
         PENDING: gl.constexpr = 1 if CHUNK > 0 else 0  # the last unit may have ended with either buffer
         write(result, unit, unit.column, ID * STORE_BUFFERS + CHUNK % 2, CHUNK, PENDING)
     else:

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from moe.gemm.activation_device import Swiglu, swiglu_of_expert
-from moe.gemm.hopper.epilogue_device import NOWHERE, Output, activate, pin
+from moe.gemm.hopper.epilogue_device import NOWHERE, Output, activate_halves, pin
 from moe.gemm.hopper.gather_device import columns, copy_rows, lanes, rows_of_tokens
 from moe.gemm.hopper.ring_device import make_ring, wait_until_emptied
 from moe.gemm.hopper.work_device import (
@@ -72,6 +72,7 @@ def wide_gemm1_kernel(
     OUT_FEATURES: gl.constexpr,
     IS_BLOCK_MAJOR: gl.constexpr,
     IS_SHUFFLED: gl.constexpr,
+    ACTIVATION: gl.constexpr,
     IS_GATE_FIRST: gl.constexpr,
     SKIPS_TAILS: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
@@ -90,8 +91,8 @@ def wide_gemm1_kernel(
     works = WorkList(units_ptr, max_units, counts_ptr)
     gl.warp_specialize(
         [
-            (consume, (stages, mail, first_out, swiglu, IN_FEATURES, IS_SHUFFLED, IS_GATE_FIRST, 0)),
-            (consume, (stages, mail, second_out, swiglu, IN_FEATURES, IS_SHUFFLED, IS_GATE_FIRST, 1)),
+            (consume, (stages, mail, first_out, swiglu, IN_FEATURES, IS_SHUFFLED, ACTIVATION, IS_GATE_FIRST, 0)),
+            (consume, (stages, mail, second_out, swiglu, IN_FEATURES, IS_SHUFFLED, ACTIVATION, IS_GATE_FIRST, 1)),
             (
                 produce,
                 (
@@ -198,12 +199,13 @@ def consume(
     swiglu,
     IN_FEATURES: gl.constexpr,
     IS_SHUFFLED: gl.constexpr,
+    ACTIVATION: gl.constexpr,
     IS_GATE_FIRST: gl.constexpr,
     ID: gl.constexpr,
 ):
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
     # Zeros, which are written nowhere: the loop carries a result from its first turn on.
-    result = activate_columns(no_products(), Swiglu(1.0, 0.0, 0.0), IS_SHUFFLED, IS_GATE_FIRST)
+    result = activate_columns(no_products(), Swiglu(1.0, 0.0, 0.0), IS_SHUFFLED, ACTIVATION, IS_GATE_FIRST)
     result_row = NOWHERE
     result_column = 0
     step = 0
@@ -220,7 +222,7 @@ def consume(
             # Waits for nothing: makes a tensor of the accumulators, as the loop carries one.
             accumulators = warpgroup_mma_wait(1, deps=[accumulators])
             accumulators, step = finish_steps(accumulators, stages, step, 1, NUM_STEPS, True, ID)
-            result = pin(activate_columns(accumulators, parameters, IS_SHUFFLED, IS_GATE_FIRST))
+            result = pin(activate_columns(accumulators, parameters, IS_SHUFFLED, ACTIVATION, IS_GATE_FIRST))
             result_row = row_of(message) + ID * HALF_ROWS
             result_column = column_block_of(message) * BLOCK_N
         else:
@@ -231,7 +233,9 @@ def consume(
 
 
 @gluon.jit
-def activate_columns(accumulators, parameters, IS_SHUFFLED: gl.constexpr, IS_GATE_FIRST: gl.constexpr):
+def activate_columns(
+    accumulators, parameters, IS_SHUFFLED: gl.constexpr, ACTIVATION: gl.constexpr, IS_GATE_FIRST: gl.constexpr
+):
     """[64, 256] fp32 -> [64, 128] bf16, columns in order. Every value stays in its thread."""
     if IS_SHUFFLED:
         # A block of 32 weight rows holds 8 even rows of each half, then 8 odd ones of each.
@@ -239,4 +243,4 @@ def activate_columns(accumulators, parameters, IS_SHUFFLED: gl.constexpr, IS_GAT
         first, second = blocks.split()
     else:
         first, second = accumulators.reshape([HALF_ROWS, 2, BLOCK_N]).permute((0, 2, 1)).split()
-    return activate(first, second, parameters, IS_GATE_FIRST).reshape([HALF_ROWS, BLOCK_N])
+    return activate_halves(first, second, parameters, ACTIVATION, IS_GATE_FIRST).reshape([HALF_ROWS, BLOCK_N])

@@ -53,7 +53,7 @@ def test_other_row_tiles_are_refused_with_who_takes_them(request, family, usual)
 @pytest.mark.parametrize(
     ("is_gemm1", "change", "says"),
     [
-        (True, {"activation": "Relu2"}, "expected SwiGLU"),
+        (True, {"activation": "Relu2"}, "expected Swiglu"),
         (False, {"activation": "Relu2"}, "expected no activation"),
         (True, {"weight_format": WeightFormat(layout="MajorMn")}, "a contiguous contraction of more than 64"),
         (False, {"weight_format": WeightFormat(layout="MajorMn")}, "a contiguous contraction of more than 64"),

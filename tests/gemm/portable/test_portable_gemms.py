@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gemm.cases import ALL_FORMATS, format_id, make_case
-from gemm.family import Family, Problem
+from gemm.family import Family, Problem, activations_of
 
 from moe.flow import SwigluParams
 from moe.gemm.config import FLASHINFER, GemmTile, WeightFormat
@@ -24,7 +24,7 @@ MAJOR_MN = WeightFormat(layout="MajorMn")
 FAMILY = Family(
     gemm1=portable_gemm1,
     gemm2=portable_gemm2,
-    activations=("Swiglu", "Relu2"),
+    activations=activations_of("portable"),
     formats=ALL_FORMATS,
     tile_rows=(16, 32, 64, 128),
     few_tile_rows=(16,),

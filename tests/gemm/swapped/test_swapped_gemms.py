@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gemm.family import Family
+from gemm.family import Family, activations_of
 from gemm.hopper.family import AWKWARD_DIMS, FORMAT_DIMS, FORMATS, LOADS, OPTIONS
 
 from moe.gemm.config import FLASHINFER, WeightFormat
@@ -20,7 +20,7 @@ from moe.gemm.swapped.tile import SWAPPED_UNITS
 FAMILY = Family(
     gemm1=swapped_gemm1,
     gemm2=swapped_gemm2,
-    activations=("Swiglu",),
+    activations=activations_of("swapped"),
     formats=FORMATS,
     tile_rows=(16, 32, 64, 128),
     few_tile_rows=(16, 128),
