@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moe.cli.layer import Inputs, Layer
 from moe.cli.progress import Progress
-from moe.gemm.config import ActivationType, GemmConfig
+from moe.gemm.config import GemmConfig
+from moe.gemm.reference import activate_reference
 from moe.gemm.weight_format import unpack_weights
 from moe.routing.reference import select_experts_reference
 
@@ -83,18 +84,9 @@ def _experts_in_float64(layer: Layer, inputs: Inputs, token: Tensor, progress: P
         w1 = _logical_weights(layer.w1, layer.config.gemm1, expert)
         w2 = _logical_weights(layer.w2, layer.config.gemm2, expert)
         inner = hidden_states[row] @ w1.T
-        inner = _activated(inner, layer.config.gemm1.activation)
+        inner = activate_reference(inner, expert, layer.config.gemm1, None)
         output.index_add_(0, row, (inner @ w2.T) * scales[row, choice, None])
     return output
-
-
-def _activated(product: Tensor, activation: ActivationType | None) -> Tensor:
-    if activation is ActivationType.Swiglu:
-        gate, up = product.chunk(2, dim=1)
-        return gate * torch.sigmoid(gate) * up
-    if activation is ActivationType.Relu2:
-        return product.clamp(min=0) ** 2
-    raise ValueError(f"activation: expected one with a formula in moe.cli.exact, got {activation!r}; add it")
 
 
 def _logical_weights(weights: Tensor, config: GemmConfig, expert: int) -> Tensor:

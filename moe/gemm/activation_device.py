@@ -75,8 +75,8 @@ def swiglu(gate, up, parameters):
 def swiglu_at(gate, up, pointers, expert):
     """The same where parameters are loaded when the products are there, and those that are absent cost nothing.
 
-    The few-token kernels' loads are scheduled around it: in the form above, layers with rows of 4096 elements and more took 1.5
-    to 3% longer for one token on an H200.
+    The few-token kernels' loads are scheduled around it: in the form above, layers with long rows took longer for one token
+    (docs/measured_facts.md).
     """
     if pointers.clamp_limit is not None:
         gate, up = clamp(gate, up, tl.load(pointers.clamp_limit + expert))

@@ -17,9 +17,8 @@ from moe.gemm.portable.gemm1 import launch_portable_gemm1
 from moe.gemm.portable.gemm2 import launch_portable_gemm2
 from moe.runtime import triton_versions
 
-# Rows of an expert in the mean, on an H200. At 32 rows the portable kernels were 3 to 5% faster than the swapped ones, at 48 2 to
-# 6% (with tiles of half the rows), at 64 rows 6 to 9% slower; at 128 rows the swapped ones were 1 to 23% faster than the wide
-# ones, at 192 rows, where most experts take two units, 3 to 5% slower, at 256 rows 3%.
+# Rows of an expert in the mean. Below, weights are all that is read; above, most experts take two units of the swapped kernels,
+# which then read them twice. Timed on an H200: docs/measured_facts.md.
 MIN_SWAPPED_ROWS = 49
 MAX_SWAPPED_ROWS = 160
 MIN_WIDE_TILE_ROWS = 64  # which the wide kernels take

@@ -51,8 +51,7 @@ class PermuteConfig(FrozenConfig):
         """Rows that each expert's segment is padded to: a power of two within [16, 128], by the mean load.
 
         So many that about one expert in fifty has more than a tile: under uniform routing loads vary by their root. Up to a mean
-        of 12 it is 16 all the same. On an H200, of five layers each, 64 rows were 1 to 6% faster than 32 at a mean of 24, and 64
-        no slower than 128 at 48; at 12, 16 rows were the faster ones in three layers, 32 by 1 and 4% in two.
+        of 12 it is 16 all the same, which was faster more often than not (docs/measured_facts.md).
         """
         if self.tile_rows is not None:
             return self.tile_rows

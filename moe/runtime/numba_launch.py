@@ -15,7 +15,7 @@ from torch import Tensor
 from moe.runtime.ptx_cache import cached_ptx, is_cached
 
 # Blocks that a multiprocessor must hold. Told nothing, a large block may find too few registers; told the threads of a block
-# alone, the compiler of driver 580 keeps to 32 registers where ptxas takes 48: routing over 384 experts took 1.9 us for 1.7.
+# alone, the compiler of driver 580 keeps to 32 registers where ptxas takes 48, and routing takes longer (docs/measured_facts.md).
 LEAST_BLOCKS = 1
 # What the extra cuda13 holds, by the names that any index knows.
 _INSTALL = 'pip install "numba-cuda[cu13]"'

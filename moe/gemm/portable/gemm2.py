@@ -68,7 +68,7 @@ def _gains_by_pdl(config: GemmConfig, permutation: Permutation, device: torch.de
     """Whether the GPU has dependent launches, and the programs spread evenly over its multiprocessors then.
 
     Dependent programs pile up on the multiprocessors that gemm1 leaves first, as many as one holds. Where there are few, the
-    others stay idle: mixtral-8x7b at 8 tokens, 256 programs on an H200 that holds 528, took 621 us instead of 544.
+    others stay idle (docs/measured_facts.md).
     """
     at_once = programs_at_once(config, permutation.tile_rows, device)
     num_columns = -(-config.out_features // launch_tile(config, permutation.tile_rows, device).block_n)

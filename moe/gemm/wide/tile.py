@@ -14,8 +14,7 @@ TILE_ROWS = (64, 128)
 HALF_ROWS = 64  # rows that are written, and read in gemm2, at a time
 # 128 rows are what a block multiplies at a time.
 WIDE_UNITS = UnitSize(max_rows=128, multiple=128, max_group=MAX_GROUP_UNITS)
-# Short units pay while the weights that 132 blocks stream at a time stay in L2: with K = 7168 they cost 5% on an H200, with
-# K <= 4096 they gained 2 to 8%.
+# Short units pay while the weights that 132 blocks stream at a time stay in an H200's L2 (docs/measured_facts.md).
 MAX_SHORT_UNIT_K = 4096
 
 
