@@ -205,4 +205,4 @@ REFUSED = {
 }
 
 # Of those, what use_moe does not run either: their experts are no modules that it can stand for.
-RUN_BY_NOTHING = ("dbrx", "doge", "nllb-moe", "switch_transformers", "vitpose_backbone")
+RUN_BY_NOTHING = ("doge", "nllb-moe", "switch_transformers", "vitpose_backbone")

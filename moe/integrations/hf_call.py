@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe.expert_linear import expert_linear
+from moe.gemm.config import WeightLayout
 from moe.integrations.hf_experts import Form, autocasts_to_bfloat16, expect_choice, expect_tensors, weights_of
 from moe.operators import is_traced
 from moe.operators import run_experts as _run_experts
@@ -82,6 +83,9 @@ def call_normed(
     return weighed.sum(dim=1).to(hidden_states.dtype).view(hidden_states.shape)
 
 
+Linear = Callable[..., Tensor]  # (rows [N, K], weights, layout) -> [N, M]: each row by its expert's matrix
+
+
 def call_apart(
     path: str,
     form: Form,
@@ -92,33 +96,64 @@ def call_apart(
     *,
     is_batch_invariant: bool,
 ) -> Tensor:
-    """Experts with biases, or an activation that no kernel has: their two matrices by the layer's GEMMs, their own code between.
+    """Experts with biases, or an activation that no kernel has: their two matrices by the layer's GEMMs, their own code between."""
+    weights = weights_of(experts)
+    has_gate, has_bias = getattr(experts, "has_gate", True), getattr(experts, "has_bias", False)
+    num_experts = len(weights[1])
+    biased = top_k_index.flatten().long().clamp(0, num_experts - 1)
 
-    Rounds gate and up to bfloat16, as transformers does, and holds [T, K, 2I].
+    def between(linear: Linear, rows: Tensor) -> Tensor:
+        rows = linear(rows, weights[0], form.layout)
+        if has_bias:
+            name = "gate_up_proj_bias" if has_gate else "up_proj_bias"
+            rows = rows + getattr(experts, name)[biased].to(rows.dtype)
+        return experts._apply_gate(rows) if has_gate else experts.act_fn(rows)
+
+    def after(rows: Tensor) -> Tensor:
+        if has_bias:
+            rows = rows + experts.down_proj_bias[biased].to(rows.dtype)
+        return experts.post_expert_norm(rows) if getattr(experts, "has_post_expert_norm", False) else rows
+
+    inputs = (hidden_states, top_k_index, top_k_weights)
+    return call_between(
+        path, weights, form.layout, *inputs, between=between, after=after, is_batch_invariant=is_batch_invariant
+    )
+
+
+def call_between(
+    path: str,
+    weights: tuple[Tensor, Tensor],
+    down_layout: WeightLayout,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    between: Callable[[Linear, Tensor], Tensor],
+    after: Callable[[Tensor], Tensor] | None = None,
+    is_batch_invariant: bool,
+) -> Tensor:
+    """Experts of any activation: `between` gives what their last matrix is multiplied by, from a row a (token, choice).
+
+    Rounds what matrices give to bfloat16, as transformers does, and holds [T, K, 2I].
+
+    Args:
+        weights: the first, which is only checked, and the last.
+        after: of the last matrix's rows, before they are weighed.
     """
-    w1, w2 = weights_of(experts)
-    expect_tensors(path, hidden_states, w1, w2)
+    expect_tensors(path, hidden_states, *weights)
     expect_choice(path, top_k_index, top_k_weights)
-    dtype, top_k, num_experts = hidden_states.dtype, top_k_index.shape[-1], w2.shape[0]
-    if autocasts_to_bfloat16(hidden_states.device):
-        hidden_states, w1, w2 = hidden_states.bfloat16(), w1.bfloat16(), w2.bfloat16()
-    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+    top_k, num_experts = top_k_index.shape[-1], len(weights[1])
+    run = torch.ops.moe.expert_linear if is_traced(hidden_states) else expert_linear
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).bfloat16()
     ids = top_k_index.flatten().long()
     is_absent = (ids < 0) | (ids >= num_experts)
     ids = torch.where(is_absent, num_experts, ids)
-    run = torch.ops.moe.expert_linear if is_traced(hidden_states) else expert_linear
-    linear = partial(run, weight_layout=int(form.layout), is_batch_invariant=is_batch_invariant)
-    biased = ids.clamp(max=num_experts - 1)
-    has_gate, has_bias = getattr(experts, "has_gate", True), getattr(experts, "has_bias", False)
-    up_name = "gate_up_proj" if has_gate else "up_proj"
-    rows = linear(tokens.repeat_interleave(top_k, dim=0), ids, w1)
-    if has_bias:
-        rows = rows + getattr(experts, f"{up_name}_bias")[biased].to(rows.dtype)
-    rows = experts._apply_gate(rows) if has_gate else experts.act_fn(rows)
-    rows = linear(rows.bfloat16().contiguous(), ids, w2)
-    if has_bias:
-        rows = rows + experts.down_proj_bias[biased].to(rows.dtype)
-    if getattr(experts, "has_post_expert_norm", False):
-        rows = experts.post_expert_norm(rows)
+
+    def linear(rows: Tensor, matrices: Tensor, layout: WeightLayout) -> Tensor:
+        return run(rows.bfloat16().contiguous(), ids, matrices.bfloat16(), int(layout), is_batch_invariant)
+
+    rows = linear(between(linear, tokens.repeat_interleave(top_k, dim=0)), weights[1], down_layout)
+    rows = rows if after is None else after(rows)
     weighted = torch.where(is_absent[:, None], 0.0, rows.float() * top_k_weights.flatten()[:, None].float())
-    return weighted.view(len(tokens), top_k, weighted.shape[-1]).sum(dim=1).to(dtype).view(hidden_states.shape)
+    summed = weighted.view(len(tokens), top_k, weighted.shape[-1]).sum(dim=1)
+    return summed.to(hidden_states.dtype).view(hidden_states.shape)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.gemm.config import ActivationType, WeightLayout
-from moe.integrations.hf_call import call_each, call_experts
+from moe.integrations.hf_call import Linear, call_between, call_each, call_experts
 from moe.integrations.hf_experts import Form, Gate, expect_activation, expect_plain_weights, own_gate_of, weights_of
 
 _FORM = Form(ActivationType.Swiglu, WeightLayout.MajorK, Gate())
@@ -118,8 +118,37 @@ def _llama4(layer: Any, is_batch_invariant: bool, hidden_states: Tensor) -> tupl
     return (layer.shared_expert(tokens).float() + routed).to(hidden_states.dtype), logits
 
 
+def _dbrx_weights(experts: Any) -> tuple[Tensor, Tensor]:
+    """Gate and down, as [E, I, H]; up lies apart, like gate."""
+    shape = (experts.num_experts, experts.ffn_hidden_size, experts.hidden_size)
+    return experts.mlp.w1.view(shape), experts.mlp.w2.view(shape)
+
+
+def _dbrx(
+    experts: Any, is_batch_invariant: bool, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Gate and up are matrices of their own, so the three are multiplied apart."""
+    gate, down = _dbrx_weights(experts)
+    inputs = (hidden_states, top_k_index, top_k_weights)
+
+    def between(linear: Linear, rows: Tensor) -> Tensor:
+        up = linear(rows, experts.mlp.v1.view(gate.shape), WeightLayout.MajorK)
+        return experts.mlp.activation_fn(linear(rows, gate, WeightLayout.MajorK).float()) * up.float()
+
+    result = call_between(
+        type(experts).__name__,
+        (gate, down),
+        WeightLayout.MajorMn,
+        *inputs,
+        between=between,
+        is_batch_invariant=is_batch_invariant,
+    )
+    return result.view(len(hidden_states), -1, experts.hidden_size)
+
+
 # class -> what stands for its forward; of JetMoE and Llama 4 the layer around the experts
 OWN = {
+    "DbrxExperts": Stand(_dbrx, _dbrx_weights, "mlp.activation_fn"),
     "JetMoeMoE": Stand(_jetmoe, _jetmoe_weights, "activation"),
     "Llama4TextMoe": Stand(_llama4, _llama4_weights, "experts.act_fn"),
     "LongcatFlashExperts": Stand(_longcat, _longcat_weights, "act_fn"),
