@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe.gemm.config import FLASHINFER, GemmConfig, GemmTile
+from moe.gemm.config import ACTIVATIONS, FLASHINFER, GemmConfig, GemmTile
 
 
 def test_a_tile_narrower_than_a_shuffled_block_is_refused():
@@ -16,3 +16,14 @@ def test_a_tile_narrower_than_a_shuffled_block_is_refused():
 def test_an_expert_of_2_31_weights_is_refused():
     with pytest.raises(ValueError, match=r"fewer than 2\^31 elements"):
         GemmConfig(num_experts=1, in_features=1 << 16, out_features=1 << 15)
+
+
+def test_no_family_takes_an_activation_that_the_portable_one_does_not():
+    for activations in ACTIVATIONS.values():
+        assert set(activations) <= set(ACTIVATIONS["portable"])
+
+
+@pytest.mark.parametrize("family", ["swapped", "wide"])
+def test_families_of_hopper_take_activations_with_a_gate_only(family):
+    """Their gemm1 reads gate and up rows together."""
+    assert all(activation.is_gated for activation in ACTIVATIONS[family])
