@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe.checks import WIDEST_LOAD_BYTES, expect, expect_separate, expect_type, is_as_expected
+from moe.checks import WIDEST_LOAD_BYTES, expect, expect_separate, is_as_expected
 from moe.config import MoEConfig
-from moe.flow import Permutation, SwigluParams, TopK
+from moe.flow import SwigluParams
 from moe.gemm.checks import check_swiglu, check_weights
-from moe.stages import Finalizer, Gemm1, Gemm2, Permuter, Router
 from moe.workspace import workspace_of
 
 
@@ -132,88 +131,3 @@ def _refuse_gradients(call: LayerCall, first_name: str) -> None:
                 f"{name}: expected a tensor that needs no gradient, got requires_grad=True; the layer is forward only: "
                 "call it under torch.no_grad() or torch.inference_mode(), or pass .detach()"
             )
-
-
-def checked_router(route: Router, config: MoEConfig) -> Router:
-    """A router that is none of ours, with its result checked."""
-
-    def run(logits: Tensor, bias: Tensor | None = None, *, replay_out: Tensor | None = None) -> TopK:
-        topk = route(logits, bias, replay_out=replay_out)
-        config.permute.check(topk)
-        if topk.expert_ids.shape[0] != logits.shape[0] or topk.expert_ids.device != logits.device:
-            dims = {"T": logits.shape[0], "K": config.top_k}
-            expect("expert_ids", topk.expert_ids, "T K", dims, dtype=torch.int32, device=logits.device)
-        return topk
-
-    return run
-
-
-def checked_permuter(permute: Permuter, config: MoEConfig) -> Permuter:
-    """A permuter that is none of ours, with its result checked."""
-
-    def run(topk: TopK) -> Permutation:
-        permutation = permute(topk)
-        _check_permutation(permutation, topk, config)
-        return permutation
-
-    return run
-
-
-def _check_permutation(permutation: Permutation, topk: TopK, config: MoEConfig) -> None:
-    name, device = "result of permute", topk.expert_ids.device
-    expect_type(name, permutation, Permutation, "moe.Permutation(..) makes one")
-    dims = {"T": topk.expert_ids.shape[0], "K": config.top_k}
-    shapes = {
-        "row_of_slot": "T K",
-        "token_of_row": "P",
-        "expert_of_tile": "tiles",
-        "row_limit_of_tile": "tiles",
-        "num_rows": "1",
-        "num_tiles": "1",
-    }
-    for field, shape in shapes.items():
-        expect(f"{name}: {field}", getattr(permutation, field), shape, dims, dtype=torch.int32, device=device)
-    if dims["P"] != dims["tiles"] * permutation.tile_rows:
-        raise ValueError(
-            f"{name}: expected token_of_row of tiles * tile_rows = {dims['tiles']} * {permutation.tile_rows} rows, got "
-            f"{dims['P']}; make both of one bound"
-        )
-
-
-def checked_gemm1(gemm1: Gemm1, config: MoEConfig) -> Gemm1:
-    """A gemm1 that is none of ours, with its result checked."""
-
-    def run(
-        hidden_states: Tensor, weights: Tensor, permutation: Permutation, *, swiglu: SwigluParams | None = None
-    ) -> Tensor:
-        result = gemm1(hidden_states, weights, permutation, swiglu=swiglu)
-        return _checked_rows("gemm1", result, (permutation.max_rows, config.intermediate_size), permutation)
-
-    return run
-
-
-def checked_gemm2(gemm2: Gemm2, config: MoEConfig) -> Gemm2:
-    """A gemm2 that is none of ours, with its result checked."""
-
-    def run(rows: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:
-        result = gemm2(rows, weights, permutation)
-        return _checked_rows("gemm2", result, (permutation.max_rows, config.hidden_size), permutation)
-
-    return run
-
-
-def checked_finalizer(finalize: Finalizer, config: MoEConfig) -> Finalizer:
-    """A finalizer that is none of ours, with its result checked."""
-
-    def run(rows: Tensor, topk: TopK, permutation: Permutation, *, output: Tensor | None = None) -> Tensor:
-        result = finalize(rows, topk, permutation, output=output)
-        return _checked_rows("finalize", result, (permutation.row_of_slot.shape[0], config.hidden_size), permutation)
-
-    return run
-
-
-def _checked_rows(stage: str, result: Tensor, shape: tuple[int, int], permutation: Permutation) -> Tensor:
-    device = permutation.row_of_slot.device
-    if not is_as_expected(result, shape, torch.bfloat16, device):
-        expect(f"result of {stage}", result, f"{shape[0]} {shape[1]}", {}, dtype=torch.bfloat16, device=device)
-    return result

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from moe import failing_calls
-from moe.call import (
-    LayerCall,
-    check_call,
-    checked_finalizer,
-    checked_gemm1,
-    checked_gemm2,
-    checked_permuter,
-    checked_router,
-)
+from moe.call import LayerCall, check_call
 from moe.config import MoEConfig
 from moe.flow import ExpertOutputs, Permutation, SwigluParams, TopK
+from moe.ready_stages import ReadyStages, ready_stages
 from moe.runtime.scratch import scratch_from
-from moe.stages import CheckedStage, Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router
+from moe.stages import Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router
 from moe.workspace import Workspace, workspace_of
 
 
@@ -174,48 +165,5 @@ class MoEPipeline:
         return {name: repr(getattr(self, name)).partition(" at 0x")[0] for name in names}
 
     @functools.cached_property
-    def _stages(self) -> _Stages:
-        """What runs: our own stages without their checks where the call was checked, others with their results checked."""
-        config, run = self.config, self._checked_once
-        fused = self.fused
-        stages = (self.permute, self.gemm1, self.gemm2, self.finalize)
-        if fused and any(stage is not other for stage, other in zip(stages, fused.stands_for)):
-            fused = None
-        return _Stages(
-            run(self.route, config.routing, checked_router),
-            run(self.permute, config.permute, checked_permuter),
-            run(self.gemm1, config.gemm1, checked_gemm1),
-            run(self.gemm2, config.gemm2, checked_gemm2),
-            run(self.finalize, config.finalize, checked_finalizer),
-            *((self._fused_run(fused), fused.max_tokens) if fused else (_nothing, -1)),
-        )
-
-    def _checked_once(self, stage: Any, config: Any, checked: Callable[[Any, MoEConfig], Any]) -> Any:
-        if not self.checks_inputs:
-            return stage
-        return stage.launch if _is_ours(stage, config) else checked(stage, self.config)
-
-    def _fused_run(self, fused: FusedExperts) -> Callable[..., Tensor]:
-        """Without its checks where the stages that it stands for need none."""
-        config = self.config
-        configs = (config.permute, config.gemm1, config.gemm2, config.finalize)
-        is_checked = self.checks_inputs and all(map(_is_ours, fused.stands_for, configs))
-        return fused.run.launch if is_checked and isinstance(fused.run, CheckedStage) else fused.run
-
-
-class _Stages(NamedTuple):
-    route: Router
-    permute: Permuter
-    gemm1: Gemm1
-    gemm2: Gemm2
-    finalize: Finalizer
-    fused: Callable[..., Tensor]
-    max_fused_tokens: int  # -1 where there is none, or it steps aside
-
-
-def _nothing(*args: Any, **more: Any) -> Tensor:
-    raise AssertionError("there is no fused callable")
-
-
-def _is_ours(stage: Any, config: Any) -> bool:
-    return isinstance(stage, CheckedStage) and stage.config == config
+    def _stages(self) -> ReadyStages:
+        return ready_stages(self)

@@ -22,7 +22,7 @@ LEVELS = (
     {"config"},
     {"workspace"},
     {"call"},
-    {"failing_calls"},
+    {"failing_calls", "ready_stages"},
     {"pipeline"},
     {"compose"},
     {"training", "tuning"},

@@ -1,0 +1,166 @@
+"""What a pipeline runs: each check of a call once. Stages of our own launch, others have their results checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from moe.checks import expect, expect_type, is_as_expected
+from moe.config import MoEConfig
+from moe.flow import Permutation, SwigluParams, TopK
+from moe.stages import CheckedStage, Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router
+
+
+class Composition(Protocol):
+    """The fields of a MoEPipeline that say what runs."""
+
+    @property
+    def config(self) -> MoEConfig: ...
+    @property
+    def route(self) -> Router: ...
+    @property
+    def permute(self) -> Permuter: ...
+    @property
+    def gemm1(self) -> Gemm1: ...
+    @property
+    def gemm2(self) -> Gemm2: ...
+    @property
+    def finalize(self) -> Finalizer: ...
+    @property
+    def checks_inputs(self) -> bool: ...
+    @property
+    def fused(self) -> FusedExperts | None: ...
+
+
+class ReadyStages(NamedTuple):
+    """The five stages, and what stands for the last four up to `max_fused_tokens` tokens."""
+
+    route: Router
+    permute: Permuter
+    gemm1: Gemm1
+    gemm2: Gemm2
+    finalize: Finalizer
+    fused: Callable[..., Tensor]
+    max_fused_tokens: int  # -1 where there is none, or it steps aside
+
+
+def ready_stages(pipeline: Composition) -> ReadyStages:
+    """Our own stages without their checks, since the pipeline checks the call; others with their results checked.
+
+    All of them as they are where the pipeline checks nothing.
+    """
+    config, checks = pipeline.config, pipeline.checks_inputs
+    chain = (pipeline.permute, pipeline.gemm1, pipeline.gemm2, pipeline.finalize)
+    configs = (config.permute, config.gemm1, config.gemm2, config.finalize)
+    fused = pipeline.fused
+    run: Callable[..., Tensor] = _nothing
+    if fused is not None and all(stage is other for stage, other in zip(chain, fused.stands_for)):
+        is_checked = checks and all(map(_is_ours, chain, configs))
+        run = fused.run.launch if is_checked and isinstance(fused.run, CheckedStage) else fused.run
+    else:
+        fused = None
+    stages: tuple[Any, ...] = (pipeline.route, *chain)
+    if checks:
+        wrappers: tuple[Any, ...] = (checked_router, checked_permuter, checked_gemm1, checked_gemm2, checked_finalizer)
+        stages = tuple(
+            stage.launch if _is_ours(stage, part) else checked(stage, config)
+            for stage, part, checked in zip(stages, (config.routing, *configs), wrappers)
+        )
+    route, permute, gemm1, gemm2, finalize = stages
+    return ReadyStages(route, permute, gemm1, gemm2, finalize, run, -1 if fused is None else fused.max_tokens)
+
+
+def _is_ours(stage: Any, config: Any) -> bool:
+    return isinstance(stage, CheckedStage) and stage.config == config
+
+
+def _nothing(*args: Any, **more: Any) -> Tensor:
+    raise AssertionError("there is no fused callable")
+
+
+def checked_router(route: Router, config: MoEConfig) -> Router:
+    """A router that is none of ours, with its result checked."""
+
+    def run(logits: Tensor, bias: Tensor | None = None, *, replay_out: Tensor | None = None) -> TopK:
+        topk = route(logits, bias, replay_out=replay_out)
+        config.permute.check(topk)
+        if topk.expert_ids.shape[0] != logits.shape[0] or topk.expert_ids.device != logits.device:
+            dims = {"T": logits.shape[0], "K": config.top_k}
+            expect("expert_ids", topk.expert_ids, "T K", dims, dtype=torch.int32, device=logits.device)
+        return topk
+
+    return run
+
+
+def checked_permuter(permute: Permuter, config: MoEConfig) -> Permuter:
+    """A permuter that is none of ours, with its result checked."""
+
+    def run(topk: TopK) -> Permutation:
+        permutation = permute(topk)
+        _check_permutation(permutation, topk, config)
+        return permutation
+
+    return run
+
+
+def _check_permutation(permutation: Permutation, topk: TopK, config: MoEConfig) -> None:
+    name, device = "result of permute", topk.expert_ids.device
+    expect_type(name, permutation, Permutation, "moe.Permutation(..) makes one")
+    dims = {"T": topk.expert_ids.shape[0], "K": config.top_k}
+    shapes = {
+        "row_of_slot": "T K",
+        "token_of_row": "P",
+        "expert_of_tile": "tiles",
+        "row_limit_of_tile": "tiles",
+        "num_rows": "1",
+        "num_tiles": "1",
+    }
+    for field, shape in shapes.items():
+        expect(f"{name}: {field}", getattr(permutation, field), shape, dims, dtype=torch.int32, device=device)
+    if dims["P"] != dims["tiles"] * permutation.tile_rows:
+        raise ValueError(
+            f"{name}: expected token_of_row of tiles * tile_rows = {dims['tiles']} * {permutation.tile_rows} rows, got "
+            f"{dims['P']}; make both of one bound"
+        )
+
+
+def checked_gemm1(gemm1: Gemm1, config: MoEConfig) -> Gemm1:
+    """A gemm1 that is none of ours, with its result checked."""
+
+    def run(
+        hidden_states: Tensor, weights: Tensor, permutation: Permutation, *, swiglu: SwigluParams | None = None
+    ) -> Tensor:
+        result = gemm1(hidden_states, weights, permutation, swiglu=swiglu)
+        return _checked_rows("gemm1", result, (permutation.max_rows, config.intermediate_size), permutation)
+
+    return run
+
+
+def checked_gemm2(gemm2: Gemm2, config: MoEConfig) -> Gemm2:
+    """A gemm2 that is none of ours, with its result checked."""
+
+    def run(rows: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:
+        result = gemm2(rows, weights, permutation)
+        return _checked_rows("gemm2", result, (permutation.max_rows, config.hidden_size), permutation)
+
+    return run
+
+
+def checked_finalizer(finalize: Finalizer, config: MoEConfig) -> Finalizer:
+    """A finalizer that is none of ours, with its result checked."""
+
+    def run(rows: Tensor, topk: TopK, permutation: Permutation, *, output: Tensor | None = None) -> Tensor:
+        result = finalize(rows, topk, permutation, output=output)
+        return _checked_rows("finalize", result, (permutation.row_of_slot.shape[0], config.hidden_size), permutation)
+
+    return run
+
+
+def _checked_rows(stage: str, result: Tensor, shape: tuple[int, int], permutation: Permutation) -> Tensor:
+    device = permutation.row_of_slot.device
+    if not is_as_expected(result, shape, torch.bfloat16, device):
+        expect(f"result of {stage}", result, f"{shape[0]} {shape[1]}", {}, dtype=torch.bfloat16, device=device)
+    return result
