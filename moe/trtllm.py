@@ -100,40 +100,17 @@ def trtllm_bf16_moe(
         ValueError: anything else that does not fit, before anything is launched or written.
     """
     layer = FlatLayer(
-        _hidden_size(hidden_states),
-        hidden_states.device,
-        num_experts,
-        top_k,
-        n_group,
-        topk_group,
-        intermediate_size,
-        local_expert_offset,
-        local_num_experts,
-        routed_scaling_factor,
-        routing_method_type,
-        use_shuffled_weight,
-        weight_layout,
-        do_finalize,
-        enable_pdl,
-        tune_max_num_tokens,
-        activation_type,
-        norm_topk_prob,
-        is_batch_invariant,
-    )
+        _hidden_size(hidden_states), hidden_states.device, num_experts, top_k, n_group, topk_group,
+        intermediate_size, local_expert_offset, local_num_experts, routed_scaling_factor, routing_method_type,
+        use_shuffled_weight, weight_layout, do_finalize, enable_pdl, tune_max_num_tokens, activation_type,
+        norm_topk_prob, is_batch_invariant,
+    )  # fmt: skip
     pipeline = _pipeline(layer)
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
     call = LayerCall(
-        routing_logits,
-        hidden_states,
-        gemm1_weights,
-        gemm2_weights,
-        swiglu,
-        routing_bias,
-        output if do_finalize else None,
-        routing_replay_out,
-        False,
-        workspace_buffer,
-    )
+        routing_logits, hidden_states, gemm1_weights, gemm2_weights, swiglu, routing_bias,
+        output if do_finalize else None, routing_replay_out, False, workspace_buffer,
+    )  # fmt: skip
     if is_traced(hidden_states):
         return _traced(pipeline, call, do_finalize)
     if do_finalize:
@@ -192,26 +169,11 @@ def trtllm_bf16_routed_moe(
             "(moe.build_pipeline) to add to its result before the activation"
         )
     layer = FlatLayer(
-        _hidden_size(hidden_states),
-        hidden_states.device,
-        num_experts,
-        top_k,
-        n_group,
-        topk_group,
-        intermediate_size,
-        local_expert_offset,
-        local_num_experts,
-        routed_scaling_factor,
-        routing_method_type,
-        use_shuffled_weight,
-        weight_layout,
-        do_finalize,
-        enable_pdl,
-        tune_max_num_tokens,
-        activation_type,
-        True,
+        _hidden_size(hidden_states), hidden_states.device, num_experts, top_k, n_group, topk_group,
+        intermediate_size, local_expert_offset, local_num_experts, routed_scaling_factor, routing_method_type,
+        use_shuffled_weight, weight_layout, do_finalize, enable_pdl, tune_max_num_tokens, activation_type, True,
         is_batch_invariant,
-    )
+    )  # fmt: skip
     pipeline = _pipeline(layer)
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
     if is_traced(hidden_states):
