@@ -11,6 +11,8 @@ from torch import Tensor
 from moe.checks import expect, expect_type, is_as_expected
 from moe.config import MoEConfig
 from moe.flow import Permutation, SwigluParams, TopK
+from moe.fused.few_tokens.config import FewTokenConfig
+from moe.runtime.scratch import without_buffer
 from moe.stages import CheckedStage, Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router
 
 
@@ -50,31 +52,38 @@ class ReadyStages(NamedTuple):
 def ready_stages(pipeline: Composition) -> ReadyStages:
     """Our own stages without their checks, since the pipeline checks the call; others with their results checked.
 
-    All of them as they are where the pipeline checks nothing.
+    Behind one that is not ours, ours keep their checks: only they know what their arguments may share memory with. All of them do
+    where the pipeline checks nothing. What is not ours takes no scratch from a caller's buffer, whose size does not count it.
     """
     config, checks = pipeline.config, pipeline.checks_inputs
-    chain = (pipeline.permute, pipeline.gemm1, pipeline.gemm2, pipeline.finalize)
-    configs = (config.permute, config.gemm1, config.gemm2, config.finalize)
+    stages: tuple[Any, ...] = (pipeline.route, pipeline.permute, pipeline.gemm1, pipeline.gemm2, pipeline.finalize)
+    configs = (config.routing, config.permute, config.gemm1, config.gemm2, config.finalize)
+    wrappers: tuple[Any, ...] = (checked_router, checked_permuter, checked_gemm1, checked_gemm2, checked_finalizer)
+    may_launch = checks
+    ready: list[Any] = []
+    for stage, part, checked in zip(stages, configs, wrappers):
+        is_ours = isinstance(stage, CheckedStage) and stage.config == part
+        may_launch = may_launch and is_ours
+        if is_ours:
+            ready.append(stage.launch if may_launch else stage)
+        else:
+            mine = without_buffer(stage)
+            ready.append(checked(mine, config) if checks else mine)
+    route, permute, gemm1, gemm2, finalize = ready
     fused = pipeline.fused
-    run: Callable[..., Tensor] = _nothing
-    if fused is not None and all(stage is other for stage, other in zip(chain, fused.stands_for)):
-        is_checked = checks and all(map(_is_ours, chain, configs))
-        run = fused.run.launch if is_checked and isinstance(fused.run, CheckedStage) else fused.run
-    else:
-        fused = None
-    stages: tuple[Any, ...] = (pipeline.route, *chain)
-    if checks:
-        wrappers: tuple[Any, ...] = (checked_router, checked_permuter, checked_gemm1, checked_gemm2, checked_finalizer)
-        stages = tuple(
-            stage.launch if _is_ours(stage, part) else checked(stage, config)
-            for stage, part, checked in zip(stages, (config.routing, *configs), wrappers)
-        )
-    route, permute, gemm1, gemm2, finalize = stages
-    return ReadyStages(route, permute, gemm1, gemm2, finalize, run, -1 if fused is None else fused.max_tokens)
+    if fused is None or any(stage is not other for stage, other in zip(stages[1:], fused.stands_for)):
+        return ReadyStages(route, permute, gemm1, gemm2, finalize, _nothing, -1)
+    run = _ready_fused(fused.run, config, may_launch=may_launch)
+    return ReadyStages(route, permute, gemm1, gemm2, finalize, run, fused.max_tokens)
 
 
-def _is_ours(stage: Any, config: Any) -> bool:
-    return isinstance(stage, CheckedStage) and stage.config == config
+def _ready_fused(run: Callable[..., Tensor], config: MoEConfig, *, may_launch: bool) -> Callable[..., Tensor]:
+    if not isinstance(run, CheckedStage):
+        return without_buffer(run)
+    few = run.config
+    if not isinstance(few, FewTokenConfig) or not few.is_of_stages(config.permute, config.gemm1, config.gemm2):
+        return without_buffer(run)
+    return run.launch if may_launch else run
 
 
 def _nothing(*args: Any, **more: Any) -> Tensor:

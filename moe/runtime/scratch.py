@@ -7,8 +7,9 @@ another on a stream, as they do with memory that the allocator hands out again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,14 +45,26 @@ def new_scratch(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = 
     return like.new_empty(*shape) if dtype is None else like.new_empty(*shape, dtype=dtype)
 
 
+def without_buffer(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with scratch from torch's allocator, within `scratch_from` too: for what a buffer's size does not count."""
+
+    def run(*args: Any, **more: Any) -> Any:
+        if not _num_buffers:
+            return function(*args, **more)
+        with scratch_from(None):
+            return function(*args, **more)
+
+    return run
+
+
 @contextmanager
-def scratch_from(memory: Tensor) -> Iterator[None]:
-    """Within the block `new_scratch` hands out `memory`, [bytes] uint8, in this thread."""
+def scratch_from(memory: Tensor | None) -> Iterator[None]:
+    """Within the block `new_scratch` hands out `memory`, [bytes] uint8, in this thread; None: what torch's allocator has."""
     global _num_buffers
     outer = getattr(_this_thread, "buffer", None)
     with _lock:
         _num_buffers += 1
-    _this_thread.buffer = _Buffer(memory)
+    _this_thread.buffer = None if memory is None else _Buffer(memory)
     try:
         yield
     finally:

@@ -95,6 +95,11 @@ class FewTokenConfig(FrozenConfig):
             uses_pdl=uses_pdl,
         )
 
+    def is_of_stages(self, permute: PermuteConfig, gemm1: GemmConfig, gemm2: GemmConfig) -> bool:
+        """Whether tensors that fit a layer of these stages fit this config too."""
+        mine = (self.num_experts, self.top_k, self.local_expert_offset, self.gemm1, self.gemm2)
+        return mine == (permute.num_experts, permute.top_k, permute.local_expert_offset, gemm1, gemm2)
+
     @property
     def is_slice(self) -> bool:
         """Whether some experts lie elsewhere."""
