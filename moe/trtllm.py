@@ -260,11 +260,13 @@ def _pipeline(layer: FlatLayer) -> TunedPipeline:
     """The pipeline of a flat call."""
     try:
         return _pipeline_of(*layer)
-    except _TensorNumber:
+    except (
+        _TensorNumber,
+        TypeError,
+    ):  # TypeError: a wrong type, or one that nothing is kept for: numpy's arrays have no hash
         plain = FlatLayer(*map(plain_number, layer))
-        if Tensor in map(type, plain):
-            _checked(plain)  # says which is no number
-        return _pipeline_of(*plain)
+    _checked(plain)  # says which is no number
+    return _pipeline_of(*plain)
 
 
 class _TensorNumber(Exception):
@@ -275,7 +277,7 @@ class _TensorNumber(Exception):
 @lru_cache(maxsize=1024, typed=True)
 def _pipeline_of(*values: Any) -> TunedPipeline:
     """Every check that needs no tensor, once a combination of arguments."""
-    if Tensor in map(type, values):
+    if any(isinstance(value, Tensor) for value in values):
         raise _TensorNumber
     layer = _checked(FlatLayer(*values))
     try:

@@ -480,10 +480,10 @@ def as_engines_pass_them(value: Any, kind: str) -> Any:
         return value
     if kind == "numpy":
         return np.int64(value) if isinstance(value, int) else np.float32(value)
-    return torch.tensor(value)
+    return torch.tensor(value) if kind == "tensors" else np.array(value)
 
 
-@pytest.mark.parametrize("kind", ["numpy", "tensors"])
+@pytest.mark.parametrize("kind", ["numpy", "arrays", "tensors"])
 def test_numbers_may_be_numpys_or_tensors_of_one_number(kind: str):
     config = layer(method="DeepSeekV3", n_group=2, topk_group=1, routed_scaling_factor=2.5)
     problem = make_problem(config, 5)
@@ -494,12 +494,17 @@ def test_numbers_may_be_numpys_or_tensors_of_one_number(kind: str):
     assert torch.equal(trtllm_bf16_moe(**numbers), expected)
 
 
-def test_a_tensor_that_holds_another_number_than_before_is_read_again():
+@pytest.mark.parametrize(
+    "top_k",
+    [torch.tensor(1), torch.nn.Parameter(torch.tensor(1), requires_grad=False), np.array(1)],
+    ids=["tensor", "Parameter", "array"],
+)
+def test_what_holds_another_number_than_before_is_read_again(top_k: Any):
     config = layer()
     problem = make_problem(config, 5)
-    arguments, top_k = flat_arguments(config, problem), torch.tensor(1)
+    arguments = flat_arguments(config, problem)
     one = trtllm_bf16_moe(**arguments | {"top_k": top_k})
-    top_k.fill_(2)
+    top_k[...] = 2
     two = trtllm_bf16_moe(**arguments | {"top_k": top_k})
     assert torch.equal(two, trtllm_bf16_moe(**arguments | {"top_k": 2}))
     assert not torch.equal(one, two)
@@ -513,8 +518,9 @@ def test_a_tensor_that_holds_another_number_than_before_is_read_again():
         ("num_experts", np.float64(8), "num_experts: expected an int"),
         ("routed_scaling_factor", torch.tensor(True), "routed_scaling_factor: expected a float"),
         ("do_finalize", 1, "do_finalize: expected a bool, got int"),
+        ("top_k", [2], "top_k: expected an int, got list"),
     ],
-    ids=["numpy bool", "a tensor with an axis", "numpy float", "tensor of a bool", "int for a bool"],
+    ids=["numpy bool", "a tensor with an axis", "numpy float", "tensor of a bool", "int for a bool", "list"],
 )
 def test_what_is_no_number_is_refused_by_its_name(name: str, value: Any, words: str):
     config = layer()
