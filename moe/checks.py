@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -16,6 +17,19 @@ DEVICES_OF_KERNELS = (
 )  # elsewhere references run, which read memory wherever it begins: weights mapped from a file
 # Numbers that mean something with their scales only. Which of them there are depends on torch's version.
 _QUANTISED = ("float8", "float4", "int8", "uint8", "int4", "uint4", "int2", "uint2", "quint", "qint")
+
+
+def no_case(choice: Any, where: str) -> ValueError:
+    """What code raises that chooses by a value, and has no case for this one: it never takes it for another.
+
+    Args:
+        choice: a member of an enum, or a name.
+        where: the file and what is chosen there, in which a case is missing.
+    """
+    is_number = isinstance(choice, Enum) and isinstance(choice, int)
+    number = f" ({int(choice)})" if is_number else ""
+    name = f"{type(choice).__name__}.{choice.name}{number}" if isinstance(choice, Enum) else repr(choice)
+    return ValueError(f"{name}: expected one with a case in {where}, got one without; add it there, or choose another")
 
 
 def expect(

@@ -13,6 +13,7 @@ from moe.flow import Permutation, TopK
 from moe.gemm.config import GemmConfig, WeightFormat, WeightLayout
 from moe.gemm.kernels import gemm2_for
 from moe.gemm.reference import grouped_gemm_reference
+from moe.gemm.weight_format import matrix_shape
 from moe.permute.config import MIN_TILE_ROWS, FinalizeConfig, PermuteConfig
 from moe.permute.kernels import finalizer_for, permuter_for
 from moe.runtime.device import expect_kernels
@@ -31,8 +32,8 @@ def expert_linear(
     Returns:
         [N, M] bfloat16.
     """
-    num_experts, *sizes = weights.shape
-    out_features, in_features = sizes if weight_layout == WeightLayout.MajorK else reversed(sizes)
+    num_experts = weights.shape[0]
+    out_features, in_features = matrix_shape(weights, WeightLayout(weight_layout))
     if not len(rows):
         return rows.new_empty(0, out_features)
     permute, gemm, finalize = _stages(
@@ -51,7 +52,7 @@ _operator = library.custom_op("moe::expert_linear", expert_linear, mutates_args=
 
 @_operator.register_fake
 def _(rows: Tensor, expert_ids: Tensor, weights: Tensor, weight_layout: int, is_batch_invariant: bool) -> Tensor:
-    return rows.new_empty(rows.shape[0], weights.shape[1 if weight_layout == WeightLayout.MajorK else 2])
+    return rows.new_empty(rows.shape[0], matrix_shape(weights, WeightLayout(weight_layout))[0])
 
 
 @cache

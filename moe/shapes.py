@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe.gemm.config import ActivationType
+
 
 @dataclass(frozen=True)
 class MoEShape:
@@ -19,7 +21,11 @@ class MoEShape:
     n_group: int = 0
     topk_group: int = 0
     routed_scaling_factor: float = 1.0
-    is_gated: bool = True
+    activation: str = "Swiglu"  # an ActivationType's name
+
+    @property
+    def is_gated(self) -> bool:
+        return ActivationType[self.activation].is_gated
 
     @property
     def expert_weights(self) -> int:
@@ -69,7 +75,7 @@ NAMED_SHAPES = {
         _shape("minimax-m2", 3072, 1536, 256, 8, "MiniMax2"),
         _shape(
             "nemotron-3-nano-30b-a3b", 2688, 1856, 128, 6, "DeepSeekV3",
-            n_group=1, topk_group=1, routed_scaling_factor=2.5, is_gated=False,
+            n_group=1, topk_group=1, routed_scaling_factor=2.5, activation="Relu2",
         ),
         _shape("sonic-7b", 1536, 256, 128, 8, "Renormalize"),
         _shape("llama4-scout", 5120, 8192, 16, 1, "Llama4"),

@@ -50,7 +50,7 @@ def assert_layer_is_right(config: MoEConfig, num_tokens: int, device: torch.devi
         problem.hidden_states,
         problem.w1,
         problem.w2,
-        is_gated=config.gemm1.is_gated,
+        activation=config.gemm1.activation,
         local_expert_offset=config.permute.local_expert_offset,
     )
     assert output.dtype == torch.bfloat16

@@ -91,7 +91,7 @@ def assert_output_is_right(
         problem.hidden_states,
         problem.w1,
         problem.w2,
-        is_gated=config.gemm1.is_gated,
+        activation=config.gemm1.activation,
         local_expert_offset=config.permute.local_expert_offset,
     )
     assert_close_to_exact(output, reference, exact)

@@ -11,12 +11,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from moe.checks import no_case
 from moe.cli.machine import UnfitMachine
 from moe.cli.progress import Progress
 from moe.compose import build_pipeline
 from moe.config import MoEConfig
 from moe.flow import Permutation, TopK
-from moe.gemm.config import FLASHINFER, ActivationType, WeightFormat
+from moe.gemm.config import FLASHINFER, WeightFormat
 from moe.pipeline import MoEPipeline
 from moe.shapes import NAMED_SHAPES, MoEShape
 
@@ -47,7 +48,7 @@ class NamedLayer:
             n_group=routing.n_group,
             topk_group=routing.topk_group,
             routed_scaling_factor=routing.routed_scaling_factor,
-            is_gated=self.config.gemm1.is_gated,
+            activation=str(self.config.gemm1.activation_name),
         )
 
 
@@ -109,7 +110,7 @@ def layer_of_shape(shape: MoEShape, weight_format: WeightFormat) -> NamedLayer:
         n_group=shape.n_group,
         topk_group=shape.topk_group,
         routed_scaling_factor=shape.routed_scaling_factor,
-        activation=ActivationType.Swiglu if shape.is_gated else ActivationType.Relu2,
+        activation=shape.activation,
         weight_format=weight_format,
         num_local_experts=shape.num_local_experts,
     )
@@ -194,6 +195,8 @@ def random_logits(num_tokens: int, num_experts: int, routing: str, generator: to
     gumbel = gumbel.clamp_(min=1e-20).log_().neg_()
     if routing == "uniform":
         return gumbel
+    if routing != "zipf":
+        raise no_case(routing, "moe/cli/layer.py, random_logits")
     rank = torch.randperm(num_experts, generator=torch.Generator().manual_seed(generator.initial_seed()))
     return gumbel - (rank + 1.0).log().to(device)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.checks import expect, expect_no_scales, expect_type, is_as_expected
+from moe.checks import expect, expect_no_scales, expect_type, is_as_expected, no_case
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.config import BLOCK_MAJOR_K, ActivationType, GemmConfig, WeightLayout
 
@@ -29,11 +29,15 @@ def _weight_axes(config: GemmConfig) -> tuple[list[str], dict[str, int]]:
     else:
         rows, columns = "2I" if config.is_gated else "I", "H"
     blocks = f"{columns}/{BLOCK_MAJOR_K}"
-    axes = {
-        WeightLayout.MajorK: ["E_local", rows, columns],
-        WeightLayout.MajorMn: ["E_local", columns, rows],
-        WeightLayout.BlockMajorK: ["E_local", blocks, rows, str(BLOCK_MAJOR_K)],
-    }[config.weight_format.layout]
+    match config.weight_format.layout:
+        case WeightLayout.MajorK:
+            axes = ["E_local", rows, columns]
+        case WeightLayout.MajorMn:
+            axes = ["E_local", columns, rows]
+        case WeightLayout.BlockMajorK:
+            axes = ["E_local", blocks, rows, str(BLOCK_MAJOR_K)]
+        case _:
+            raise no_case(config.weight_format.layout, "moe/gemm/checks.py, _weight_axes")
     return axes, dict(zip(axes, config.weight_shape))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from moe.base_config import Count, FrozenConfig, PowerOfTwo
-from moe.checks import plain_number
+from moe.checks import no_case, plain_number
 
 GemmKernel = Literal["portable", "swapped", "wide"]  # the families: a folder each
 
@@ -31,7 +31,12 @@ class ActivationType(IntEnum):
 
     @property
     def is_gated(self) -> bool:
-        return self in _GATED
+        """Whether W1 has rows of a gate beside those of up. Says nothing of what is computed from them."""
+        if self in _GATED:
+            return True
+        if self in _NOT_GATED:
+            return False
+        raise no_case(self, "moe/gemm/config.py, _GATED or _NOT_GATED")
 
 
 _GATED = (
@@ -42,10 +47,17 @@ _GATED = (
     ActivationType.GegluTanh,
     ActivationType.Situ,
 )
+_NOT_GATED = (
+    ActivationType.Gelu,
+    ActivationType.Relu,
+    ActivationType.Silu,
+    ActivationType.Relu2,
+    ActivationType.Identity,
+)
 
 
-# What gemm1 computes in each family. Whatever runs must run on every GPU, so the portable kernels compute all that there are, and
-# the few-token kernels too; those of Hopper read gate and up rows together, and so take gated ones only.
+# What gemm1 computes in each family. Whatever runs must run on every GPU, so the portable kernels compute all that there are;
+# those of Hopper read gate and up rows together, and so take gated ones only.
 ACTIVATIONS: dict[GemmKernel, tuple[ActivationType, ...]] = {
     "portable": (ActivationType.Swiglu, ActivationType.Relu2),
     "swapped": (ActivationType.Swiglu,),
@@ -83,6 +95,15 @@ class WeightFormat(FrozenConfig):
     layout: WeightLayout = WeightLayout.MajorK
     is_shuffled: bool = False  # rows permuted within blocks of 32, and the two halves of a gated W1 interleaved
     gate_up_order: GateUpOrder = "gate_up"  # which half of a gated W1 has the first I rows
+
+    @property
+    def is_gate_first(self) -> bool:
+        """Whether a gated W1 has its gate rows before its up rows."""
+        if self.gate_up_order == "gate_up":
+            return True
+        if self.gate_up_order == "up_gate":
+            return False
+        raise no_case(self.gate_up_order, "moe/gemm/config.py, WeightFormat.is_gate_first")
 
     @field_validator("layout", mode="before")
     @classmethod
@@ -190,4 +211,4 @@ class GemmConfig(FrozenConfig):
                 return (self.num_experts, columns, rows)
             case WeightLayout.BlockMajorK:
                 return (self.num_experts, columns // BLOCK_MAJOR_K, rows, BLOCK_MAJOR_K)
-        raise AssertionError(self.weight_format.layout)
+        raise no_case(self.weight_format.layout, "moe/gemm/config.py, weight_shape")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from moe.checks import no_case
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.checks import check_gather, check_grouped
 from moe.gemm.config import ActivationType, GemmConfig
@@ -56,7 +57,7 @@ def activate_reference(product: Tensor, expert: int, config: GemmConfig, swiglu:
             return _swiglu(gate, up, expert, swiglu or SwigluParams())
         case ActivationType.Relu2:
             return product.clamp(min=0).square()
-    raise AssertionError(config.activation)
+    raise no_case(config.activation, "moe/gemm/reference.py, activate_reference")
 
 
 def _swiglu(gate: Tensor, up: Tensor, expert: int, swiglu: SwigluParams) -> Tensor:

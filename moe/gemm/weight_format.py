@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe.checks import no_case
 from moe.gemm.config import BLOCK_MAJOR_K, SHUFFLE_ROWS, GemmConfig, WeightFormat, WeightLayout
 
 
@@ -38,7 +39,7 @@ def weight_strides(config: GemmConfig) -> WeightStrides:
             return WeightStrides(row=1, k=config.weight_rows, block=BLOCK_MAJOR_K * config.weight_rows)
         case WeightLayout.BlockMajorK:
             return WeightStrides(row=BLOCK_MAJOR_K, k=1, block=BLOCK_MAJOR_K * config.weight_rows)
-    raise AssertionError(config.weight_format.layout)
+    raise no_case(config.weight_format.layout, "moe/gemm/weight_format.py, weight_strides")
 
 
 def pack_weights(logical: Tensor, weight_format: WeightFormat, *, is_gated: bool) -> Tensor:
@@ -74,7 +75,7 @@ def convert_weights(weights: Tensor, format_from: WeightFormat, format_to: Weigh
     Raises:
         ValueError: where the shape does not fit one of the formats.
     """
-    num_rows, num_columns = _matrix_shape(weights, format_from)
+    num_rows, num_columns = matrix_shape(weights, format_from.layout)
     for weight_format in (format_from, format_to):
         _expect_fits(num_rows, num_columns, weight_format, is_gated)
     row_of_row = _row_map(num_rows, format_from, format_to, is_gated, weights.device)
@@ -93,7 +94,7 @@ def unpack_expert(stored: Tensor, weight_format: WeightFormat, *, is_gated: bool
     Raises:
         ValueError: where the shape does not fit the format.
     """
-    num_rows, num_columns = _matrix_shape(stored[None], weight_format)
+    num_rows, num_columns = matrix_shape(stored[None], weight_format.layout)
     _expect_fits(num_rows, num_columns, weight_format, is_gated)
     matrix = _as_matrix(stored, weight_format.layout)
     row_of_row = _row_map(num_rows, weight_format, WeightFormat(), is_gated, stored.device)
@@ -109,7 +110,7 @@ def logical_row_of_stored_row(
         row = SHUFFLE_ROWS * (row // SHUFFLE_ROWS) + 4 * (row % 8) + row % SHUFFLE_ROWS // 8
         if is_gated:
             row = row // 2 + row % 2 * (num_rows // 2)
-    if is_gated and weight_format.gate_up_order == "up_gate":
+    if is_gated and not weight_format.is_gate_first:
         row = (row + num_rows // 2) % num_rows
     return row
 
@@ -119,7 +120,7 @@ def _row_map(
 ) -> Tensor | None:
     """[N]: the stored row of `format_from` that each stored row of `format_to` comes from; None where all stay."""
     if format_from.is_shuffled == format_to.is_shuffled and (
-        not is_gated or format_from.gate_up_order == format_to.gate_up_order
+        not is_gated or format_from.is_gate_first == format_to.is_gate_first
     ):
         return None
     logical_from = logical_row_of_stored_row(num_rows, format_from, is_gated=is_gated, device=device)
@@ -127,23 +128,29 @@ def _row_map(
     return logical_from.argsort()[logical_to]
 
 
-def _matrix_shape(weights: Tensor, weight_format: WeightFormat) -> tuple[int, int]:
+def matrix_shape(weights: Tensor, layout: WeightLayout) -> tuple[int, int]:
+    """N and K of weights [E, ..] in this layout.
+
+    Raises:
+        ValueError: where the shape does not fit the layout.
+    """
     shape = list(weights.shape)
-    match weight_format.layout:
-        case WeightLayout.MajorK if len(shape) == 3:
-            return shape[1], shape[2]
-        case WeightLayout.MajorMn if len(shape) == 3:
-            return shape[2], shape[1]
-        case WeightLayout.BlockMajorK if len(shape) == 4 and shape[3] == BLOCK_MAJOR_K:
-            return shape[2], shape[1] * BLOCK_MAJOR_K
-    wanted = {
-        WeightLayout.MajorK: "[E, N, K]",
-        WeightLayout.MajorMn: "[E, K, N]",
-        WeightLayout.BlockMajorK: f"[E, K/{BLOCK_MAJOR_K}, N, {BLOCK_MAJOR_K}]",
-    }[weight_format.layout]
-    raise ValueError(
-        f"weights: expected {wanted} for {weight_format.layout.name}, got {shape}; reshape them or name their format"
-    )
+    match layout:
+        case WeightLayout.MajorK:
+            if len(shape) == 3:
+                return shape[1], shape[2]
+            wanted = "[E, N, K]"
+        case WeightLayout.MajorMn:
+            if len(shape) == 3:
+                return shape[2], shape[1]
+            wanted = "[E, K, N]"
+        case WeightLayout.BlockMajorK:
+            if len(shape) == 4 and shape[3] == BLOCK_MAJOR_K:
+                return shape[2], shape[1] * BLOCK_MAJOR_K
+            wanted = f"[E, K/{BLOCK_MAJOR_K}, N, {BLOCK_MAJOR_K}]"
+        case _:
+            raise no_case(layout, "moe/gemm/weight_format.py, matrix_shape")
+    raise ValueError(f"weights: expected {wanted} for {layout.name}, got {shape}; reshape them or name their format")
 
 
 def _expect_fits(num_rows: int, num_columns: int, weight_format: WeightFormat, is_gated: bool) -> None:
@@ -169,7 +176,7 @@ def _stored_shape(num_rows: int, num_columns: int, layout: WeightLayout) -> tupl
             return (num_columns, num_rows)
         case WeightLayout.BlockMajorK:
             return (num_columns // BLOCK_MAJOR_K, num_rows, BLOCK_MAJOR_K)
-    raise AssertionError(layout)
+    raise no_case(layout, "moe/gemm/weight_format.py, _stored_shape")
 
 
 def _as_matrix(stored: Tensor, layout: WeightLayout) -> Tensor:
@@ -181,7 +188,7 @@ def _as_matrix(stored: Tensor, layout: WeightLayout) -> Tensor:
             return stored.T
         case WeightLayout.BlockMajorK:
             return stored.transpose(0, 1).flatten(1)
-    raise AssertionError(layout)
+    raise no_case(layout, "moe/gemm/weight_format.py, _as_matrix")
 
 
 def _laid_out(matrix: Tensor, layout: WeightLayout) -> Tensor:
@@ -193,4 +200,4 @@ def _laid_out(matrix: Tensor, layout: WeightLayout) -> Tensor:
             return matrix.T
         case WeightLayout.BlockMajorK:
             return matrix.unflatten(1, (-1, BLOCK_MAJOR_K)).transpose(0, 1)
-    raise AssertionError(layout)
+    raise no_case(layout, "moe/gemm/weight_format.py, _laid_out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.checks import expect
+from moe.checks import expect, no_case
 from moe.expert_ids import ID_DTYPES, as_int32_ids
 from moe.flow import TopK
 from moe.routing.config import RoutingConfig, RoutingMethod
@@ -111,8 +111,15 @@ def _keys(x: Tensor, bias: Tensor | None, config: RoutingConfig) -> Tensor:
             if bias is None:
                 return sigmoid(x)
             return sigmoid(x) + (bias.to(torch.bfloat16) if config.is_grouped else bias).float()
-        case _:
+        case (
+            RoutingMethod.RENORMALIZE
+            | RoutingMethod.RENORMALIZE_NAIVE
+            | RoutingMethod.TOPK
+            | RoutingMethod.LLAMA4
+            | RoutingMethod.TOPK_SIGMOID
+        ):
             return x
+    raise no_case(config.method, "moe/routing/reference.py, _keys")
 
 
 def _weights(x: Tensor, keys: Tensor, config: RoutingConfig) -> Tensor:
@@ -128,8 +135,9 @@ def _weights(x: Tensor, keys: Tensor, config: RoutingConfig) -> Tensor:
             return share_of_sigmoids(x)
         case RoutingMethod.DEEPSEEK_V3 | RoutingMethod.MINIMAX2:
             return scaled_share_of_sigmoids(x, config.routed_scaling_factor)
-        case _:
+        case RoutingMethod.SIGMOID_RENORM | RoutingMethod.SIGMOID | RoutingMethod.LLAMA4 | RoutingMethod.TOPK_SIGMOID:
             return sigmoid(x)
+    raise no_case(config.method, "moe/routing/reference.py, _weights")
 
 
 def _in_best_groups(keys: Tensor, config: RoutingConfig) -> Tensor:

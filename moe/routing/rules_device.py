@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moe.checks import no_case
 from moe.routing.config import RoutingConfig, RoutingMethod
 from moe.routing.keys_device import key_of_logit, key_of_score, score_of_key
 from moe.runtime.numba_warp_device import WARP_SIZE, build_sum_of_first, device_function, warp_first, warp_max
@@ -49,6 +50,7 @@ def rule_of(config: RoutingConfig) -> Rule:
         case RoutingMethod.DEEPSEEK_V3 | RoutingMethod.MINIMAX2:
             weight = _scaled_share_of_sigmoids(config.top_k, config.routed_scaling_factor)
             return Rule(_biased_sigmoid, _leave, key_of_score, weight, weighs_logit=True)
+    raise no_case(config.method, "moe/routing/rules_device.py, rule_of")
 
 
 @device_function

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.flow import TopK
-from moe.routing.config import RoutingConfig
+from moe.routing.config import RoutingConfig, RoutingMethod
 from moe.routing.groups_device import build_keep_best_groups, build_keep_lanes_of_best_groups, fill_lanes
 from moe.routing.keys_device import float_of_bfloat16, float_of_float32, rounded_to_bfloat16
 from moe.routing.rules_device import rule_of
@@ -22,12 +22,24 @@ from moe.runtime.scratch import new_scratch
 MAX_EXPERTS = 2048  # a lane holds up to 64 scores in registers
 MAX_TOP_K = WARP_SIZE  # a lane holds one choice
 MAX_LOAD_WIDTH = 4  # 16 bytes of float32
+METHODS = (  # those of which `rule_of` makes a kernel
+    RoutingMethod.DEFAULT,
+    RoutingMethod.RENORMALIZE,
+    RoutingMethod.DEEPSEEK_V3,
+    RoutingMethod.LLAMA4,
+    RoutingMethod.RENORMALIZE_NAIVE,
+    RoutingMethod.TOPK,
+    RoutingMethod.SIGMOID_RENORM,
+    RoutingMethod.MINIMAX2,
+    RoutingMethod.SIGMOID,
+    RoutingMethod.TOPK_SIGMOID,
+)
 WARPS_PER_BLOCK = 4
 
 
 def takes(config: RoutingConfig) -> bool:
     """Whether the kernels take this config. The reference takes every one, on the GPU too."""
-    return config.num_experts <= MAX_EXPERTS and config.top_k <= MAX_TOP_K
+    return config.method in METHODS and config.num_experts <= MAX_EXPERTS and config.top_k <= MAX_TOP_K
 
 
 def select_experts(
@@ -55,8 +67,8 @@ def select_experts(
     config.check(logits, bias, replay_out)
     if not takes(config):
         raise ValueError(
-            f"config: expected num_experts <= {MAX_EXPERTS} and top_k <= {MAX_TOP_K}, got num_experts="
-            f"{config.num_experts}, top_k={config.top_k}; use select_experts_reference, which runs on the GPU too"
+            f"config: expected a method with a kernel, num_experts <= {MAX_EXPERTS} and top_k <= {MAX_TOP_K}, got method="
+            f"{config.method.value}, num_experts={config.num_experts}, top_k={config.top_k}; use select_experts_reference, which runs on the GPU too"
         )
     return launch_select_experts(logits, bias, config=config, replay_out=replay_out, uses_pdl=uses_pdl)
 

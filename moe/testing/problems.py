@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe.checks import no_case
 from moe.config import MoEConfig
 from moe.flow import SwigluParams, TopK
 from moe.gemm.config import ActivationType
@@ -55,7 +56,7 @@ def experts_in_float64(
     w1: Tensor,
     w2: Tensor,
     *,
-    is_gated: bool = True,
+    activation: ActivationType = ActivationType.Swiglu,
     local_expert_offset: int = 0,
     swiglu: SwigluParams | None = None,
 ) -> Tensor:
@@ -66,7 +67,6 @@ def experts_in_float64(
         if not len(token):
             continue
         product = hidden_states[token].double() @ w1[local_id].double().T
-        activation = ActivationType.Swiglu if is_gated else ActivationType.Relu2
         act = activated_in_float64(product, activation, local_id, swiglu)
         rows = act @ w2[local_id].double().T
         output.index_add_(0, token, rows * topk.weights[token, choice, None].double())
@@ -86,7 +86,7 @@ def activated_in_float64(
     if activation is ActivationType.Swiglu:
         gate, up = product.chunk(2, dim=1)
         return _swiglu(gate, up, swiglu, local_id)
-    raise ValueError(f"activation: expected one with a formula in moe.testing.problems, got {activation.name}; add it")
+    raise no_case(activation, "moe/testing/problems.py, activated_in_float64")
 
 
 def _swiglu(gate: Tensor, up: Tensor, swiglu: SwigluParams | None, local_id: int) -> Tensor:

@@ -115,7 +115,7 @@ def test_every_named_shape_is_a_valid_layer() -> None:
             n_group=shape.n_group,
             topk_group=shape.topk_group,
             routed_scaling_factor=shape.routed_scaling_factor,
-            activation="Swiglu" if shape.is_gated else "Relu2",
+            activation=shape.activation,
             num_local_experts=shape.num_local_experts,
         )
         assert layer.gemm1.weight_rows == shape.intermediate_size * (2 if shape.is_gated else 1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moe import operators
 from moe.expert_ids import ID_DTYPES
 from moe.flow import TopK
+from moe.gemm.config import ActivationType
 from moe.integrations import hf_call
 from moe.integrations.huggingface import check_model, register, use_moe
 from moe.testing.closeness import assert_close_to_exact, relative_error
@@ -181,7 +182,9 @@ def test_nemotron_h_runs_its_ungated_experts_on_us(device: torch.device, our_cal
     ours = experts(hidden_states, ids, weights)
     experts.config._experts_implementation = "eager"
     eager = experts(hidden_states, ids, weights)
-    exact = experts_in_float64(TopK(ids, weights), hidden_states, experts.up_proj, experts.down_proj, is_gated=False)
+    exact = experts_in_float64(
+        TopK(ids, weights), hidden_states, experts.up_proj, experts.down_proj, activation=ActivationType.Relu2
+    )
     assert len(our_calls) == 1
     assert_close_to_exact(ours, eager, exact)
 

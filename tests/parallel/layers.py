@@ -48,8 +48,8 @@ class Whole:
 
     def expect(self, output: Tensor) -> None:
         """Raise unless `output`, of all ranks, is the layer's."""
-        is_gated = self.config.gemm1.is_gated
-        exact = experts_in_float64(self.topk, self.hidden_states, self.w1, self.w2, is_gated=is_gated)
+        activation = self.config.gemm1.activation
+        exact = experts_in_float64(self.topk, self.hidden_states, self.w1, self.w2, activation=activation)
         assert_close_to_exact(output, self.reference(), exact)
 
 

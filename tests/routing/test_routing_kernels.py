@@ -66,5 +66,5 @@ def test_tensors_are_refused_before_the_config():
 
     with pytest.raises(ValueError, match=r"routing_logits dim1 must match num_experts\."):
         select_experts(torch.zeros(1, 8), config=TOO_MANY_CHOICES)
-    with pytest.raises(ValueError, match="expected num_experts <= 2048 and top_k <= 32, got num_experts=64, top_k=33"):
+    with pytest.raises(ValueError, match=r"num_experts <= 2048 and top_k <= 32, got .*num_experts=64, top_k=33"):
         select_experts(torch.zeros(1, 64), config=TOO_MANY_CHOICES)

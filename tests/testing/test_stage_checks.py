@@ -155,5 +155,7 @@ def test_memory_is_poisoned_within_and_not_after():
 def test_an_activation_without_a_formula_is_refused():
     from moe.gemm.config import ActivationType
 
-    with pytest.raises(ValueError, match="got Identity; add it"):
+    with pytest.raises(
+        ValueError, match=r"ActivationType\.Identity \(9\): expected one with a case in .*activated_in_float64"
+    ):
         activated_in_float64(torch.ones(1, 4), ActivationType.Identity, 0)

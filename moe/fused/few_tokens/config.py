@@ -7,9 +7,11 @@ import functools
 from pydantic import Field, model_validator
 
 from moe.base_config import Count, CountOrZero, FrozenConfig, PowerOfTwo
-from moe.gemm.config import GemmConfig, WeightLayout
+from moe.gemm.config import ActivationType, GemmConfig, WeightLayout
 from moe.permute.config import PermuteConfig
 
+ACTIVATIONS = (ActivationType.Swiglu, ActivationType.Relu2)  # what the few-token gemm1 computes
+LAYOUTS = (WeightLayout.MajorK, WeightLayout.BlockMajorK)  # neighbours in the contraction are neighbours in memory
 MAX_COLUMN_BLOCKS = 65535  # the grid's second axis
 # A slot streams its expert's weights by itself, so an expert chosen twice is read twice: from L2 in part, at about a fifth of
 # the cost of a first read. Up to so many bytes of second reads that is less than what the launches of the grouped chain cost.
@@ -63,6 +65,11 @@ class FewTokenConfig(FrozenConfig):
             raise ValueError(
                 "activation: expected one in gemm1 and none in gemm2, "
                 f"got {self.gemm1.activation!r} and {self.gemm2.activation!r}"
+            )
+        if self.gemm1.activation not in ACTIVATIONS:
+            names = " or ".join(member.name for member in ACTIVATIONS)
+            raise ValueError(
+                f"gemm1.activation: expected {names}, got {self.gemm1.activation.name}; permute the tokens"
             )
         if not takes(self.gemm1, self.gemm2):
             raise ValueError(
@@ -136,8 +143,7 @@ class FewTokenConfig(FrozenConfig):
 
 
 def takes(gemm1: GemmConfig, gemm2: GemmConfig) -> bool:
-    """Whether the few-token kernels read these weights: neighbours in the contraction must be neighbours in memory."""
-    return all(
-        gemm.weight_format.layout is not WeightLayout.MajorMn and gemm.out_features <= MAX_COLUMN_BLOCKS
-        for gemm in (gemm1, gemm2)
+    """Whether the few-token kernels compute this activation, and read these weights."""
+    return gemm1.activation in ACTIVATIONS and all(
+        gemm.weight_format.layout in LAYOUTS and gemm.out_features <= MAX_COLUMN_BLOCKS for gemm in (gemm1, gemm2)
     )

@@ -76,7 +76,7 @@ def _kernel_of(config: FewTokenConfig, device: torch.device) -> tuple[TritonKern
         TOP_K=config.top_k,
         ACTIVATION=gemm.activation_name,
         IS_GATED=gemm.is_gated,
-        IS_GATE_FIRST=gemm.weight_format.gate_up_order == "gate_up",
+        IS_GATE_FIRST=gemm.weight_format.is_gate_first,
         IS_SHUFFLED=gemm.weight_format.is_shuffled,
         ROW_STRIDE=strides.row,
         BLOCK_STRIDE=strides.block,

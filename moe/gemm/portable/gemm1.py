@@ -96,7 +96,7 @@ def _kernel_of(
         OUT_FEATURES=config.out_features,
         ACTIVATION=config.activation_name,
         IS_GATED=config.is_gated,
-        IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
+        IS_GATE_FIRST=config.weight_format.is_gate_first,
         IS_SHUFFLED=config.weight_format.is_shuffled,
         ROW_STRIDE=strides.row,
         K_STRIDE=strides.k,

@@ -104,7 +104,7 @@ def _kernel_of(config: GemmConfig, is_dynamic: bool, uses_pdl: bool, does_prefet
         IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
         IS_SHUFFLED=config.weight_format.is_shuffled,
         ACTIVATION=config.activation_name,
-        IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
+        IS_GATE_FIRST=config.weight_format.is_gate_first,
         IS_DYNAMIC=is_dynamic,
         USES_PDL=uses_pdl,
         PREFETCHES=does_prefetch,

@@ -98,7 +98,7 @@ def _kernel_of(config: GemmConfig, skips_tails: bool, is_dynamic: bool, uses_pdl
         IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
         IS_SHUFFLED=config.weight_format.is_shuffled,
         ACTIVATION=config.activation_name,
-        IS_GATE_FIRST=config.weight_format.gate_up_order == "gate_up",
+        IS_GATE_FIRST=config.weight_format.is_gate_first,
         SKIPS_TAILS=skips_tails,
         IS_DYNAMIC=is_dynamic,
         USES_PDL=uses_pdl,

@@ -48,7 +48,7 @@ class Case:
             self.topk,
             self.hidden_states,
             *self.logical,
-            is_gated=self.layer.gemm1.is_gated,
+            activation=self.layer.gemm1.activation,
             local_expert_offset=self.config.local_expert_offset,
             swiglu=swiglu,
         )
