@@ -50,6 +50,24 @@ def run_experts(
         activation, weight_layout: numbers of ActivationType and WeightLayout.
         alpha, beta, clamp_limit: as in SwigluParams, of all experts alike.
     """
+    layer = (activation, weight_layout, is_batch_invariant, alpha, beta, clamp_limit)
+    return _run(None, hidden_states, expert_ids, expert_weights, w1, w2, *layer)
+
+
+def _run(
+    output: Tensor | None,
+    hidden_states: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    activation: int,
+    weight_layout: int,
+    is_batch_invariant: bool,
+    alpha: float | None,
+    beta: float | None,
+    clamp_limit: float | None,
+) -> Tensor:
     num_local_experts, hidden_size, intermediate_size = w2.shape
     if weight_layout == WeightLayout.MajorMn:
         hidden_size, intermediate_size = intermediate_size, hidden_size
@@ -71,8 +89,18 @@ def run_experts(
     if alpha is not None or beta is not None or clamp_limit is not None:
         parameters = (_of_all_experts(value, num_local_experts, device) for value in (alpha, beta, clamp_limit))
         swiglu = SwigluParams(*parameters)
-    output = pipeline.run_experts(topk, hidden_states.reshape(-1, hidden_size).contiguous(), w1, w2, swiglu=swiglu)
-    return output.view(hidden_states.shape)
+    tokens = hidden_states.reshape(-1, hidden_size).contiguous()
+    return pipeline.run_experts(topk, tokens, w1, w2, swiglu=swiglu, output=output).view(hidden_states.shape)
+
+
+def run_experts_into(
+    output: Tensor | None, hidden_states: Tensor, expert_ids: Tensor, expert_weights: Tensor, *others: Any
+) -> Tensor:
+    """`run_experts` into memory of its own [T, H] bfloat16, where given; traced as the operator and a copy."""
+    if not is_traced(hidden_states):
+        return _run(output, hidden_states, expert_ids, expert_weights, *others)
+    result = torch.ops.moe.run_experts(hidden_states, expert_ids, expert_weights, *others)
+    return result if output is None else output.copy_(result)
 
 
 _run_experts_operator = library.custom_op("moe::run_experts", run_experts, mutates_args=())

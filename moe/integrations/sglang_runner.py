@@ -1,0 +1,135 @@
+"""What SGLang runs a MoE layer by under --moe-runner-backend moe_stages. Its dispatch and combination stay around it."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from sglang.srt.layers.moe.moe_runner.base import DispatchMoeRunnerCore, MoeRunnerConfig
+from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+from sglang.srt.layers.moe.utils import resolve_moe_runner_backend
+
+from moe.gemm.config import ActivationType
+from moe.integrations.engine_layer import EngineLayer, call_layer, why_not
+from moe.integrations.hf_experts import Gate
+
+logger = logging.getLogger(__name__)
+_NAME = "moe_stages"
+_ACTIVATIONS = {("silu", True): ActivationType.Swiglu, ("relu2", False): ActivationType.Relu2}
+_SAID: set[str] = set()
+
+
+class MoeStagesRunnerCore(DispatchMoeRunnerCore):
+    """One layer's experts.
+
+    Raises, when the layer is built:
+        NotImplementedError: a layer that this package does not compute, naming it and the field.
+    """
+
+    def __init__(self, config: MoeRunnerConfig) -> None:
+        super().__init__(config)
+        reason = why_not_ours(config)
+        if reason is not None:
+            raise NotImplementedError(
+                f"MoE layer {config.layer_id}: {reason}; moe_stages does not compute it: leave out --moe-runner-backend {_NAME}"
+            )
+        self.layer = layer_of(config)
+        if self.layer.words not in _SAID:
+            _SAID.add(self.layer.words)
+            words = "moe_stages %s runs the experts of MoE layer %s, and of layers like it: %s"
+            logger.info(words, version("moe-stages"), config.layer_id, self.layer.words)
+
+    @property
+    def runner_backend(self) -> Any:
+        return resolve_moe_runner_backend(_NAME)
+
+    def run_from_dispatch(
+        self, dispatch_output: Any, quant_info: Any, runner_config: MoeRunnerConfig, hooks: Any = None
+    ) -> Any:
+        """The sum of this rank's experts for each token [T, H]; ids are this rank's, -1 for padding and another rank's.
+
+        Raises:
+            NotImplementedError: what only a call shows: biases, interleaved rows, an adapter, another form of dispatch.
+        """
+        _expect_call(dispatch_output, quant_info, hooks)
+        x, (weights, ids, _) = dispatch_output.hidden_states, dispatch_output.topk_output
+        if runner_config.apply_router_weight_on_input:
+            x, weights = x * weights.to(x.dtype), torch.ones_like(weights)
+        scale = runner_config.routed_scaling_factor
+        if scale is not None and scale != 1.0:
+            weights = weights.float() * scale
+        return StandardCombineInput(
+            call_layer(self.layer, x, ids, weights, quant_info.w13_weight, quant_info.w2_weight)
+        )
+
+
+def _expect_call(dispatch_output: Any, quant_info: Any, hooks: Any) -> None:
+    if not dispatch_output.format.is_standard():
+        raise NotImplementedError(
+            f"moe_stages: expected the standard dispatch, got {dispatch_output.format}; use --moe-a2a-backend none"
+        )
+    if hooks is not None and any(getattr(hooks, name, None) is not None for name in ("after_gate_up", "after_down")):
+        raise NotImplementedError("moe_stages: expected no adapters of experts (LoRA), got one; serve without them")
+    for name in ("b13", "b2"):
+        if getattr(quant_info, name, None) is not None:
+            raise NotImplementedError(
+                f"moe_stages: {name}: expected no biases of experts, got some; use another backend"
+            )
+    if getattr(quant_info, "fuse_swiglu_interleaved", False):
+        raise NotImplementedError(
+            "moe_stages: fuse_swiglu_interleaved: expected False, got True; unset SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"
+        )
+
+
+def why_not_ours(config: MoeRunnerConfig) -> str | None:
+    """The field of a layer that this package does not compute, what was wanted and what came; None for a layer of ours."""
+    if (config.activation, config.is_gated) not in _ACTIVATIONS:
+        return f"activation: expected silu with is_gated or relu2 without, got {config.activation}, is_gated={config.is_gated}"
+    for name in ("no_combine", "silu_mul_keep_fp32"):
+        if getattr(config, name, False):
+            return f"{name}: expected False, got True"
+    if config.apply_router_weight_on_input and config.top_k != 1:
+        return f"apply_router_weight_on_input: expected top_k 1 with it, got {config.top_k}"
+    reason = _why_not_gate(config)
+    if reason is not None:
+        return reason
+    layer = config.layer
+    if getattr(getattr(layer, "quant_method", None), "with_bias", False):
+        return "with_bias: expected False, got True"
+    for name in ("hidden_size", "intermediate_size_per_partition", "num_local_experts", "top_k"):
+        if getattr(config, name) is None:
+            return f"{name}: expected a number, got None"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return why_not(layer_of(config), config.params_dtype or torch.bfloat16, device)
+
+
+def _why_not_gate(config: MoeRunnerConfig) -> str | None:
+    """SGLang's words: alpha comes with a limit, and up + 1; a limit alone clamps after silu; swiglu_limit clamps before it."""
+    numbers = {"gemm1_alpha": config.gemm1_alpha, "gemm1_clamp_limit": config.gemm1_clamp_limit}
+    numbers["swiglu_limit"] = config.swiglu_limit
+    if not config.is_gated:
+        given = [name for name, value in numbers.items() if value is not None]
+        return f"{given[0]}: expected None without a gate, got {numbers[given[0]]}" if given else None
+    if config.gemm1_alpha is None:
+        if config.gemm1_clamp_limit is not None:
+            return f"gemm1_clamp_limit: expected gemm1_alpha with it, got {config.gemm1_clamp_limit} alone, a clamp after silu"
+        return None
+    if config.gate_up_interleaved:
+        return "gate_up_interleaved: expected False with gemm1_alpha, got True"
+    if config.gemm1_clamp_limit is None or config.swiglu_limit is not None:
+        return "gemm1_alpha: expected gemm1_clamp_limit with it, and no swiglu_limit"
+    if getattr(config, "gemm1_beta", None) not in (None, 1.0):
+        return f"gemm1_beta: expected None or 1, got {config.gemm1_beta}"
+    return None
+
+
+def layer_of(config: MoeRunnerConfig) -> EngineLayer:
+    """The layer of experts that SGLang describes, by our names."""
+    gate = Gate(clamp_limit=config.swiglu_limit)
+    if config.gemm1_alpha is not None:
+        gate = Gate(config.gemm1_alpha, 1.0, config.gemm1_clamp_limit)
+    activation = _ACTIVATIONS[config.activation, config.is_gated]
+    sizes = (config.hidden_size, config.intermediate_size_per_partition, config.num_local_experts, config.top_k)
+    return EngineLayer(*sizes, activation, gate)
