@@ -4,6 +4,8 @@ from moe.compose import build_pipeline, reference_pipeline
 from moe.config import MoEConfig
 from moe.flow import ExpertOutputs, Permutation, SwigluParams, TopK
 from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, GemmTile, WeightFormat, WeightLayout
+from moe.packing.flat import FlatWeights, flat_weights
+from moe.packing.mistakes import check_packing
 from moe.permute.config import FinalizeConfig, PermuteConfig
 from moe.pipeline import MoEPipeline
 from moe.routing.config import RoutingConfig, RoutingMethod, RoutingMethodType
@@ -17,6 +19,7 @@ __all__ = [
     "ActivationType",
     "ExpertOutputs",
     "FinalizeConfig",
+    "FlatWeights",
     "GemmConfig",
     "GemmTile",
     "MoEConfig",
@@ -32,6 +35,8 @@ __all__ = [
     "WeightFormat",
     "WeightLayout",
     "build_pipeline",
+    "check_packing",
+    "flat_weights",
     "reference_pipeline",
     "trtllm_bf16_moe",
     "trtllm_bf16_routed_moe",

@@ -29,6 +29,7 @@ LEVELS = (
     {"parallel", "operators", "expert_linear"},  # run experts as the tuning tables say
     {"trtllm", "cli"},
     {"integrations", "testing"},
+    {"packing"},
     {"__init__", "__main__"},
 )
 LEVEL_OF_UNIT = {unit: level for level, units in enumerate(LEVELS) for unit in units}
