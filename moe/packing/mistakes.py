@@ -56,7 +56,7 @@ def check_packing(
     raise ValueError(f"packing: {found_out}; " + ("; ".join(mistakes) or unknown))
 
 
-def _relative_error(given: Mapping[str, Any], found: LayerWeights) -> float:
+def _relative_error(given: dict[str, Any], found: LayerWeights) -> float:
     """Of the flat call, against the weights as they were found."""
     config, device = found.config, found.w1.device
     generator = torch.Generator(device=device).manual_seed(0)
