@@ -37,8 +37,12 @@ class LayerCall(NamedTuple):
             return 0
 
 
-def check_call(config: MoEConfig, call: LayerCall) -> None:
-    """Raise unless all tensors of the call fit the config, and it may be run forward only."""
+def check_call(config: MoEConfig, call: LayerCall, *, has_experts: bool = True) -> None:
+    """Raise unless all tensors of the call fit the config, and it may be run forward only.
+
+    Args:
+        has_experts: False where no expert lies here: the call has neither weights nor swiglu.
+    """
     first_name = "routing_logits"
     first: Tensor
     if call.is_chosen:
@@ -51,7 +55,8 @@ def check_call(config: MoEConfig, call: LayerCall) -> None:
     if not is_as_expected(call.hidden_states, (num_tokens, config.hidden_size), torch.bfloat16, device):
         _refuse_hidden_states(config, call, first, first_name)
     config.permute.check_num_tokens(num_tokens)
-    for name, gemm, weights in (("gemm1_weights", config.gemm1, call.w1), ("gemm2_weights", config.gemm2, call.w2)):
+    matrices = (("gemm1_weights", config.gemm1, call.w1), ("gemm2_weights", config.gemm2, call.w2))
+    for name, gemm, weights in matrices if has_experts else ():
         if not is_as_expected(weights, gemm.weight_shape, torch.bfloat16, device):
             check_weights(gemm, name, weights, device)
     if call.swiglu is not None:

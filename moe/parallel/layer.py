@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.checks import expect, expect_separate
+from moe.call import LayerCall, check_call
 from moe.config import MoEConfig
 from moe.flow import SwigluParams, TopK
-from moe.gemm.checks import check_weights
 from moe.parallel.exchange import Site, gather_exchange, local_exchange, sum_exchange
 from moe.parallel.flow import Combine, Dispatch, Dispatched, Exchange
 from moe.parallel.kernels import local_work
@@ -74,7 +73,7 @@ class ParallelLayer:
             TypeError, ValueError: as a pipeline, before anything is sent. Other ranks then wait for this one until their timeout.
             RuntimeError: a rank that is dead or late: names rank, collective and timeout.
         """
-        self.check(hidden_states, logits.shape[0], w1, w2, output)
+        self.check(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out))
         topk = self.pipeline.route(logits, bias, replay_out=routing_replay_out)
         return self._run(topk, hidden_states, w1, w2, swiglu, output)
 
@@ -89,8 +88,7 @@ class ParallelLayer:
         output: Tensor | None = None,
     ) -> Tensor:
         """The same from chosen experts: global ids [T, K], anything out of [0, E) for an unused slot."""
-        self.config.permute.check(topk)
-        self.check(hidden_states, topk.expert_ids.shape[0], w1, w2, output)
+        self.check(LayerCall(topk, hidden_states, w1, w2, swiglu, output=output, is_chosen=True))
         return self._run(topk, hidden_states, w1, w2, swiglu, output)
 
     def run_local(
@@ -121,17 +119,14 @@ class ParallelLayer:
         rows = self.run_local(dispatched, w1, w2, swiglu=swiglu)
         return self.combine(rows, dispatched, output=output)
 
-    def check(self, hidden_states: Tensor, num_tokens: int, w1: Tensor, w2: Tensor, output: Tensor | None) -> None:
-        """Raise TypeError or ValueError unless the tensors of a call over `num_tokens` tokens are what this rank passes."""
-        dims = {"T": num_tokens, "H": self.config.hidden_size}
-        expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16)
+    def check(self, call: LayerCall) -> None:
+        """Raise TypeError or ValueError unless the tensors of the call are what this rank passes."""
         if self.local_experts:
-            local = self.pipeline.config
-            check_weights(local.gemm1, "gemm1_weights", w1, hidden_states.device)
-            check_weights(local.gemm2, "gemm2_weights", w2, hidden_states.device)
-        if output is not None:
-            expect("output", output, "T H", dims, dtype=torch.bfloat16, device=hidden_states.device)
-            expect_separate("output", output, {"hidden_states": hidden_states})
+            check_call(self.pipeline.config, call)
+        else:
+            anything: Any = None
+            call = call._replace(w1=anything, w2=anything, swiglu=None)
+            check_call(self.pipeline.config, call, has_experts=False)
 
 
 def build_layer(

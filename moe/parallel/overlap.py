@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe.call import LayerCall
 from moe.flow import SwigluParams
 from moe.parallel.layer import ParallelLayer, count_load
 
@@ -77,8 +78,8 @@ class InHalves:
         output: Tensor | None = None,
     ) -> Tensor:
         """As the layer is called. A rank with one token or none has none in the second half."""
+        self.first.check(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, output))
         num_tokens = logits.shape[0]
-        self.first.check(hidden_states, num_tokens, w1, w2, output)
         output = torch.empty_like(hidden_states) if output is None else output
         cut = -(-num_tokens // 2)
         exchange = _Side(hidden_states.device)

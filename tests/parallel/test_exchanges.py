@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,10 @@ from parallel.layers import (
 from torch import Tensor
 
 import moe
-from moe.flow import TopK
+from moe.flow import SwigluParams, TopK
 from moe.parallel import Placement, build_layer, even_placement
 from moe.parallel.simulated import simulate
-from moe.parallel.transport import Transport
+from moe.parallel.transport import Transport, alone
 
 PLACEMENTS = {
     "even": None,
@@ -224,3 +225,45 @@ def test_wrong_tensors_are_refused_before_anything_is_sent():
         layer.run_experts(whole.topk, whole.hidden_states, whole.w1[:4], whole.w2)
     with pytest.raises(ValueError, match="hidden_states: expected"):
         layer.run_experts(whole.topk, whole.hidden_states[:2], whole.w1, whole.w2)
+
+
+@pytest.mark.parametrize("has_experts", [True, False])
+def test_what_a_pipeline_refuses_is_refused_before_anything_is_sent(has_experts: bool):
+    whole = make_whole([4])
+    sent = []
+
+    def send(what: str, tensor: Tensor) -> Tensor:
+        sent.append(what)
+        return torch.cat([tensor, tensor])
+
+    transport = replace(alone(), num_ranks=2, all_gather=send)
+    layer = build_layer(CONFIG, transport, "cpu", experts_of_rank=[8, 0] if has_experts else [0, 8])
+    weights = whole.weights_of(layer)
+    logits, tokens = torch.randn(4, 8), whole.hidden_states
+    as_numbers = tokens.view(torch.int16).view(-1)[: 4 * TOP_K].view(4, TOP_K)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+        ((None, tokens, *weights), {}, TypeError, "routing_logits: expected a torch.Tensor"),
+        ((logits, tokens.clone().requires_grad_(), *weights), {}, ValueError, "hidden_states: .* needs no gradient"),
+        (
+            (logits, tokens, *weights),
+            {"routing_replay_out": as_numbers},
+            ValueError,
+            "shares memory with hidden_states",
+        ),
+    ]
+    if has_experts:
+        for swiglu, error, message in (
+            (SwigluParams(torch.ones(9)), ValueError, r"gemm1_alpha: expected \[E_local=8\], got \[9\]"),
+            (3, TypeError, "swiglu: expected a SwigluParams"),
+        ):
+            cases.append(((logits, tokens, *weights), {"swiglu": swiglu}, error, message))
+        output = whole.w2.view(-1)[: tokens.numel()].view(tokens.shape)
+        cases.append(
+            ((logits, tokens, whole.w1, whole.w2), {"output": output}, ValueError, "memory with gemm2_weights")
+        )
+    for tensors, more, error, message in cases:
+        with pytest.raises(error, match=message):
+            layer(*tensors, **more)
+        assert not sent
+    layer.dispatch(tokens, whole.topk)
+    assert sent
