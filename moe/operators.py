@@ -153,8 +153,22 @@ def _filled(value: float, num_experts: int, device: torch.device) -> Tensor:
 
 def run_traced(pipeline: TunedPipeline, call: LayerCall) -> Tensor:
     """`pipeline.run(call)` as the operator moe::run_layer; a workspace has no part in what the result is."""
+    if call.output is not None:
+        _expect_output(call.output, call.hidden_states)
     result = torch.ops.moe.run_layer(*_arguments(pipeline, call))
     return result if call.output is None else call.output.copy_(result)
+
+
+def _expect_output(output: Tensor, hidden_states: Tensor) -> None:
+    """The copy would convert and broadcast."""
+    if output.shape != hidden_states.shape:
+        raise ValueError(
+            f"output: expected {list(hidden_states.shape)}, got {list(output.shape)}; pass a tensor of that shape"
+        )
+    if output.dtype != torch.bfloat16 or output.device != hidden_states.device:
+        raise ValueError(
+            f"output: expected bfloat16 on {hidden_states.device}, got {output.dtype} on {output.device}; convert or move it"
+        )
 
 
 def run_traced_unfinalized(pipeline: TunedPipeline, call: LayerCall) -> ExpertOutputs:

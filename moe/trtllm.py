@@ -107,6 +107,8 @@ def trtllm_bf16_moe(
     )  # fmt: skip
     pipeline = _pipeline(layer)
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
+    if not do_finalize:
+        _refuse_workspace(workspace_buffer)
     call = LayerCall(
         routing_logits, hidden_states, gemm1_weights, gemm2_weights, swiglu, routing_bias,
         output if do_finalize else None, routing_replay_out, False, workspace_buffer,
@@ -115,7 +117,6 @@ def trtllm_bf16_moe(
         return _traced(pipeline, call, do_finalize)
     if do_finalize:
         return pipeline.run(call)
-    _refuse_workspace(workspace_buffer)
     return _as_list(pipeline.run_unfinalized(call))
 
 
@@ -176,6 +177,8 @@ def trtllm_bf16_routed_moe(
     )  # fmt: skip
     pipeline = _pipeline(layer)
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
+    if not do_finalize:
+        _refuse_workspace(workspace_buffer)
     if is_traced(hidden_states):
         topk = _unpacked(topk_ids) if isinstance(topk_ids, Tensor) else TopK(*topk_ids)
         call = LayerCall(topk, hidden_states, gemm1_weights, gemm2_weights, swiglu, output=output, is_chosen=True)
@@ -196,7 +199,6 @@ def trtllm_bf16_routed_moe(
     )
     if do_finalize:
         return pipeline.run(call)
-    _refuse_workspace(workspace_buffer)
     return _as_list(pipeline.run_unfinalized(call))
 
 

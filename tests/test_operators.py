@@ -75,6 +75,29 @@ def test_tensors_without_memory_that_do_not_fit_are_refused(entry: Any, name: st
         call(**arguments | {name: change(arguments[name])})
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (Tensor.float, r"output: expected bfloat16 on meta, got torch\.float32"),
+        (lambda output: output.expand(2, *output.shape), r"output: expected \[\d+, \d+\], got \[2, \d+, \d+\]"),
+    ],
+    ids=["dtype", "rank"],
+)
+def test_an_output_that_a_copy_would_fit_is_refused(entry: Any, change: Any, words: str) -> None:
+    call, arguments = entry
+    arguments = {name: moved(value, lambda t: t.to("meta")) for name, value in arguments.items()}
+    with pytest.raises(ValueError, match=words):
+        call(**arguments | {"output": change(torch.empty_like(arguments["hidden_states"]))})
+
+
+def test_a_buffer_for_rows_that_are_returned_is_refused_without_memory_too(entry: Any) -> None:
+    call, arguments = entry
+    arguments = {name: moved(value, lambda t: t.to("meta")) for name, value in arguments.items()}
+    buffer = torch.empty(1 << 20, dtype=torch.uint8, device="meta")
+    with pytest.raises(ValueError, match="workspace_buffer: expected None with do_finalize=False"):
+        call(**arguments | {"do_finalize": False, "workspace_buffer": buffer})
+
+
 class Layer(nn.Module):
     def __init__(self, call: Any, arguments: dict[str, Any], do_finalize: bool) -> None:
         super().__init__()
