@@ -3,12 +3,10 @@
 
 import triton
 import triton.language as tl
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
 
 # Of a program. 8.6 MB over 132 programs: about what memory delivers while a plan is made (docs/measured_facts.md).
 BYTES = tl.constexpr(1 << 16)
-_PREFETCH = tl.constexpr("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;")
+PREFETCH = tl.constexpr("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;")
 
 
 @triton.jit
@@ -19,13 +17,5 @@ def prefetch_weights(weights_ptr, program, PROGRAMS: tl.constexpr, THREADS: tl.c
         start = weights_ptr.to(tl.int64) // 16 * 16 + program.to(tl.int64) * BYTES
         address = start + tl.arange(0, THREADS) * (BYTES // THREADS)
         tl.inline_asm_elementwise(
-            _PREFETCH, "=r,l,r", [address, BYTES // THREADS], dtype=tl.int32, is_pure=False, pack=1
+            PREFETCH, "=r,l,r", [address, BYTES // THREADS], dtype=tl.int32, is_pure=False, pack=1
         )
-
-
-@gluon.jit
-def prefetch_weights_by_128(weights_ptr, program):
-    """The same in Gluon, in every program, by a partition of 128 threads."""
-    thread = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    address = weights_ptr.to(gl.int64) // 16 * 16 + program.to(gl.int64) * BYTES + thread * (BYTES // 128)
-    gl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [address, BYTES // 128], dtype=gl.int32, is_pure=False, pack=1)

@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 TESTS = Path(__file__).parents[1]
 NEWER = "triton.__version__ = '3.10.2'"
 WITHOUT_NAMES = "from triton.experimental.gluon.language.nvidia import hopper; del hopper.warpgroup_mma"
+WITHOUT_GLUON = "sys.modules['triton.experimental.gluon'] = None"
 RUN = """
 import json, sys, warnings
 import triton
@@ -30,6 +31,9 @@ with warnings.catch_warnings(record=True) as caught:
     from gemm.hopper.cases import permutation_of_counts
     from moe.gemm import kernels
 
+    # Where it was taken away, from us alone: Triton finds its own package, wherever it lies.
+    if sys.modules.get("triton.experimental.gluon", "") is None:
+        del sys.modules["triton.experimental.gluon"]
     config = moe.MoEConfig.create(hidden_size=128, intermediate_size=128, num_experts=4, top_k=2)
     moe.build_pipeline(config, "cuda")
     permutation = permutation_of_counts([5, 9, 0, 2], 64, 8)
@@ -51,9 +55,10 @@ print(json.dumps({{
     [
         (NEWER, "triton: expected 3.6 to 3.9, got 3.10.2; "),
         (WITHOUT_NAMES, "without what Hopper's kernels call (cannot import name 'warpgroup_mma'"),
+        (WITHOUT_GLUON, "without what Hopper's kernels call (import of triton.experimental.gluon halted"),
         (f"{NEWER}; {WITHOUT_NAMES}", "triton: expected 3.6 to 3.9, got 3.10.2; "),
     ],
-    ids=["newer", "without_names", "newer_without_names"],
+    ids=["newer", "without_names", "without_gluon", "newer_without_names"],
 )
 def test_the_portable_kernels_run_and_one_warning_says_why(change, says):
     code = RUN.format(change=change, tests=str(TESTS))

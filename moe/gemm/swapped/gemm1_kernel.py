@@ -35,7 +35,7 @@ from moe.gemm.hopper.work_device import (
     row_of,
     send,
 )
-from moe.gemm.prefetch_device import prefetch_weights_by_128
+from moe.gemm.swapped.prefetch_device import prefetch_weights_by_128
 from moe.gemm.swapped.tile_device import (
     BLOCK_K,
     CHUNK_ROWS,
