@@ -75,6 +75,29 @@ def launcher() -> Launcher | None:
     return found
 
 
+class StreamingRegisters(NamedTuple):
+    """Registers a thread that ptxas may give the few-token kernels; None: nothing is said to it."""
+
+    gemm1: int | None
+    gemm2_finalize: int | None
+
+
+# From what Triton 3.8 and later write, ptxas left to itself keeps 2 to 5 loads of gemm1 in flight where 3.6 had 4 to 20, for the
+# sake of warps that streaming does not need. Where a limit is said, it orders loads by how long they take. The limits are the
+# smallest that spill in no layer with a name, in either weight format.
+_STREAMING_REGISTERS: dict[Release, StreamingRegisters] = {
+    (3, 6): StreamingRegisters(None, None),
+    (3, 7): StreamingRegisters(None, None),
+    (3, 8): StreamingRegisters(128, 255),
+    (3, 9): StreamingRegisters(255, 168),
+}
+
+
+def streaming_registers() -> StreamingRegisters:
+    """The installed release's, or those of the newest that is known."""
+    return _STREAMING_REGISTERS.get(RELEASE, _STREAMING_REGISTERS[max(_STREAMING_REGISTERS)])
+
+
 def has_known_gluon() -> bool:
     """Whether this is a release that our Gluon kernels were compiled and run with."""
     return launcher() is not None

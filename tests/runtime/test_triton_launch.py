@@ -619,3 +619,17 @@ def test_the_stages_write_the_same_by_kept_kernels_as_the_normal_way(cuda, has_s
 
 
 def nothing(metadata: Any) -> None: ...
+
+
+@pytest.mark.parametrize("release", KNOWN_RELEASES)
+def test_each_known_release_says_how_many_registers_streaming_takes(monkeypatch, release):
+    monkeypatch.setattr(triton_versions, "RELEASE", release)
+    is_said = release >= (3, 8)  # before, ptxas keeps loads in flight unasked
+    assert [limit is not None for limit in triton_versions.streaming_registers()] == [is_said] * 2
+
+
+def test_an_unknown_release_takes_as_many_registers_as_the_newest_known(monkeypatch):
+    monkeypatch.setattr(triton_versions, "RELEASE", max(KNOWN_RELEASES))
+    newest = triton_versions.streaming_registers()
+    monkeypatch.setattr(triton_versions, "RELEASE", (3, 10))
+    assert triton_versions.streaming_registers() == newest

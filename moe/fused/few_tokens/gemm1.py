@@ -16,6 +16,7 @@ from moe.gemm.weight_format import weight_strides
 from moe.runtime.dependent_launch import launches_dependents
 from moe.runtime.scratch import new_scratch
 from moe.runtime.triton_launch import TritonKernel
+from moe.runtime.triton_versions import streaming_registers
 
 
 def few_token_gemm1(
@@ -86,5 +87,6 @@ def _kernel_of(config: FewTokenConfig, device: torch.device) -> tuple[TritonKern
         TRIGGERS=config.triggers_early,
         num_warps=tile.num_warps,
         launch_pdl=uses_pdl,
+        maxnreg=streaming_registers().gemm1,
     )
     return kernel, -(-gemm.out_features // tile.block_n)

@@ -15,6 +15,7 @@ from moe.fused.few_tokens.tile import default_token_tile
 from moe.gemm.weight_format import weight_strides
 from moe.runtime.dependent_launch import launches_dependents
 from moe.runtime.triton_launch import TritonKernel
+from moe.runtime.triton_versions import streaming_registers
 
 MAX_UNROLLED_STEPS = 64  # of a program, up to which its K slots are unrolled: their loads overlap, code stays small
 
@@ -86,5 +87,6 @@ def _kernel_of(config: FewTokenConfig, device: torch.device) -> tuple[TritonKern
         TRIGGERS=config.triggers_early,
         num_warps=tile.num_warps,
         launch_pdl=uses_pdl,
+        maxnreg=streaming_registers().gemm2_finalize,
     )
     return kernel, -(-gemm.out_features // tile.block_n)

@@ -79,6 +79,14 @@ def test_weights_load_16_bytes_a_lane_and_nothing_spills(arch, layer, weight_for
         assert launch.options["launch_pdl"] == (arch >= 90)
 
 
+@pytest.mark.parametrize("weight_format", [WeightFormat(), FLASHINFER], ids=format_id)
+@pytest.mark.parametrize("layer", ["qwen3_235b", "mixtral"])
+def test_gemm1_has_registers_for_many_loads_in_flight(layer, weight_format):
+    gemm1 = compile_layer(90, layer, weight_format, uses_pdl=True)[0]
+    assert gemm1.report.registers >= 96  # with 52, four loads of 16 bytes are in flight; a load takes four registers
+    assert gemm1.report.spill_bytes == 0
+
+
 def test_rows_are_summed_within_a_warp_where_there_are_several():
     gemm2 = compile_layer(90, "qwen3_30b")[1]
     assert gemm2.report.count("bar.sync") == 0
