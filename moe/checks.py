@@ -199,7 +199,7 @@ def as_int(name: str, value: object) -> int:
     raise TypeError(f"{name}: expected an int, got {_kind_of(value)}; pass an int")
 
 
-def as_float(name: str, value: object) -> float:
+def as_float(name: str, value: object, wanted: str = "a float") -> float:
     """`value` as a float: Python's and numpy's ints and floats pass, and tensors on the CPU that hold one without an axis.
 
     Raises:
@@ -208,7 +208,7 @@ def as_float(name: str, value: object) -> float:
     plain = plain_number(value)
     if isinstance(plain, (int, float)) and not isinstance(plain, bool):
         return float(plain)
-    raise TypeError(f"{name}: expected a float, got {_kind_of(value)}; pass a float")
+    raise TypeError(f"{name}: expected {wanted}, got {_kind_of(value)}; pass {wanted}")
 
 
 def plain_number(value: Any) -> Any:

@@ -334,7 +334,9 @@ def _checked(layer: FlatLayer) -> FlatLayer:
         if name in given and not isinstance(given[name], bool):
             raise TypeError(f"{name}: expected a bool, got {type(given[name]).__name__}; pass a bool")
     if "routed_scaling_factor" in given:
-        plain["routed_scaling_factor"] = as_float("routed_scaling_factor", given["routed_scaling_factor"])
+        plain["routed_scaling_factor"] = as_float(
+            "routed_scaling_factor", given["routed_scaling_factor"], "a float or None"
+        )
     layer = layer._replace(**plain)
     if layer.weight_layout != WeightLayout.BlockMajorK:
         raise ValueError(

@@ -516,7 +516,7 @@ def test_what_holds_another_number_than_before_is_read_again(top_k: Any):
         ("top_k", np.bool_(True), "top_k: expected an int"),
         ("top_k", torch.tensor([2]), "top_k: expected an int"),
         ("num_experts", np.float64(8), "num_experts: expected an int"),
-        ("routed_scaling_factor", torch.tensor(True), "routed_scaling_factor: expected a float"),
+        ("routed_scaling_factor", torch.tensor(True), "routed_scaling_factor: expected a float or None"),
         ("do_finalize", 1, "do_finalize: expected a bool, got int"),
         ("top_k", [2], "top_k: expected an int, got list"),
     ],
