@@ -64,8 +64,16 @@ def weigh_experts(logits: Tensor, expert_ids: Tensor, *, config: RoutingConfig) 
     Returns:
         expert_ids as int32, and weights [T, K] bfloat16: those of `select_experts_reference` where it chooses the same experts.
     Raises:
+        TypeError: a config of something else, as of a whole layer.
         ValueError: naming the tensor, what was wanted and what came.
     """
+    if not isinstance(config, RoutingConfig):
+        cure = (
+            "pass config.routing"
+            if hasattr(config, "routing")
+            else "pass RoutingConfig(num_experts=.., top_k=.., method=..)"
+        )
+        raise TypeError(f"config: expected a RoutingConfig, got {type(config).__name__}; {cure}")
     config.check(logits, None, None)
     dims = {"T": logits.shape[0], "K": config.top_k}
     expect("expert_ids", expert_ids, "T K", dims, dtype=ID_DTYPES, device=logits.device)

@@ -88,3 +88,16 @@ def test_a_replayed_layer_has_the_bits_of_the_recorded_one():
 def test_ids_that_do_not_fit_are_refused(ids, message):
     with pytest.raises(ValueError, match=message):
         weigh_experts(torch.zeros(2, 8), ids, config=config_of(RoutingMethod.TOPK, 8, 2))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (moe.MoEConfig.create(hidden_size=64, intermediate_size=64, num_experts=8, top_k=2), "got MoEConfig; pass config.routing"),
+        ({"num_experts": 8}, "got dict; pass RoutingConfig"),
+    ],
+    ids=["layer", "dict"],
+)  # fmt: skip
+def test_a_config_of_something_else_is_refused_by_a_sentence(config: object, message: str):
+    with pytest.raises(TypeError, match=f"config: expected a RoutingConfig, {message}"):
+        weigh_experts(torch.zeros(3, 8), torch.zeros(3, 2, dtype=torch.int64), config=config)
