@@ -57,4 +57,4 @@ print(
 )
 assert seen == [1.0, 1.0, 2.0] and others == [1.0, 1.0, 1.0], (seen, others)
 E
-TORCHINDUCTOR_CACHE_DIR="$folder/cache" "$folder/venv/bin/python" -W ignore "$folder/finding.py"
+TMPDIR="$folder" TORCHINDUCTOR_CACHE_DIR="$folder/cache" "$folder/venv/bin/python" -W ignore "$folder/finding.py"
