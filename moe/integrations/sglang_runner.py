@@ -90,15 +90,12 @@ def why_not_ours(config: MoeRunnerConfig) -> str | None:
     for name in ("no_combine", "silu_mul_keep_fp32"):
         if getattr(config, name, False):
             return f"{name}: expected False, got True"
-    if config.apply_router_weight_on_input and config.top_k != 1:
+    if config.apply_router_weight_on_input and config.top_k not in (None, 1):
         return f"apply_router_weight_on_input: expected top_k 1 with it, got {config.top_k}"
     reason = _why_not_gate(config)
     if reason is not None:
         return reason
-    layer = config.layer
-    if getattr(getattr(layer, "quant_method", None), "with_bias", False):
-        return "with_bias: expected False, got True"
-    for name in ("hidden_size", "intermediate_size_per_partition", "num_local_experts", "top_k"):
+    for name in ("hidden_size", "intermediate_size_per_partition", "num_local_experts"):
         if getattr(config, name) is None:
             return f"{name}: expected a number, got None"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,5 +128,5 @@ def layer_of(config: MoeRunnerConfig) -> EngineLayer:
     if config.gemm1_alpha is not None:
         gate = Gate(config.gemm1_alpha, 1.0, config.gemm1_clamp_limit)
     activation = _ACTIVATIONS[config.activation, config.is_gated]
-    sizes = (config.hidden_size, config.intermediate_size_per_partition, config.num_local_experts, config.top_k)
+    sizes = (config.hidden_size, config.intermediate_size_per_partition, config.num_local_experts, config.top_k or 1)
     return EngineLayer(*sizes, activation, gate)
