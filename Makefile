@@ -2,6 +2,7 @@
 # make smoke   every kernel once, in the mode that runs it: about a minute on two cores
 # make test    every test mode, each a process of its own; the GPU's too where there is one
 # make test-triton39  the tests that a Triton can change, with 3.9 in place of the installed one; test-triton38, test-triton36 too
+# make test-vllm  one real layer of vLLM's on this CPU, in an environment of its own: ENGINE=0.32.0; test-sglang too: ENGINE=0.5.21
 # make fuzz    CALLS random calls of every entry from SEED on, on the CPU and the GPU; what fails is shrunk
 # make bench   time every named layer, whole and stage by stage, into bench.json
 # make bench-dense    time stages and layers in turns with cuBLAS GEMMs of the same size, into bench-dense.json
@@ -20,7 +21,7 @@ CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,.ci/constraints.txt)
 comma := ,
 empty :=
 
-.PHONY: demo smoke fuzz smoke-plain smoke-emulated test test-plain test-emulated test-interpreter test-simulator test-gpu test-triton36 test-triton38 test-triton39 bench bench-dense lint format clean say-demo
+.PHONY: demo smoke fuzz smoke-plain smoke-emulated test test-plain test-emulated test-interpreter test-simulator test-gpu test-triton36 test-triton38 test-triton39 test-vllm test-sglang bench bench-dense lint format clean say-demo
 
 # A line at once, before pip and before torch is loaded: both are silent for seconds.
 demo: say-demo $(VENV)/.installed-run
@@ -89,6 +90,18 @@ test-triton38: $(VENV)/triton38/.installed
 test-triton36 test-triton39: test-triton%: $(VENV)/triton%/.installed
 	@PYTHONPATH=$(<D) MOE_TESTS_MODE="triton $*" $(PYTEST) -q -m "not gpu" $(OF_TRITON) $(COMPILES)
 	@PYTHONPATH=$(<D) MOE_TESTS_MODE="triton $*, interpreter" TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter $(INTERPRETED)
+
+# An engine's Python files and what they import lie in a folder that is searched first; what is compiled for a GPU is taken out.
+$(VENV)/engines/%/.installed: tests/engines/%.txt $(VENV)/.installed-test
+	@echo "fetching $*: minutes"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(@D) -r $<
+	@find $(@D)/vllm $(@D)/sglang -name '*.so' -delete 2>/dev/null; touch $@
+
+test-vllm: ENGINE ?= 0.33.0
+test-sglang: ENGINE ?= 0.5.23
+test-vllm test-sglang: test-%: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory $(VENV)/engines/$*-$(ENGINE)/.installed
+	PYTHONPATH=$(VENV)/engines/$*-$(ENGINE) VLLM_TARGET_DEVICE=cpu $(PYTEST) -q tests/engines/test_$*.py
 
 bench: $(VENV)/.installed-run
 	$(BIN)/python -m moe bench --json bench.json
