@@ -111,7 +111,8 @@ class TritonKernel:
         if None not in (run, function, packed_metadata) and all(name in self.fixed for name in names):
             constants = tuple(self.fixed[name] for name in names)
             num_boxes = sum(type(tensor) is Boxes for tensor in tensors)
-            self._kept[key] = _handle_of(launcher, run, function, packed_metadata, constants, num_boxes)
+            handle = _handle_of(launcher, run, function, packed_metadata, constants, num_boxes)
+            self._kept[key] = handle._replace(compiled=compiled)
 
 
 class _Handle(NamedTuple):
@@ -123,6 +124,9 @@ class _Handle(NamedTuple):
     passed: Callable[[Tensors, list[int | None]], list[Any]] | None = (
         None  # what `start` takes for tensors, if not pointers
     )
+    # Kept alive: from 3.8 on Triton unloads the code of what it compiled when nothing holds it, and where two threads compile the
+    # same kernel at once, its own cache holds one of the two.
+    compiled: Any = None
 
 
 def _handle_of(

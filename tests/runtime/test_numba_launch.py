@@ -125,7 +125,7 @@ def test_each_thread_asks_for_its_context_once(monkeypatch):
 
 def test_a_missing_compiler_names_the_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    with pytest.raises(ImportError, match=r'pip install "moe-stages\[cuda13\]"'):
+    with pytest.raises(ImportError, match=r'pip install "numba-cuda\[cu13\]"'):
         NumbaKernel(print, (), threads_per_block=32).compile_ptx((9, 0))
 
 
@@ -138,7 +138,7 @@ def test_a_missing_compiler_library_names_the_cure(monkeypatch):
 
     kernel = add_one_kernel()
     monkeypatch.setattr(cuda, "compile", compile_without_libraries)
-    with pytest.raises(ImportError, match=r'libNVVM or NVRTC.*pip install "moe-stages\[cuda13\]"'):
+    with pytest.raises(ImportError, match=r'libNVVM or NVRTC.*pip install "numba-cuda\[cu13\]"'):
         kernel.compile_ptx((9, 0))
 
 
