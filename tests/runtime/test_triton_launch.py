@@ -272,14 +272,18 @@ def test_the_launcher_is_passed_by_only_where_it_is_known_and_makes_no_memory(
 def test_code_stays_loaded_while_its_handle_is_kept(device_index):
     """Triton unloads what it compiled when nothing holds it, from 3.8 on, and its own cache may come to hold another's copy."""
     launcher = CudaLauncher(0)
-    compiled = [types.SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")]
-    held = weakref.ref(compiled[0])
-    launches = kept(FakeKernel(compiled=lambda: compiled.pop()))
-    for _ in range(2):
-        launches.launch((1, 1, 1), torch.zeros(8), None)
+
+    class Compiled:
+        run, function, packed_metadata = launcher, "function", "metadata"
+
+    kernel = FakeKernel(compiled=Compiled)
+    launches = kept(kernel)
+    launches.launch((1, 1, 1), torch.zeros(8), None)
+    held = weakref.ref(kernel.compiled.pop())
     gc.collect()
     assert held() is not None
-    assert len(launcher.direct) == 1
+    launches.launch((1, 1, 1), torch.zeros(8), None)
+    assert (len(launcher.direct), kernel.compiled) == (1, [])
 
 
 def test_fused_multiply_adds_are_asked_for(device_index):
