@@ -154,3 +154,17 @@ def test_runtime_knows_no_stage():
     for path in (PACKAGE / "runtime").rglob("*.py"):
         for module in imported_modules(path):
             assert module.split(".")[1] == "runtime", f"{in_package(path)} imports {module}, which is above it"
+
+
+def test_import_moe_loads_what_is_asked_for_alone():
+    code = (
+        "import sys, moe\n"
+        "light = 'torch' not in sys.modules\n"
+        "missing = [name for name in moe.__all__ if not hasattr(moe, name)]\n"
+        "unlisted = sorted(set(moe.__all__) ^ set(moe._MODULE_OF_NAME))\n"
+        "print(light, missing, unlisted, moe.tuning.__name__, hasattr(moe, 'nothing_of_the_kind'), moe.MoEConfig.__module__)\n"
+        "from moe import *\n"
+        "print(TopK.__name__, set(moe.__all__) <= set(dir(moe)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n")[:2] == ["True [] [] moe.tuning False moe.config", "TopK True"]

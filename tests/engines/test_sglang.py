@@ -116,7 +116,7 @@ def call(layer: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
 
 
 def test_the_name_is_a_choice_of_the_command_line_and_a_second_load_changes_nothing():
-    from moe_stages.sglang import plugin
+    from moe.integrations.plugins.sglang import plugin
 
     assert MOE_RUNNER_BACKEND_CHOICES.count("moe_stages") == 1
     plugin()
@@ -128,7 +128,7 @@ def test_a_server_that_did_not_ask_pays_nothing_for_the_name():
         "import sys, time, stubs; stubs.install()\n"
         "import sglang.srt.server_args, sglang.srt.plugins.hook_registry, sglang.srt.arg_groups.choices\n"
         "before, start = set(sys.modules), time.thread_time()\n"
-        "from moe_stages.sglang import plugin\n"
+        "from moe.integrations.plugins.sglang import plugin\n"
         "plugin()\n"
         "taken = time.thread_time() - start\n"
         "print([name for name in set(sys.modules) - before if name.startswith(('sglang', 'moe.'))], taken < 0.010, taken)\n"
@@ -245,7 +245,7 @@ def test_a_layer_that_is_not_ours_is_refused_when_it_is_built(name: str):
 
 
 def test_a_quantised_layer_is_refused_when_it_is_built():
-    from moe_stages.sglang import _expect_ours
+    from moe.integrations.plugins.sglang import _expect_ours
 
     layer = build()
     layer.quant_method = type("Fp8MoEMethod", (torch.nn.Module,), {})()
@@ -256,7 +256,7 @@ def test_a_quantised_layer_is_refused_when_it_is_built():
 def test_a_runner_that_the_hook_did_not_replace_is_noticed():
     from sglang.srt.layers.moe.moe_runner import MoeRunner
 
-    from moe_stages.sglang import _expect_ours
+    from moe.integrations.plugins.sglang import _expect_ours
 
     layer = build()
     layer.quant_method.runner = MoeRunner(moe_utils.MoeRunnerBackend.TRITON, layer.moe_runner_config)
@@ -302,7 +302,7 @@ def test_a_model_compiled_for_one_token_keeps_our_runner():
 
 
 def test_a_release_that_was_not_tried_adds_no_choice(monkeypatch: pytest.MonkeyPatch):
-    import moe_stages.sglang as module
+    import moe.integrations.plugins.sglang as module
 
     MOE_RUNNER_BACKEND_CHOICES.remove("moe_stages")
     monkeypatch.setattr(module, "_installed", lambda: "0.5.99")

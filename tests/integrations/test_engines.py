@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import moe_stages.sglang
-import moe_stages.vllm
+import moe.integrations.plugins.sglang
+import moe.integrations.plugins.vllm
 from moe.integrations import sglang, vllm
 from moe.integrations.engine_layer import EngineLayer, call_layer, local_ids, why_not
 from moe.integrations.hf_experts import Gate
@@ -49,23 +49,23 @@ def test_plug_ins_are_found_by_the_name_that_the_pages_give():
         found = [point for point in entry_points(group=group) if point.name == "moe_stages"]
         if not found:
             pytest.skip("moe-stages is not installed, or was before it had plug-ins")
-        assert [point.value for point in found] == [f"moe_stages.{module}:plugin"]
+        assert [point.value for point in found] == [f"moe.integrations.plugins.{module}:plugin"]
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_finding_a_plug_in_imports_neither_torch_nor_moe_nor_an_engine_and_takes_under_10_ms(engine: str):
+def test_finding_a_plug_in_imports_its_module_and_nothing_else_of_weight(engine: str):
     code = (
-        "import importlib.metadata, os, sys, time\n"  # what an engine has imported long before
+        "import importlib.metadata, os, sys\n"  # what an engine has imported long before
         "before = set(sys.modules)\n"
-        "start = time.thread_time()\n"
-        f"from moe_stages.{engine} import plugin\n"
+        f"from moe.integrations.plugins.{engine} import plugin\n"
         f"plugin() if {engine!r} == 'vllm' else None\n"
-        "taken = time.thread_time() - start\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "print(sorted(new & {'torch', 'moe', 'vllm', 'sglang', 'pydantic', 'numpy'}), taken < 0.010, taken)\n"
+        "new = set(sys.modules) - before\n"
+        "heavy = {name.split('.')[0] for name in new} & {'torch', 'vllm', 'sglang', 'pydantic', 'numpy'}\n"
+        "print(sorted(heavy), sorted(name for name in new if name.split('.')[0] == 'moe'))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert result.stdout.startswith("[] True"), result.stdout
+    ours = ["moe", "moe.integrations", "moe.integrations.plugins", f"moe.integrations.plugins.{engine}"]
+    assert result.stdout.strip() == f"[] {ours}"
 
 
 def test_importing_moe_and_its_integrations_imports_no_engine():
@@ -83,14 +83,14 @@ def test_vllms_plug_in_sleeps_unless_it_is_asked_for(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv("MOE_VLLM", raising=False)
     else:
         monkeypatch.setenv("MOE_VLLM", value)
-    moe_stages.vllm.plugin()  # and so looks for no vLLM: there is none here
+    moe.integrations.plugins.vllm.plugin()  # and so looks for no vLLM: there is none here
     assert not vllm.is_asked_for()
 
 
 def test_vllms_plug_in_says_which_values_it_takes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MOE_VLLM", "yes")
     with pytest.raises(ValueError, match=r"MOE_VLLM: expected 1 .*, only .* or 0, got 'yes'"):
-        moe_stages.vllm.plugin()
+        moe.integrations.plugins.vllm.plugin()
 
 
 @pytest.mark.parametrize(("value", "refuses"), [("1", False), ("only", True)])

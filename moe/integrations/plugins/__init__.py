@@ -1,0 +1,1 @@
+"""The entry points that engines load at every start: light, and asleep."""
