@@ -136,13 +136,21 @@ def measure_stage(
     On a GPU calls are replayed from CUDA graphs, over input sets that take turns (`moe.tuning.measure`).
 
     Raises:
-        UnfitMachine: a stage that cannot be captured in a CUDA graph.
+        UnfitMachine: a stage that cannot be captured in a CUDA graph, or a Triton kernel on a CPU.
     """
     progress = progress or Progress(shows_details=False)
     progress.step(f"{layer.shape.name}, {num_tokens:,} tokens: {own.name} of your own, checked and timed")
     swapped: dict[str, Any] = {own.name: own.function}
     mine = replace(layer, pipeline=replace(layer.pipeline, **swapped))
-    accuracy = _accuracy(mine, num_tokens, routing=routing, seed=seed, progress=progress)
+    try:
+        accuracy = _accuracy(mine, num_tokens, routing=routing, seed=seed, progress=progress)
+    except RuntimeError as error:
+        if layer.device.type == "cuda" or "active driver" not in str(error):
+            raise
+        raise UnfitMachine(
+            f"--stage {own.source}: expected a stage that runs on a CPU, got a Triton kernel; time it on a GPU, and check it here "
+            "with moe.testing in Triton's interpreter (TRITON_INTERPRET=1)"
+        ) from error
     sets = make_inputs(layer, num_tokens, sets_for(num_tokens, layer.device), routing=routing, seed=seed)
     loads = [measure_load(layer, inputs) for inputs in sets]
     calls: dict[str, Sequence[Callable[[], object]]] = {

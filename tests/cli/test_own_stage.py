@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe.__main__ import main
 from moe.cli import commands
@@ -87,3 +88,23 @@ def test_a_stage_that_is_not_there_is_refused(
     with pytest.raises(SystemExit):
         main(["bench", "--stage", text.format(mine=tmp_path / "mine.py"), "--model", "tiny", "--device", "cpu"])
     assert reason in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_triton_kernel_on_a_cpu_is_said_to_need_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    file = tmp_path / "triton_stage.py"
+    file.write_text(
+        "import triton\n"
+        "import triton.language as tl\n"
+        "@triton.jit\n"
+        "def nothing_kernel(rows_ptr):\n"
+        "    tl.store(rows_ptr, 0.0)\n"
+        "def my_gemm2(rows, weights, permutation):\n"
+        "    nothing_kernel[(1,)](rows)\n"
+        "    return rows\n"
+    )
+    with pytest.raises(SystemExit):
+        main(["bench", "--stage", f"gemm2={file}:my_gemm2", "--model", "tiny", "--tokens", "4", "--device", "cpu"])
+    assert "expected a stage that runs on a CPU, got a Triton kernel" in " ".join(capsys.readouterr().err.split())
