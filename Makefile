@@ -21,7 +21,7 @@ CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,.ci/constraints.txt)
 comma := ,
 empty :=
 
-.PHONY: demo smoke fuzz smoke-plain smoke-emulated test test-plain test-emulated test-interpreter test-simulator test-gpu test-triton36 test-triton38 test-triton39 test-vllm test-sglang bench bench-dense lint format clean say-demo
+.PHONY: demo smoke fuzz smoke-plain smoke-emulated test test-plain test-plain-most test-plain-numba test-others test-emulated test-interpreter test-simulator test-gpu test-triton36 test-triton38 test-triton39 test-vllm test-sglang bench bench-dense lint format clean say-demo
 
 # A line at once, before pip and before torch is loaded: both are silent for seconds.
 demo: say-demo $(VENV)/.installed-run
@@ -49,16 +49,29 @@ smoke-emulated: $(VENV)/.installed-test
 	@MOE_TESTS_MODE=simulator NUMBA_ENABLE_CUDASIM=1 $(PYTEST) -q -m simulator tests/test_smoke.py
 
 test: $(VENV)/.installed-test
-	$(MAKE) --no-print-directory -k -j2 test-plain test-emulated
+	$(MAKE) --no-print-directory -k -j2 test-plain-most test-others
 	$(MAKE) --no-print-directory test-gpu
+
+# Beside most of the plain mode, on a second core: the emulated modes, and then what numba compiles.
+test-others: $(VENV)/.installed-test
+	$(MAKE) test-emulated
+	$(MAKE) test-plain-numba
 
 test-emulated: $(VENV)/.installed-test
 	$(MAKE) test-interpreter
 	$(MAKE) test-simulator
 
 test-plain: $(VENV)/.installed-test
-	@MOE_TESTS_MODE=plain $(PYTEST) -q -m "not gpu"
+	$(MAKE) test-plain-most
+	$(MAKE) test-plain-numba
+
+OF_NUMBA := tests/permute
+test-plain-most: $(VENV)/.installed-test
+	@MOE_TESTS_MODE=plain $(PYTEST) -q -m "not gpu" $(addprefix --ignore=,$(OF_NUMBA))
 	@MOE_TESTS_MODE=benchmarks $(PYTEST) -q tests/benchmarks --benchmark-disable
+
+test-plain-numba: $(VENV)/.installed-test
+	@MOE_TESTS_MODE="plain, numba" $(PYTEST) -q -m "not gpu" $(OF_NUMBA)
 
 test-interpreter: $(VENV)/.installed-test
 	@MOE_TESTS_MODE=interpreter TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter
