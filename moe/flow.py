@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -110,3 +111,23 @@ class ExpertOutputs:
     rows: Tensor  # [P, H] bfloat16, unweighted
     weights: Tensor  # [T, K] bfloat16 or float32
     row_of_slot: Tensor  # [T, K] int32, -1 where the expert is not local
+
+
+class KeptGemm1(NamedTuple):
+    """What a gemm1 of a call that will go backward gives. Padding rows of both are undefined."""
+
+    activation: Tensor  # [P, I] bfloat16, bit for bit what gemm1 alone gives
+    gate_up: (
+        Tensor  # [P, 2I], or [P, I] where not gated, bfloat16: the product, columns in the order of W1's stored rows
+    )
+
+
+class Gemm2Gradients(NamedTuple):
+    """What is known once gradients have passed gemm2 and the activation.
+
+    Padding rows of the first two are exact zeros, since weight gradients sum over them; rows from `num_rows` on are undefined.
+    """
+
+    grad_gate_up: Tensor  # [P, 2I] or [P, I] bfloat16, columns as KeptGemm1.gate_up has them
+    weighted_activation: Tensor  # [P, I] bfloat16: the activation times its slot's routing weight
+    grad_weights: Tensor  # [T, K] float32, of the routing weights; exactly 0 where a slot has no row

@@ -10,16 +10,23 @@ from moe.flow import Permutation, SwigluParams
 from moe.gemm.config import BLOCK_MAJOR_K, ActivationType, GemmConfig, WeightLayout
 
 
-def check_weights(config: GemmConfig, name: str, weights: Tensor, device: torch.device | None = None) -> None:
-    """Raise unless `weights` is a bf16 tensor of config.weight_shape."""
-    if is_as_expected(weights, config.weight_shape, torch.bfloat16, device):
+def check_weights(
+    config: GemmConfig,
+    name: str,
+    weights: Tensor,
+    device: torch.device | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Raise unless `weights` is a tensor of config.weight_shape, in bf16 but for a reference of another dtype."""
+    if is_as_expected(weights, config.weight_shape, dtype, device):
         return
     if isinstance(weights, Tensor) and config.weight_format.layout is WeightLayout.BlockMajorK:
         expect_no_scales(name, weights, (torch.bfloat16,))
         _check_block(config, name, weights)
     axes, dims = _weight_axes(config)
     words = _weight_words(config, weights, axes)
-    expect(name, weights, " ".join(axes), dims, dtype=torch.bfloat16, device=device, words=words)
+    expect(name, weights, " ".join(axes), dims, dtype=dtype, device=device, words=words)
 
 
 def _weight_axes(config: GemmConfig) -> tuple[list[str], dict[str, int]]:
@@ -90,8 +97,10 @@ def _check_block(config: GemmConfig, name: str, weights: Tensor) -> None:
     )
 
 
-def check_swiglu(config: GemmConfig, swiglu: SwigluParams | None, device: torch.device) -> None:
-    """Raise unless each parameter is [E_local] fp32, and the activation is SwiGLU."""
+def check_swiglu(
+    config: GemmConfig, swiglu: SwigluParams | None, device: torch.device, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Raise unless each parameter is [E_local] fp32 (but for a reference of another dtype), and the activation is SwiGLU."""
     if swiglu is None:
         return
     expect_type("swiglu", swiglu, SwigluParams, "moe.SwigluParams(alpha, beta, clamp_limit) makes one")
@@ -105,7 +114,7 @@ def check_swiglu(config: GemmConfig, swiglu: SwigluParams | None, device: torch.
                 f"got gemm1_{name} with activation {config.activation!r}; leave it out"
             )
         dims = {"E_local": config.num_experts}
-        expect(f"gemm1_{name}", parameter, "E_local", dims, dtype=torch.float32, device=device)
+        expect(f"gemm1_{name}", parameter, "E_local", dims, dtype=dtype, device=device)
 
 
 def check_gather(

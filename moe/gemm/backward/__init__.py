@@ -1,0 +1,1 @@
+"""Gradients of the two grouped GEMMs: five stages, each with a reference in torch."""

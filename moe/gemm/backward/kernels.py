@@ -1,0 +1,49 @@
+"""Which kernel runs a backward stage: by config and device, both known on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from moe.gemm.backward.reference import (
+    gemm1_dgrad_reference,
+    gemm1_keeping_reference,
+    gemm1_wgrad_reference,
+    gemm2_dgrad_reference,
+    gemm2_wgrad_reference,
+    swiglu_gradients_reference,
+)
+from moe.gemm.config import GemmConfig
+from moe.stages import StageKernel, first_to_take, takes_all
+
+# The stages whose config is gemm1's, and those whose is gemm2's, which are told gemm1's too.
+OF_GEMM1: dict[str, Callable[..., Any]] = {
+    "gemm1_keeping": gemm1_keeping_reference,
+    "gemm1_dgrad": gemm1_dgrad_reference,
+    "gemm1_wgrad": gemm1_wgrad_reference,
+}
+OF_BOTH: dict[str, Callable[..., Any]] = {
+    "gemm2_dgrad": gemm2_dgrad_reference,
+    "swiglu_gradients": swiglu_gradients_reference,
+}
+OF_GEMM2: dict[str, Callable[..., Any]] = {"gemm2_wgrad": gemm2_wgrad_reference}
+STAGES = OF_GEMM1 | OF_BOTH | OF_GEMM2
+
+
+def kernels_on(stage: str, device: torch.device) -> tuple[StageKernel, ...]:
+    """In order: the first that takes the stage's config runs."""
+    return (StageKernel("reference", takes_all, STAGES[stage], STAGES[stage]),)
+
+
+def backward_stage_for(
+    stage: str, gemm1: GemmConfig, gemm2: GemmConfig, device: torch.device
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """One of STAGES for a layer's GEMMs, with its checks and without."""
+    config = gemm1 if stage in OF_GEMM1 else gemm2
+    run, launch = first_to_take(kernels_on(stage, device), config).bound_to(config)
+    if stage not in OF_BOTH:
+        return run, launch
+    return partial(run, gemm1=gemm1), partial(launch, gemm1=gemm1)
