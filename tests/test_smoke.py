@@ -29,6 +29,7 @@ RUN = {
         "finalize_kernel",
         "topk_kernel",
         "plan_units_kernel",
+        "route_backward_kernel",
     ),
     *("portable_gemm1_kernel", "portable_gemm2_kernel", "few_token_gemm1_kernel", "few_token_gemm2_finalize_kernel"),
 }
@@ -117,6 +118,16 @@ def test_routing_chooses_as_the_reference(numba_device):
     logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).to(numba_device)
     chosen, wanted = (select(logits, config=LAYER.routing) for select in (select_experts, select_experts_reference))
     assert torch.equal(chosen.expert_ids, wanted.expert_ids)
+
+
+def test_the_routing_weights_gradient_is_the_references(triton_device):
+    from moe.routing.backward import route_backward
+    from moe.routing.backward_reference import route_backward_reference
+
+    grads, logits = torch.ones(5, 2, device=triton_device), torch.eye(5, 8, device=triton_device)
+    ids = torch.tensor([[0, 3]] * 5, dtype=torch.int32, device=triton_device)
+    made, wanted = (run(grads, logits, ids, config=LAYER.routing) for run in (route_backward, route_backward_reference))
+    torch.testing.assert_close(made, wanted)
 
 
 @pytest.mark.skipif(IS_SIMULATED or IS_INTERPRETED, reason="an emulation compiles nothing")
