@@ -48,22 +48,25 @@ def route_backward_kernel(
 def _by_chosen(g, x, RULE: tl.constexpr, SCALE: tl.constexpr, EPSILON: tl.constexpr):
     """The gradient of the chosen experts' logits x, -inf where there is no expert, from that of their weights."""
     if RULE == "logit":
-        return g
-    if RULE == "softmax":
+        by_chosen = g
+    elif RULE == "softmax":
         shares = _softmax(x)
-        return shares * (g - tl.sum(g * shares))
-    terms = tl.sigmoid(x)
-    slope = terms * (1.0 - terms)
-    if RULE == "sigmoid":
-        return slope * g
-    total = tl.sum(terms)
-    dot = tl.sum(g * terms)
-    if RULE == "share":
-        divisor = tl.maximum(total, EPSILON)
-        return slope * (g - tl.where(total >= EPSILON, dot / divisor, 0.0)) / divisor
-    tl.static_assert(RULE == "scaled_share")
-    divisor = total + EPSILON
-    return slope * SCALE * (g - dot / divisor) / divisor
+        by_chosen = shares * (g - tl.sum(g * shares))
+    else:
+        terms = tl.sigmoid(x)
+        slope = terms * (1.0 - terms)
+        total = tl.sum(terms)
+        dot = tl.sum(g * terms)
+        if RULE == "sigmoid":
+            by_chosen = slope * g
+        elif RULE == "share":
+            divisor = tl.maximum(total, EPSILON)
+            by_chosen = slope * (g - tl.where(total >= EPSILON, dot / divisor, 0.0)) / divisor
+        else:
+            tl.static_assert(RULE == "scaled_share")
+            divisor = total + EPSILON
+            by_chosen = slope * SCALE * (g - dot / divisor) / divisor
+    return by_chosen
 
 
 @triton.jit
