@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe.compose import build_pipeline, reference_pipeline
     from moe.config import MoEConfig
-    from moe.flow import ExpertOutputs, Permutation, SwigluParams, TopK
+    from moe.flow import Added, ExpertOutputs, Permutation, SwigluParams, TopK
     from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, GemmTile, WeightFormat, WeightLayout
     from moe.packing.flat import FlatWeights, flat_weights
     from moe.packing.mistakes import check_packing
@@ -26,6 +26,7 @@ __all__ = [
     "FLASHINFER",
     "NAMED_SHAPES",
     "ActivationType",
+    "Added",
     "ExpertOutputs",
     "FinalizeConfig",
     "FlatWeights",
@@ -60,6 +61,7 @@ _NAMES_OF_MODULE = {
     ),
     "moe.config": ("MoEConfig",),
     "moe.flow": (
+        "Added",
         "ExpertOutputs",
         "Permutation",
         "SwigluParams",

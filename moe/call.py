@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moe.checks import WIDEST_LOAD_BYTES, expect, expect_separate, is_as_expected
 from moe.config import MoEConfig
-from moe.flow import SwigluParams
+from moe.flow import Added, SwigluParams
 from moe.gemm.checks import check_swiglu, check_weights
+from moe.permute.added import check_added, tensors_of
 from moe.workspace import workspace_of
 
 
@@ -27,6 +28,7 @@ class LayerCall(NamedTuple):
     routing_replay_out: Tensor | None = None
     is_chosen: bool = False
     workspace: Tensor | None = None  # [bytes] uint8 to take scratch from
+    added: Added | None = None  # to each token's weighted rows
 
     @property
     def num_tokens(self) -> int:
@@ -61,6 +63,8 @@ def check_call(config: MoEConfig, call: LayerCall, *, has_experts: bool = True) 
             check_weights(gemm, name, weights, device)
     if call.swiglu is not None:
         check_swiglu(config.gemm1, call.swiglu, device)
+    if call.added is not None:
+        check_added(call.added, num_tokens, config.hidden_size, device)
     if call.output is not None or call.routing_replay_out is not None:
         _check_written(config, call, first_name, device)
     if call.workspace is not None:
@@ -116,7 +120,7 @@ def _read_tensors(call: LayerCall, first_name: str) -> dict[str, Tensor | None]:
     tensors |= {"hidden_states": call.hidden_states, "gemm1_weights": call.w1, "gemm2_weights": call.w2}
     if call.swiglu is not None:
         tensors |= {f"gemm1_{name}": getattr(call.swiglu, name) for name in ("alpha", "beta", "clamp_limit")}
-    return tensors
+    return tensors | tensors_of(call.added)
 
 
 def _refuse_gradients(call: LayerCall, first_name: str) -> None:
@@ -125,6 +129,8 @@ def _refuse_gradients(call: LayerCall, first_name: str) -> None:
     tensors: tuple[Tensor | None, ...] = (first, call.hidden_states, call.w1, call.w2, call.bias, call.output)
     if swiglu is not None:
         tensors += (swiglu.alpha, swiglu.beta, swiglu.clamp_limit)
+    if call.added is not None:
+        tensors += tuple(tensors_of(call.added).values())
     for tensor in tensors:
         if tensor is not None and tensor.requires_grad:
             break

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe.call import LayerCall
 from moe.config import MoEConfig
-from moe.flow import SwigluParams, TopK
+from moe.flow import Added, SwigluParams, TopK
 
 VARIABLE = "MOE_KEEP_FAILING_CALLS"
 FOLDER: str | None = os.environ.get(VARIABLE) or None  # read once: every call asks
@@ -141,6 +141,11 @@ def _by_name(call: LayerCall) -> dict[str, Any]:
         "gemm1_beta": swiglu.beta,
         "gemm1_clamp_limit": swiglu.clamp_limit,
     }
+    if isinstance(call.added, Added):
+        gate = call.added.gate
+        if gate is not None and not isinstance(gate, Tensor):
+            gate = torch.tensor(gate, dtype=torch.float64)
+        values |= {"added": call.added.values, "added_gate": gate}
     if isinstance(call.entry, TopK):
         return values | {"expert_ids": call.entry.expert_ids, "expert_weights": call.entry.weights}
     return values | {"routing_logits": call.entry}
@@ -154,8 +159,12 @@ def _call_of(tensors: dict[str, Tensor]) -> LayerCall:
     numbers = [tensors.get(f"gemm1_{name}") for name in ("alpha", "beta", "clamp_limit")]
     swiglu = SwigluParams(*numbers) if any(number is not None for number in numbers) else None
     weights = (tensors["gemm1_weights"], tensors["gemm2_weights"])
+    added = None
+    if "added" in tensors:
+        gate = tensors.get("added_gate")
+        added = Added(tensors["added"], gate if gate is None or gate.dim() else gate.item())
     return LayerCall(
-        entry, tensors["hidden_states"], *weights, swiglu, tensors.get("routing_bias"), is_chosen=is_chosen
+        entry, tensors["hidden_states"], *weights, swiglu, tensors.get("routing_bias"), is_chosen=is_chosen, added=added
     )
 
 

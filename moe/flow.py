@@ -101,6 +101,17 @@ class SwigluParams:
 
 
 @dataclass(frozen=True)
+class Added:
+    """What a token gets beside its experts, such as a shared expert's result: summed with their weighted rows before the rounding.
+
+    out[t] = bf16(sum over k of weights[t, k] * row + gate[t] * values[t]), in float32 and in this order.
+    """
+
+    values: Tensor  # [T, H] bfloat16 or float32
+    gate: Tensor | float | None = None  # [T] bfloat16 or float32, or one number for all tokens; None: 1
+
+
+@dataclass(frozen=True)
 class ExpertOutputs:
     """What the pipeline has before finalize: out[t] = sum over k of weights[t, k] * rows[row_of_slot[t, k]].
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from moe import failing_calls
 from moe.call import LayerCall, check_call
 from moe.config import MoEConfig
-from moe.flow import ExpertOutputs, Permutation, SwigluParams, TopK
+from moe.flow import Added, ExpertOutputs, Permutation, SwigluParams, TopK
+from moe.permute.added import as_added
 from moe.ready_stages import ReadyStages, ready_stages
 from moe.runtime.scratch import scratch_from
 from moe.stages import Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router
@@ -55,6 +56,7 @@ class MoEPipeline:
         output: Tensor | None = None,
         routing_replay_out: Tensor | None = None,
         workspace: Tensor | None = None,
+        added: Tensor | Added | None = None,
     ) -> Tensor:
         """logits and hidden_states -> [T, H] bfloat16, in `output` where given.
 
@@ -64,10 +66,11 @@ class MoEPipeline:
             routing_replay_out: [>=T, K] int16; rows [0, T) receive the chosen global ids.
             workspace: [bytes] uint8 memory of its own, at least `workspace(T).asked_bytes` of it, that our kernels take
                 their scratch from; calls that share one must follow one another on a stream. None: torch's allocator.
+            added: [T, H] bfloat16 or float32 that is summed with each token's weighted rows before they are rounded, such as a
+                shared expert's result; with a gate as `moe.Added`. Not the memory of `output`.
         """
-        return self.run(
-            LayerCall(logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out, False, workspace)
-        )
+        written = (output, routing_replay_out, False, workspace)
+        return self.run(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, *written, as_added(added)))
 
     def expert_outputs(
         self,
@@ -93,9 +96,11 @@ class MoEPipeline:
         swiglu: SwigluParams | None = None,
         output: Tensor | None = None,
         workspace: Tensor | None = None,
+        added: Tensor | Added | None = None,
     ) -> Tensor:
         """The same from chosen experts. Ids that are not local, or no expert's, are skipped."""
-        return self.run(LayerCall(topk, hidden_states, w1, w2, swiglu, None, output, None, True, workspace))
+        written = (output, None, True, workspace)
+        return self.run(LayerCall(topk, hidden_states, w1, w2, swiglu, None, *written, as_added(added)))
 
     def run_experts_unfinalized(
         self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
@@ -120,10 +125,13 @@ class MoEPipeline:
     def _chain(self, call: LayerCall) -> Tensor:
         stages = self._stages
         topk = call.entry if call.is_chosen else stages.route(call.entry, call.bias, replay_out=call.routing_replay_out)
+        # Only where it is given: what a caller swapped in may not know it.
+        more = {} if call.added is None else {"added": call.added}
         if topk.expert_ids.shape[0] <= stages.max_fused_tokens:
-            return stages.fused(topk, call.hidden_states, call.w1, call.w2, swiglu=call.swiglu, output=call.output)
+            experts = (topk, call.hidden_states, call.w1, call.w2)
+            return stages.fused(*experts, swiglu=call.swiglu, output=call.output, **more)
         rows, permutation = self._rows(topk, call)
-        return stages.finalize(rows, topk, permutation, output=call.output)
+        return stages.finalize(rows, topk, permutation, output=call.output, **more)
 
     def run_unfinalized(self, call: LayerCall) -> ExpertOutputs:
         """One call of the layer, stopped before finalize."""
@@ -134,6 +142,8 @@ class MoEPipeline:
         return self._run_unfinalized(call)
 
     def _run_unfinalized(self, call: LayerCall) -> ExpertOutputs:
+        if call.added is not None:
+            raise ValueError("added: expected None before finalize, got a value; add it where the rows are summed")
         if self.checks_inputs:
             check_call(self.config, call)
         route = self._stages.route

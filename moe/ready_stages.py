@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe.checks import expect, expect_type, is_as_expected
 from moe.config import MoEConfig
-from moe.flow import Permutation, SwigluParams, TopK
+from moe.flow import Added, Permutation, SwigluParams, TopK
 from moe.fused.few_tokens.config import FewTokenConfig
 from moe.runtime.scratch import without_buffer
 from moe.stages import CheckedStage, Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router
@@ -161,8 +161,16 @@ def checked_gemm2(gemm2: Gemm2, config: MoEConfig) -> Gemm2:
 def checked_finalizer(finalize: Finalizer, config: MoEConfig) -> Finalizer:
     """A finalizer that is none of ours, with its result checked."""
 
-    def run(rows: Tensor, topk: TopK, permutation: Permutation, *, output: Tensor | None = None) -> Tensor:
-        result = finalize(rows, topk, permutation, output=output)
+    def run(
+        rows: Tensor,
+        topk: TopK,
+        permutation: Permutation,
+        *,
+        output: Tensor | None = None,
+        added: Added | None = None,
+    ) -> Tensor:
+        more = {} if added is None else {"added": added}
+        result = finalize(rows, topk, permutation, output=output, **more)
         return _checked_rows("finalize", result, (permutation.row_of_slot.shape[0], config.hidden_size), permutation)
 
     return run

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe.base_config import FrozenConfig
-from moe.flow import Permutation, SwigluParams, TopK, UnitSize
+from moe.flow import Added, Permutation, SwigluParams, TopK, UnitSize
 
 
 class Router(Protocol):
@@ -49,8 +49,19 @@ class Gemm2(Protocol):
 class Finalizer(Protocol):
     """Stage 5: weighted sum of each token's K rows."""
 
-    def __call__(self, rows: Tensor, topk: TopK, permutation: Permutation, *, output: Tensor | None = None) -> Tensor:
-        """rows [P, H] bf16 -> [T, H] bf16, into `output` where given."""
+    def __call__(
+        self,
+        rows: Tensor,
+        topk: TopK,
+        permutation: Permutation,
+        *,
+        output: Tensor | None = None,
+        added: Added | None = None,
+    ) -> Tensor:
+        """rows [P, H] bf16 -> [T, H] bf16, into `output` where given.
+
+        A layer passes `added` where its caller does: a finalizer that never meets it may leave it out.
+        """
         ...
 
 
@@ -108,8 +119,7 @@ class FusedExperts:
     It steps aside when any of those stages is swapped, and where the caller stops before finalize.
     """
 
-    run: Callable[
-        ..., Tensor
-    ]  # (topk, hidden_states, w1, w2, *, swiglu, output) -> [T, H] bfloat16; may be a CheckedStage
+    # (topk, hidden_states, w1, w2, *, swiglu, output) -> [T, H] bfloat16, and added= where a caller passes it; may be a CheckedStage
+    run: Callable[..., Tensor]
     max_tokens: int
     stands_for: tuple[Permuter, Gemm1, Gemm2, Finalizer]

@@ -10,7 +10,7 @@ from moe.cli.exact import ERROR_LIMIT
 from moe.cli.machine import UnfitMachine
 from moe.compose import build_pipeline, reference_pipeline
 from moe.failing_calls import KeptCall, read_call
-from moe.flow import ExpertOutputs, TopK
+from moe.flow import Added, ExpertOutputs, TopK
 from moe.pipeline import MoEPipeline
 
 
@@ -78,7 +78,10 @@ def _moved(call: LayerCall, device: torch.device) -> LayerCall:
     if swiglu is not None:
         swiglu = type(swiglu)(*map(move, (swiglu.alpha, swiglu.beta, swiglu.clamp_limit)))
     tensors = (call.hidden_states.to(device), call.w1.to(device), call.w2.to(device))
-    return LayerCall(entry, *tensors, swiglu, move(call.bias), is_chosen=call.is_chosen)
+    added = call.added
+    if added is not None:
+        added = Added(added.values.to(device), move(added.gate) if isinstance(added.gate, Tensor) else added.gate)
+    return LayerCall(entry, *tensors, swiglu, move(call.bias), is_chosen=call.is_chosen, added=added)
 
 
 def _described(kept: KeptCall) -> str:

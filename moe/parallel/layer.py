@@ -11,13 +11,14 @@ from torch import Tensor
 
 from moe.call import LayerCall, check_call
 from moe.config import MoEConfig
-from moe.flow import SwigluParams, TopK
+from moe.flow import Added, SwigluParams, TopK
 from moe.parallel.exchange import Site, gather_exchange, local_exchange, sum_exchange
 from moe.parallel.flow import Combine, Dispatch, Dispatched, Exchange
 from moe.parallel.kernels import local_work
 from moe.parallel.move import move_exchange
 from moe.parallel.placement import Placement, placement_of, placement_tables
 from moe.parallel.transport import Transport, transport_of
+from moe.permute.added import as_added, operands_of
 from moe.permute.config import MIN_TILE_ROWS
 from moe.pipeline import MoEPipeline
 from moe.tuning.tuned import tuned_pipeline
@@ -60,6 +61,7 @@ class ParallelLayer:
         swiglu: SwigluParams | None = None,
         output: Tensor | None = None,
         routing_replay_out: Tensor | None = None,
+        added: Tensor | Added | None = None,
     ) -> Tensor:
         """logits [T, E] and hidden_states [T, H] of this rank's tokens -> [T, H] bfloat16, in `output` where given.
 
@@ -68,14 +70,17 @@ class ParallelLayer:
             bias: [E], the same on all ranks.
             swiglu: of `local_experts`.
             routing_replay_out: [>=T, K] int16; receives the chosen global ids.
+            added: as a pipeline takes it, of this rank's tokens: added here to what comes back, which rounds once more.
 
         Raises:
             TypeError, ValueError: as a pipeline, before anything is sent. Other ranks then wait for this one until their timeout.
             RuntimeError: a rank that is dead or late: names rank, collective and timeout.
         """
-        self.check(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out))
+        added = as_added(added)
+        written = (output, routing_replay_out)
+        self.check(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, *written, added=added))
         topk = self.pipeline.route(logits, bias, replay_out=routing_replay_out)
-        return self._run(topk, hidden_states, w1, w2, swiglu, output)
+        return _with_added(self._run(topk, hidden_states, w1, w2, swiglu, output), added)
 
     def run_experts(
         self,
@@ -86,10 +91,12 @@ class ParallelLayer:
         *,
         swiglu: SwigluParams | None = None,
         output: Tensor | None = None,
+        added: Tensor | Added | None = None,
     ) -> Tensor:
         """The same from chosen experts: global ids [T, K], anything out of [0, E) for an unused slot."""
-        self.check(LayerCall(topk, hidden_states, w1, w2, swiglu, output=output, is_chosen=True))
-        return self._run(topk, hidden_states, w1, w2, swiglu, output)
+        added = as_added(added)
+        self.check(LayerCall(topk, hidden_states, w1, w2, swiglu, output=output, is_chosen=True, added=added))
+        return _with_added(self._run(topk, hidden_states, w1, w2, swiglu, output), added)
 
     def run_local(
         self, dispatched: Dispatched, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
@@ -127,6 +134,18 @@ class ParallelLayer:
             anything: Any = None
             call = call._replace(w1=anything, w2=anything, swiglu=None)
             check_call(self.pipeline.config, call, has_experts=False)
+
+
+def _with_added(output: Tensor, added: Added | None) -> Tensor:
+    """`output` with what was added to it, in float32, rounded once."""
+    if added is None:
+        return output
+    values, gate, scale = operands_of(added)
+    assert values is not None
+    factor = scale if gate is None else gate.float()[:, None]
+    with torch.inference_mode():  # where the caller may have allocated it
+        output.copy_(output.float() + values.float() * factor)
+    return output
 
 
 def build_layer(

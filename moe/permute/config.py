@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moe.base_config import Count, CountOrZero, FrozenConfig, PowerOfTwo
 from moe.checks import expect, expect_separate, expect_type, is_as_expected
-from moe.flow import Permutation, TopK
+from moe.flow import Added, Permutation, TopK
+from moe.permute.added import check_added, tensors_of
 from moe.permute.chunks import NUMBA_CHUNKING, TRITON_CHUNKING
 
 MIN_TILE_ROWS = 16  # fewest rows that a tensor-core instruction of any GPU takes
@@ -116,8 +117,13 @@ class FinalizeConfig(FrozenConfig):
 
     block_h: PowerOfTwo | None = Field(default=None, ge=64, le=8192)  # columns a program; None: by token count
 
-    def check(self, rows: Tensor, topk: TopK, permutation: Permutation, output: Tensor | None) -> None:
-        """Raise unless rows is [P, H] bf16, the maps are [T, K], and output is [T, H] bf16 memory of its own or None."""
+    def check(
+        self, rows: Tensor, topk: TopK, permutation: Permutation, output: Tensor | None, added: Added | None = None
+    ) -> None:
+        """Raise unless rows is [P, H] bf16, the maps are [T, K], and output is [T, H] bf16 memory of its own or None.
+
+        So is what is added: [T, H], and its gate [T].
+        """
         row_of_slot, weights, max_rows = permutation.row_of_slot, topk.weights, permutation.max_rows
         device = row_of_slot.device
         if not _fit(rows, weights, row_of_slot, max_rows):
@@ -125,11 +131,13 @@ class FinalizeConfig(FrozenConfig):
             expect("row_of_slot", row_of_slot, "T K", dims, dtype=torch.int32)
             expect("expert_weights", weights, "T K", dims, dtype=WEIGHT_DTYPES, device=device)
             expect("rows", rows, "P H", dims, dtype=torch.bfloat16, device=device)
+        if added is not None:
+            check_added(added, row_of_slot.shape[0], rows.shape[1], device)
         if output is not None:
             dims = {"T": row_of_slot.shape[0], "H": rows.shape[1]}
             expect("output", output, "T H", dims, dtype=torch.bfloat16, device=device)
             read = {"rows": rows, "expert_weights": weights, "row_of_slot": row_of_slot}
-            expect_separate("output", output, read)
+            expect_separate("output", output, read | tensors_of(added))
 
 
 _IDS_WORDS = {

@@ -7,7 +7,8 @@ import functools
 import triton
 from torch import Tensor
 
-from moe.flow import Permutation, TopK
+from moe.flow import Added, Permutation, TopK
+from moe.permute.added import operands_of
 from moe.permute.config import FinalizeConfig
 from moe.permute.finalize_kernel import finalize_kernel
 from moe.runtime.dependent_launch import launches_dependents
@@ -27,6 +28,7 @@ def finalize_tokens(
     *,
     config: FinalizeConfig,
     output: Tensor | None = None,
+    added: Added | None = None,
     uses_pdl: bool = False,
 ) -> Tensor:
     """Weighted sum of each token's K expert rows: out[t] = sum over k of weights[t, k] * rows[row_of_slot[t, k]].
@@ -40,6 +42,7 @@ def finalize_tokens(
         permutation: row_of_slot [T, K] int32, -1 where the expert is not local.
         config: how many columns a program sums.
         output: [T, H] bf16 to write to, with memory of its own; None allocates.
+        added: what a token gets beside its rows, after them in the float32 sum. Each number that is its gate compiles a kernel.
         uses_pdl: the launch is a dependent one of the launch before it, which must be the one that wrote `rows`, itself a
             dependent one or none (`moe.runtime.dependent_launch`).
     Returns:
@@ -47,8 +50,8 @@ def finalize_tokens(
     Raises:
         ValueError: naming the tensor, what was wanted and what came.
     """
-    config.check(rows, topk, permutation, output)
-    return launch_finalize_tokens(rows, topk, permutation, config=config, output=output, uses_pdl=uses_pdl)
+    config.check(rows, topk, permutation, output, added)
+    return launch_finalize_tokens(rows, topk, permutation, config=config, output=output, added=added, uses_pdl=uses_pdl)
 
 
 def launch_finalize_tokens(
@@ -58,6 +61,7 @@ def launch_finalize_tokens(
     *,
     config: FinalizeConfig,
     output: Tensor | None = None,
+    added: Added | None = None,
     uses_pdl: bool = False,
 ) -> Tensor:
     """`finalize_tokens` of tensors that were checked."""
@@ -69,20 +73,22 @@ def launch_finalize_tokens(
         return output
     block_h = config.block_h or _default_block_h(num_tokens <= FEW_TOKENS, hidden_size)
     uses_pdl = uses_pdl and launches_dependents(rows.device)
-    kernel = _kernel_of(top_k, hidden_size, block_h, uses_pdl)
+    values, gate, scale = operands_of(added)
+    kernel = _kernel_of(top_k, hidden_size, block_h, uses_pdl, scale)
     num_programs = num_tokens * -(-hidden_size // block_h)
-    kernel.launch((num_programs, 1, 1), rows, topk.weights, permutation.row_of_slot, output)
+    kernel.launch((num_programs, 1, 1), rows, topk.weights, permutation.row_of_slot, output, values, gate)
     return output
 
 
 @functools.cache
-def _kernel_of(top_k: int, hidden_size: int, block_h: int, uses_pdl: bool) -> TritonKernel:
+def _kernel_of(top_k: int, hidden_size: int, block_h: int, uses_pdl: bool, scale: float) -> TritonKernel:
     return TritonKernel(
         finalize_kernel,
         TOP_K=top_k,
         HIDDEN=hidden_size,
         BLOCK_H=block_h,
         IS_UNROLLED=top_k <= MAX_UNROLLED_CHOICES,
+        ADDED_SCALE=scale,
         USES_PDL=uses_pdl,
         num_warps=min(max(block_h // COLUMNS_A_WARP, 1), MAX_WARPS),
         launch_pdl=uses_pdl,

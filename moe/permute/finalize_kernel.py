@@ -11,10 +11,13 @@ def finalize_kernel(
     weights_ptr,  # [T, TOP_K] bf16 or fp32
     row_of_slot_ptr,  # [T, TOP_K] int32
     output_ptr,  # [T, HIDDEN] bf16
+    added_ptr,  # [T, HIDDEN] bf16 or fp32, or None
+    added_gate_ptr,  # [T] bf16 or fp32, or None
     TOP_K: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
     IS_UNROLLED: tl.constexpr,  # over the choices; else the loop stays one, and maps are read in it
+    ADDED_SCALE: tl.constexpr,  # what `added` is multiplied by where it has no gate
     USES_PDL: tl.constexpr,
 ):
     num_blocks: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
@@ -29,8 +32,14 @@ def finalize_kernel(
             row, weight = _load_slot(row_of_slot_ptr, weights_ptr, token * TOP_K + choice)
             row_of_choice = row_of_choice + (row,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no starred tuples
             weight_of_choice = weight_of_choice + (weight,)  # type: ignore[assignment]  # noqa: RUF005
+    if added_ptr is not None:
+        addend = tl.load(added_ptr + token * HIDDEN + column, mask=in_row, other=0.0).to(tl.float32)
+        if added_gate_ptr is not None:
+            addend *= tl.load(added_gate_ptr + token).to(tl.float32)
+        elif ADDED_SCALE != 1.0:
+            addend *= ADDED_SCALE
     if USES_PDL:
-        # Before it, only what was complete when gemm2 began: the maps and weights.
+        # Before it, only what was complete when gemm2 began: the maps and weights, and what the caller passed.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     total = tl.zeros([BLOCK_H], tl.float32)
@@ -42,6 +51,8 @@ def finalize_kernel(
         for choice in range(TOP_K):
             row, weight = _load_slot(row_of_slot_ptr, weights_ptr, token * TOP_K + choice)
             total += weight * _load_row(rows_ptr, row, column, in_row, HIDDEN)
+    if added_ptr is not None:
+        total += addend
     tl.store(output_ptr + token * HIDDEN + column, total.to(tl.bfloat16), mask=in_row)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.flow import Permutation, TopK
+from moe.flow import Added, Permutation, TopK
+from moe.permute.added import add_to
 from moe.permute.config import FinalizeConfig, PermuteConfig
 
 
@@ -49,16 +50,23 @@ def plan_permutation_reference(topk: TopK, *, config: PermuteConfig) -> Permutat
 
 
 def finalize_tokens_reference(
-    rows: Tensor, topk: TopK, permutation: Permutation, *, config: FinalizeConfig, output: Tensor | None = None
+    rows: Tensor,
+    topk: TopK,
+    permutation: Permutation,
+    *,
+    config: FinalizeConfig,
+    output: Tensor | None = None,
+    added: Added | None = None,
 ) -> Tensor:
     """out[t] = sum over k of weights[t, k] * rows[row_of_slot[t, k]]. Same contract as `finalize_tokens`."""
-    config.check(rows, topk, permutation, output)
+    config.check(rows, topk, permutation, output, added)
     num_tokens, top_k = permutation.row_of_slot.shape
     total = torch.zeros(num_tokens, rows.shape[1], dtype=torch.float32, device=rows.device)
     for choice in range(top_k):
         row = permutation.row_of_slot[:, choice]
         token = (row >= 0).nonzero().squeeze(1)
         total[token] += topk.weights[token, choice, None].float() * rows[row[token].long()].float()
+    total = add_to(total, added)
     if output is None:
         return total.bfloat16()
     with torch.inference_mode():  # where the caller may have allocated it

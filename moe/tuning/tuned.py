@@ -13,7 +13,8 @@ from moe.call import LayerCall, check_call
 from moe.checks import expect_count, is_as_expected
 from moe.compose import build_pipeline
 from moe.config import MoEConfig
-from moe.flow import ExpertOutputs, SwigluParams, TopK
+from moe.flow import Added, ExpertOutputs, SwigluParams, TopK
+from moe.permute.added import as_added
 from moe.pipeline import MoEPipeline
 from moe.runtime.device import expect_kernels
 from moe.tuning.autotune import active, tune_missing
@@ -81,11 +82,11 @@ class TunedPipeline:
         output: Tensor | None = None,
         routing_replay_out: Tensor | None = None,
         workspace: Tensor | None = None,
+        added: Tensor | Added | None = None,
     ) -> Tensor:
         """As `MoEPipeline.__call__`."""
-        return self.run(
-            LayerCall(logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out, False, workspace)
-        )
+        written = (output, routing_replay_out, False, workspace)
+        return self.run(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, *written, as_added(added)))
 
     def expert_outputs(
         self,
@@ -111,9 +112,11 @@ class TunedPipeline:
         swiglu: SwigluParams | None = None,
         output: Tensor | None = None,
         workspace: Tensor | None = None,
+        added: Tensor | Added | None = None,
     ) -> Tensor:
         """As `MoEPipeline.run_experts`."""
-        return self.run(LayerCall(topk, hidden_states, w1, w2, swiglu, None, output, None, True, workspace))
+        written = (output, None, True, workspace)
+        return self.run(LayerCall(topk, hidden_states, w1, w2, swiglu, None, *written, as_added(added)))
 
     def run_experts_unfinalized(
         self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None

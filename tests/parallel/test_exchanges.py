@@ -267,3 +267,31 @@ def test_what_a_pipeline_refuses_is_refused_before_anything_is_sent(has_experts:
         assert not sent
     layer.dispatch(tokens, whole.topk)
     assert sent
+
+
+@pytest.mark.parametrize("gate", ["none", "number", "tensor"])
+@pytest.mark.parametrize("exchange", ["gather", "move", "sum"])
+def test_what_is_added_counts_once_however_many_ranks_there_are(exchange, gate, poisoned_memory):
+    tokens = (5, 0, 4)
+    whole = make_whole(tokens)
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randn(whole.hidden_states.shape, generator=generator).bfloat16()
+    numbers = torch.rand(len(values), generator=generator)
+    first_of = [0, 5, 5, 9]
+
+    def run(transport: Transport) -> Tensor:
+        layer, rank = layer_over(transport, whole, exchange=exchange, experts_of_rank=[5, 0, 3]), transport.rank
+        has_all = exchange == "sum"
+        part = slice(None) if has_all else slice(first_of[rank], first_of[rank + 1])
+        of_name = {"none": None, "number": 0.5, "tensor": numbers[part].clone()}
+        added = moe.Added(values[part].clone(), of_name[gate])
+        topk, hidden_states = (whole.topk, whole.hidden_states) if has_all else whole.tokens_at(rank)
+        arguments = (topk, hidden_states, *whole.weights_of(layer))
+        result = layer.run_experts(*arguments, added=added)
+        without = layer.run_experts(*arguments)
+        scale = {"none": 1.0, "number": 0.5}.get(gate, numbers[part][:, None])
+        assert torch.equal(result, (without.float() + scale * added.values.float()).bfloat16())
+        return result
+
+    outputs = simulate(3, run)
+    assert sum(map(len, outputs)) == len(values) * (3 if exchange == "sum" else 1)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from moe.checks import expect, expect_separate, expect_type, is_as_expected
-from moe.flow import SwigluParams, TopK
+from moe.flow import Added, SwigluParams, TopK
 from moe.fused.few_tokens.config import FewTokenConfig
 from moe.gemm.checks import check_swiglu, check_weights
+from moe.permute.added import check_added, tensors_of
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 
@@ -21,13 +22,16 @@ def check_experts(
     w2: Tensor,
     swiglu: SwigluParams | None,
     output: Tensor | None,
+    added: Added | None = None,
 ) -> None:
     """Raise unless all tensors fit: hidden_states [T, H], weights of weight_shape, output [T, H] of its own."""
     if swiglu is not None or not _fit(config, topk, hidden_states, w1, w2):
         check_slots(config, topk, hidden_states, w1, swiglu)
         check_weights(config.gemm2, "gemm2_weights", w2, topk.expert_ids.device)
+    if added is not None:
+        check_added(added, topk.expert_ids.shape[0], config.gemm2.out_features, topk.expert_ids.device)
     if output is not None:
-        read = {"hidden_states": hidden_states, "gemm1_weights": w1, "gemm2_weights": w2}
+        read = {"hidden_states": hidden_states, "gemm1_weights": w1, "gemm2_weights": w2, **tensors_of(added)}
         _check_output(config, topk, output, read)
 
 
@@ -61,14 +65,24 @@ def check_slots(
     check_swiglu(config.gemm1, swiglu, device)
 
 
-def check_tokens(config: FewTokenConfig, topk: TopK, activation: Tensor, w2: Tensor, output: Tensor | None) -> None:
+def check_tokens(
+    config: FewTokenConfig,
+    topk: TopK,
+    activation: Tensor,
+    w2: Tensor,
+    output: Tensor | None,
+    added: Added | None = None,
+) -> None:
     """Raise unless the tensors fit gemm2 of these slots and the sum of its rows: activation [T * K, I] bf16."""
     dims = _check_topk(config, topk)
+    if added is not None:
+        check_added(added, dims["T"], config.gemm2.out_features, topk.expert_ids.device)
     dims = {"slots": dims["T"] * config.top_k, "I": config.gemm2.in_features}
     device = topk.expert_ids.device
     expect("activation", activation, "slots I", dims, dtype=torch.bfloat16, device=device)
     check_weights(config.gemm2, "gemm2_weights", w2, device)
-    _check_output(config, topk, output, {"activation": activation, "gemm2_weights": w2})
+    read = {"activation": activation, "gemm2_weights": w2, **tensors_of(added)}
+    _check_output(config, topk, output, read)
 
 
 def _check_topk(config: FewTokenConfig, topk: TopK) -> dict[str, int]:
@@ -79,7 +93,7 @@ def _check_topk(config: FewTokenConfig, topk: TopK) -> dict[str, int]:
     return dims
 
 
-def _check_output(config: FewTokenConfig, topk: TopK, output: Tensor | None, read: dict[str, Tensor]) -> None:
+def _check_output(config: FewTokenConfig, topk: TopK, output: Tensor | None, read: dict[str, Tensor | None]) -> None:
     if output is None:
         return
     dims = {"T": topk.expert_ids.shape[0], "H": config.gemm2.out_features}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.flow import SwigluParams, TopK
+from moe.flow import Added, SwigluParams, TopK
 from moe.fused.few_tokens.checks import check_experts
 from moe.fused.few_tokens.config import FewTokenConfig
 from moe.fused.few_tokens.gemm1 import launch_few_token_gemm1
@@ -21,6 +21,7 @@ def few_token_experts(
     config: FewTokenConfig,
     swiglu: SwigluParams | None = None,
     output: Tensor | None = None,
+    added: Added | None = None,
 ) -> Tensor:
     """Chosen experts and hidden states -> [T, H] bf16: stands for permute, gemm1, gemm2 and finalize.
 
@@ -33,15 +34,18 @@ def few_token_experts(
         w1, w2: bf16, config.gemm1.weight_shape and config.gemm2.weight_shape.
         swiglu: parameters of the activation by local expert, [E_local] fp32 each.
         output: [T, H] bf16 to write to, with memory of its own; None allocates.
+        added: what a token gets beside its experts.
 
     Returns:
-        [T, H] bf16: `output` itself where given. A token without local experts gets zeros.
+        [T, H] bf16: `output` itself where given. A token without local experts gets zeros, and what is added.
 
     Raises:
         ValueError: where a tensor does not fit the config, before anything is launched.
     """
-    check_experts(config, topk, hidden_states, w1, w2, swiglu, output)
-    return launch_few_token_experts(topk, hidden_states, w1, w2, config=config, swiglu=swiglu, output=output)
+    check_experts(config, topk, hidden_states, w1, w2, swiglu, output, added)
+    return launch_few_token_experts(
+        topk, hidden_states, w1, w2, config=config, swiglu=swiglu, output=output, added=added
+    )
 
 
 def launch_few_token_experts(
@@ -53,9 +57,10 @@ def launch_few_token_experts(
     config: FewTokenConfig,
     swiglu: SwigluParams | None,
     output: Tensor | None,
+    added: Added | None = None,
 ) -> Tensor:
     """`few_token_experts` of tensors that were checked."""
     activation = launch_few_token_gemm1(hidden_states, w1, topk, config=config, swiglu=swiglu)
     if output is None:
         output = torch.empty_like(hidden_states)  # quicker than by shape, dtype and device
-    return launch_few_token_gemm2_finalize(activation, w2, topk, config=config, output=output)
+    return launch_few_token_gemm2_finalize(activation, w2, topk, config=config, output=output, added=added)

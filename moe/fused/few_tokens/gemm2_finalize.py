@@ -7,12 +7,13 @@ import functools
 import torch
 from torch import Tensor
 
-from moe.flow import TopK
+from moe.flow import Added, TopK
 from moe.fused.few_tokens.checks import check_tokens
 from moe.fused.few_tokens.config import FewTokenConfig
 from moe.fused.few_tokens.gemm2_finalize_kernel import few_token_gemm2_finalize_kernel
 from moe.fused.few_tokens.tile import default_token_tile
 from moe.gemm.weight_format import weight_strides
+from moe.permute.added import operands_of
 from moe.runtime.dependent_launch import launches_dependents
 from moe.runtime.triton_launch import TritonKernel
 from moe.runtime.triton_versions import streaming_registers
@@ -21,7 +22,13 @@ MAX_UNROLLED_STEPS = 64  # of a program, up to which its K slots are unrolled: t
 
 
 def few_token_gemm2_finalize(
-    activation: Tensor, weights: Tensor, topk: TopK, *, config: FewTokenConfig, output: Tensor | None = None
+    activation: Tensor,
+    weights: Tensor,
+    topk: TopK,
+    *,
+    config: FewTokenConfig,
+    output: Tensor | None = None,
+    added: Added | None = None,
 ) -> Tensor:
     """out[t] = sum over k of topk.weights[t, k] * bf16(activation[t * K + k] @ W2[expert_ids[t, k]]^T).
 
@@ -33,6 +40,7 @@ def few_token_gemm2_finalize(
         topk: expert_ids [T, K] int32, of which those not local are skipped; weights [T, K] bf16 or float32.
         config: where uses_pdl, the launch right before this one must be `few_token_gemm1` of the same config and topk.
         output: [T, H] bf16 to write to, with memory of its own; None allocates.
+        added: what a token gets beside its rows, after them in the float32 sum. Each number that is its gate compiles a kernel.
 
     Returns:
         [T, H] bf16: `output` itself where given. A token without local experts gets zeros.
@@ -40,12 +48,18 @@ def few_token_gemm2_finalize(
     Raises:
         ValueError: where a tensor does not fit the config.
     """
-    check_tokens(config, topk, activation, weights, output)
-    return launch_few_token_gemm2_finalize(activation, weights, topk, config=config, output=output)
+    check_tokens(config, topk, activation, weights, output, added)
+    return launch_few_token_gemm2_finalize(activation, weights, topk, config=config, output=output, added=added)
 
 
 def launch_few_token_gemm2_finalize(
-    activation: Tensor, weights: Tensor, topk: TopK, *, config: FewTokenConfig, output: Tensor | None
+    activation: Tensor,
+    weights: Tensor,
+    topk: TopK,
+    *,
+    config: FewTokenConfig,
+    output: Tensor | None,
+    added: Added | None = None,
 ) -> Tensor:
     """`few_token_gemm2_finalize` of tensors that were checked."""
     num_tokens = topk.expert_ids.shape[0]
@@ -53,14 +67,16 @@ def launch_few_token_gemm2_finalize(
         output = activation.new_empty((num_tokens, config.gemm2.out_features))
     if not num_tokens:
         return output
-    kernel, num_blocks = _kernel_of(config, activation.device)
-    kernel.launch((num_tokens, num_blocks, 1), activation, weights, topk.expert_ids, topk.weights, output)
+    values, gate, scale = operands_of(added)
+    kernel, num_blocks = _kernel_of(config, activation.device, scale)
+    tensors = (activation, weights, topk.expert_ids, topk.weights, output, values, gate)
+    kernel.launch((num_tokens, num_blocks, 1), *tensors)
     return output
 
 
 @functools.cache
-def _kernel_of(config: FewTokenConfig, device: torch.device) -> tuple[TritonKernel, int]:
-    """The kernel of a config on a device, and into how many programs it cuts a row."""
+def _kernel_of(config: FewTokenConfig, device: torch.device, scale: float) -> tuple[TritonKernel, int]:
+    """The kernel of a config on a device, and into how many programs it cuts a row; `scale` is a number that gates what is added."""
     uses_pdl = config.uses_pdl and launches_dependents(device)
     gemm = config.gemm2
     tile = config.token_tile or default_token_tile(gemm, config.top_k, is_slice=config.is_slice)
@@ -83,6 +99,7 @@ def _kernel_of(config: FewTokenConfig, device: torch.device) -> tuple[TritonKern
         NUM_PREFETCHED=min(tile.num_prefetched, num_steps) if prefetches else 0,
         SKIPS_ABSENT=config.is_slice,
         IS_UNROLLED=is_unrolled,
+        ADDED_SCALE=scale,
         USES_PDL=uses_pdl,
         TRIGGERS=config.triggers_early,
         num_warps=tile.num_warps,

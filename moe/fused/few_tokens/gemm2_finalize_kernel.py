@@ -33,6 +33,8 @@ def few_token_gemm2_finalize_kernel(
     expert_ids_ptr,  # [T, TOP_K] int32
     expert_weights_ptr,  # [T, TOP_K] bf16 or fp32
     out_ptr,  # [T, OUT_FEATURES] bf16
+    added_ptr,  # [T, OUT_FEATURES] bf16 or fp32, or None
+    added_gate_ptr,  # [T] bf16 or fp32, or None
     first_expert,
     num_experts,  # local ones
     IN_FEATURES: tl.constexpr,
@@ -46,6 +48,7 @@ def few_token_gemm2_finalize_kernel(
     NUM_PREFETCHED: tl.constexpr,  # 0 where SKIPS_ABSENT
     SKIPS_ABSENT: tl.constexpr,  # branch around slots without a local expert; else read expert 0 and drop the row
     IS_UNROLLED: tl.constexpr,
+    ADDED_SCALE: tl.constexpr,  # what `added` is multiplied by where it has no gate
     USES_PDL: tl.constexpr,
     TRIGGERS: tl.constexpr,  # lets the next kernel start early; else it starts when this one's programs have ended
     num_warps: tl.constexpr,
@@ -60,13 +63,20 @@ def few_token_gemm2_finalize_kernel(
     rows = Rows(weights_ptr + first_step(row, ROW_STRIDE, BLOCK_STRIDE, BLOCK_K), in_lanes)
     operands = Operands(choices, expert_weights_ptr, activation_ptr, rows)
 
-    # Before the wait: ids and weights were complete when gemm1's wait returned, and only then did gemm1 trigger this.
+    # Before the wait: ids, weights and what is added were complete when gemm1's wait returned, and only then did gemm1 trigger this.
     prefetched = ()
     for step in tl.static_range(NUM_PREFETCHED):
         expert, _ = expert_of_slot(choices, first_slot + step // NUM_STEPS)
         rows_of_expert = Rows(rows.ptrs + expert * (OUT_FEATURES * IN_FEATURES), in_lanes)
         weights = load_weights(rows_of_expert, step % NUM_STEPS * BLOCK_K, IN_FEATURES, BLOCK_STRIDE, IS_EVEN_N)
         prefetched = prefetched + (weights,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no starred tuples
+    if added_ptr is not None:
+        added_ptrs = added_ptr + tl.program_id(0).to(tl.int64) * OUT_FEATURES + column
+        addend = tl.load(added_ptrs, mask=in_lanes, other=0.0).to(tl.float32)
+        if added_gate_ptr is not None:
+            addend *= tl.load(added_gate_ptr + tl.program_id(0)).to(tl.float32)
+        elif ADDED_SCALE != 1.0:
+            addend *= ADDED_SCALE
     if USES_PDL:
         tl.extra.cuda.gdc_wait()
         if TRIGGERS:
@@ -86,6 +96,8 @@ def few_token_gemm2_finalize_kernel(
                 operands, first_slot + choice, (),
                 IN_FEATURES, OUT_FEATURES, BLOCK_STRIDE, SKIPS_ABSENT, IS_EVEN_N, num_warps,
             )  # fmt: skip
+    if added_ptr is not None:
+        total += addend
     out_ptrs = out_ptr + tl.program_id(0).to(tl.int64) * OUT_FEATURES + column
     tl.store(out_ptrs, total.to(tl.bfloat16), mask=in_lanes)
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moe.flow import SwigluParams, TopK
+from moe.flow import Added, SwigluParams, TopK
 from moe.fused.few_tokens.checks import check_experts, check_slots, check_tokens
 from moe.fused.few_tokens.config import FewTokenConfig
 from moe.gemm.reference import activate_reference, product_in_fp32
 from moe.gemm.weight_format import unpack_expert
+from moe.permute.added import add_to
 
 
 def few_token_gemm1_reference(
@@ -34,10 +35,16 @@ def few_token_gemm1_reference(
 
 
 def few_token_gemm2_finalize_reference(
-    activation: Tensor, weights: Tensor, topk: TopK, *, config: FewTokenConfig, output: Tensor | None = None
+    activation: Tensor,
+    weights: Tensor,
+    topk: TopK,
+    *,
+    config: FewTokenConfig,
+    output: Tensor | None = None,
+    added: Added | None = None,
 ) -> Tensor:
     """sum over k of weights[t, k] * bf16(row of slot @ W2^T); arguments and result as `few_token_gemm2_finalize`."""
-    check_tokens(config, topk, activation, weights, output)
+    check_tokens(config, topk, activation, weights, output, added)
     gemm = config.gemm2
     num_tokens, top_k = topk.expert_ids.shape
     # Weighted after the rounding; a slot without a local expert adds nothing.
@@ -49,6 +56,7 @@ def few_token_gemm2_finalize_reference(
     total = torch.zeros(num_tokens, gemm.out_features, dtype=torch.float32, device=activation.device)
     for choice in range(top_k):
         total += addends[choice::top_k]
+    total = add_to(total, added)
     if output is None:
         return total.bfloat16()
     with torch.inference_mode():  # where the caller may have allocated it
@@ -65,11 +73,12 @@ def few_token_experts_reference(
     config: FewTokenConfig,
     swiglu: SwigluParams | None = None,
     output: Tensor | None = None,
+    added: Added | None = None,
 ) -> Tensor:
     """Permute, gemm1, gemm2 and finalize in one; arguments and result as `few_token_experts`."""
-    check_experts(config, topk, hidden_states, w1, w2, swiglu, output)
+    check_experts(config, topk, hidden_states, w1, w2, swiglu, output, added)
     activation = few_token_gemm1_reference(hidden_states, w1, topk, config=config, swiglu=swiglu)
-    return few_token_gemm2_finalize_reference(activation, w2, topk, config=config, output=output)
+    return few_token_gemm2_finalize_reference(activation, w2, topk, config=config, output=output, added=added)
 
 
 def _slots_of_experts(topk: TopK, config: FewTokenConfig) -> Iterator[tuple[int, Tensor]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fused.few_tokens.cases import make_case
 
-from moe.flow import TopK
+from moe.flow import Added, TopK
 from moe.fused.few_tokens.gemm1 import few_token_gemm1
 from moe.fused.few_tokens.gemm2_finalize import few_token_gemm2_finalize
 from moe.fused.few_tokens.reference import few_token_gemm1_reference, few_token_gemm2_finalize_reference
@@ -61,3 +61,28 @@ def test_slots_are_the_rows_between_the_kernels(triton_device, poisoned_memory):
     assert_close_to_exact(
         out, few_token_gemm2_finalize_reference(reference, case.w2, case.topk, config=case.config), case.exact()
     )
+
+
+@pytest.mark.parametrize("function", [few_token_gemm2_finalize, few_token_gemm2_finalize_reference])
+@pytest.mark.parametrize("gate", ["none", "number", "bf16", "fp32"])
+@pytest.mark.parametrize("hidden_size", [64, 72], ids=["even", "with_a_rest"])
+def test_what_is_added_is_summed_last_and_rounded_with_the_rows(
+    triton_device, poisoned_memory, hidden_size, gate, function
+):
+    # Rows are 2 and gates powers of two: float32 holds every sum, of which bf16 has 8 bits.
+    ids = [[0, 1], [6, 7], [-1, 5]]
+    case = make_case(num_experts=8, num_local_experts=4, hidden_size=hidden_size, expert_ids=ids, device=triton_device)
+    case.topk.weights.fill_(1.0)
+    activation = torch.zeros(6, 64, dtype=torch.bfloat16, device=triton_device)
+    activation[:, 0] = 2
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randint(-300, 300, (3, hidden_size), generator=generator).float().to(triton_device)
+    numbers = torch.tensor([0.5, 2.0, 0.125], device=triton_device)
+    of_name = {"none": None, "number": 0.25, "bf16": numbers.bfloat16(), "fp32": numbers}
+    added = Added(values if gate == "fp32" else values.bfloat16(), of_name[gate])
+    output = torch.full((3, hidden_size), float("nan"), dtype=torch.bfloat16, device=triton_device)
+    arguments = (activation, torch.ones_like(case.w2), case.topk)
+    assert function(*arguments, config=case.config, output=output, added=added) is output
+    scale = {"none": 1.0, "number": 0.25}.get(gate, numbers[:, None])
+    of_rows = torch.tensor([[4.0], [0.0], [0.0]], device=triton_device)
+    assert torch.equal(output, (of_rows + scale * added.values.float()).bfloat16())
