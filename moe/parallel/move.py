@@ -11,6 +11,7 @@ from torch import Tensor
 from moe.flow import Permutation, TopK
 from moe.parallel.exchange import Site, expect_no_capture
 from moe.parallel.flow import Dispatched, Exchange, WayBack
+from moe.parallel.transport import to_host
 
 
 def move_exchange(site: Site, finalize: Callable[..., Tensor], *, returns_slots: bool) -> Exchange:
@@ -30,7 +31,8 @@ def move_exchange(site: Site, finalize: Callable[..., Tensor], *, returns_slots:
         copy, slot, counts = work.plan_copies(rank_of_slot, transport.num_ranks)
         received = transport.all_to_all("counts of rows", counts)
         (sent, slots_sent), (got, slots_got) = (
-            tuple(map(tuple, pair)) for pair in torch.stack((counts.T, received.T)).tolist()
+            tuple(map(tuple, pair))
+            for pair in to_host(transport, "counts of rows", torch.stack((counts.T, received.T)))
         )
         rows, slots, row_of_copy = work.pack_rows(hidden_states, rank_of_slot, local, copy, counts, sum(sent))
         rows = transport.all_to_all("hidden_states", rows, sent, got)
