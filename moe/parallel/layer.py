@@ -223,7 +223,12 @@ def _exchange_of(
         "local": lambda: local_exchange(site),
         "sum": lambda: sum_exchange(site),
         "gather": lambda: gather_exchange(site, max_tokens),
-        "move": lambda: move_exchange(site, pipeline.finalize, returns_slots=is_rank_invariant),
+        "move": lambda: move_exchange(
+            site,
+            pipeline.finalize,
+            returns_slots=is_rank_invariant,
+            weighs_rows=not pipeline.config.weighs_input,
+        ),
     }
     return build[name]()
 

@@ -14,13 +14,16 @@ from moe.parallel.flow import Dispatched, Exchange, WayBack
 from moe.parallel.transport import to_host
 
 
-def move_exchange(site: Site, finalize: Callable[..., Tensor], *, returns_slots: bool) -> Exchange:
+def move_exchange(
+    site: Site, finalize: Callable[..., Tensor], *, returns_slots: bool, weighs_rows: bool = True
+) -> Exchange:
     """Sizes follow from the routing: `dispatch` exchanges counts and waits for them once. No other call waits for the host.
 
     Args:
         finalize: a pipeline's last stage: sums what comes back.
         returns_slots: the row of every slot comes back, unweighted, and is weighted and summed k ascending where the token
             lives, as one rank does it. Else weights go with the row, and one weighted sum a row comes back: fewer rows.
+        weighs_rows: False where weights have gone into the input of experts: rows that come back count once.
     """
     transport, work = site.transport, site.work
 
@@ -44,7 +47,8 @@ def move_exchange(site: Site, finalize: Callable[..., Tensor], *, returns_slots:
         row_of_slot = work.number_slots(rank_of_slot, slot, counts)
         is_here = (ids >= 0).flatten()
         here = torch.nonzero_static(is_here, size=sum(slots_got)).flatten()
-        return replace(arrived, slots=here, way_back=WayBack(slots_got, slots_sent, row_of_slot, topk.weights))
+        way_back = WayBack(slots_got, slots_sent, row_of_slot, topk.weights if weighs_rows else None)
+        return replace(arrived, slots=here, way_back=way_back)
 
     def combine(rows: Tensor, dispatched: Dispatched, *, output: Tensor | None = None) -> Tensor:
         back = dispatched.way_back
