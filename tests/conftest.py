@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 for module in (
     "moe.testing.closeness",
     "fused.few_tokens.cases",
+    "gemm.backward.stage_tests",
     "gemm.contract",
     "gemm.family",
     "gemm.hopper.contract",

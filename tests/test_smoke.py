@@ -30,8 +30,9 @@ RUN = {
         "topk_kernel",
         "plan_units_kernel",
         "route_backward_kernel",
-        "weigh_kernel",
     ),
+    *("portable_gemm2_dgrad_kernel", "portable_wgrad_kernel"),
+    *("rows_of_experts_kernel", "weigh_rows_kernel", "sum_of_slots_kernel"),
     *("portable_gemm1_kernel", "portable_gemm2_kernel", "few_token_gemm1_kernel", "few_token_gemm2_finalize_kernel"),
 }
 
@@ -71,16 +72,6 @@ def test_the_portable_gemms_and_finalize_give_the_layer(triton_device, poisoned_
     rows = portable_gemm2(activation, problem.w2, permutation, config=LAYER.gemm2)
     output = finalize_tokens(rows, topk, permutation, config=LAYER.finalize)
     assert_is_the_layer(output, topk, problem)
-
-
-def test_slots_are_weighed(triton_device, poisoned_memory):
-    from moe.permute.weigh import weigh_tokens
-
-    problem = make_problem(LAYER, 9, device=triton_device)
-    topk = random_topk(9, 8, 2, device=triton_device)
-    weighed = weigh_tokens(problem.hidden_states, topk, config=LAYER.permute)
-    product = problem.hidden_states.float()[:, None] * topk.weights.float()[..., None]
-    assert torch.equal(weighed.hidden_states, product.bfloat16().flatten(0, 1))
 
 
 def test_the_few_token_kernels_give_the_layer(triton_device, poisoned_memory):
@@ -139,6 +130,15 @@ def test_the_routing_weights_gradient_is_the_references(triton_device):
     ids = torch.tensor([[0, 3]] * 5, dtype=torch.int32, device=triton_device)
     made, wanted = (run(grads, logits, ids, config=LAYER.routing) for run in (route_backward, route_backward_reference))
     torch.testing.assert_close(made, wanted)
+
+
+@pytest.mark.parametrize("stage", ["gemm1_keeping", "gemm2_dgrad", "gemm1_dgrad", "gemm1_wgrad", "gemm2_wgrad"])
+def test_the_portable_backward_stages_are_near_float64(triton_device, poisoned_memory, stage):
+    from gemm.backward.stage_tests import assert_is_close, make_inputs
+    from gemm.backward.test_portable_backward import STAGES
+
+    dims = {"hidden_size": 128, "intermediate_size": 64}
+    assert_is_close(STAGES, stage, make_inputs([5, 0, 17], triton_device, **dims))
 
 
 @pytest.mark.skipif(IS_SIMULATED or IS_INTERPRETED, reason="an emulation compiles nothing")

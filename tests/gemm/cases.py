@@ -115,7 +115,7 @@ def make_case(
         tile_rows=tile_rows,
     )
     topk = TopK(expert_ids, torch.ones(expert_ids.shape, device=device))
-    permutation = _poisoned(plan_permutation_reference(topk, config=permute_config), padding_token)
+    permutation = poisoned(plan_permutation_reference(topk, config=permute_config), padding_token)
     logical = draw(num_local, config.weight_rows, in_features, scale=in_features**-0.5)
     rows = draw(len(expert_ids) if config.activation else permutation.max_rows, in_features)
     if is_integer:
@@ -141,7 +141,7 @@ def ids_of_loads(loads: Sequence[int], *, seed: int = 0) -> Tensor:
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))].view(-1, 2)
 
 
-def _poisoned(permutation: Permutation, padding_token: int) -> Permutation:
+def poisoned(permutation: Permutation, padding_token: int) -> Permutation:
     def with_garbage_from(values: Tensor, first: int) -> Tensor:
         values = values.clone()
         values[first:] = GARBAGE

@@ -56,8 +56,13 @@ def launch_portable_gemm1(
     config: GemmConfig,
     swiglu: SwigluParams | None = None,
     uses_pdl: bool = False,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """`portable_gemm1` of tensors that were checked."""
+    """`portable_gemm1` of tensors that were checked.
+
+    Args:
+        kept: [P, 2I] bf16 (not gated: [P, I]), into which what is activated is written too, columns as the rows of W1.
+    """
     out = new_scratch(hidden_states, (permutation.max_rows, config.out_features))
     if not out.numel():
         return out
@@ -72,6 +77,7 @@ def launch_portable_gemm1(
         hidden_states,
         weights,
         out,
+        kept,
         permutation.token_of_row,
         permutation.expert_of_tile,
         permutation.row_limit_of_tile,

@@ -27,6 +27,7 @@ def portable_gemm1_kernel(
     hidden_states_ptr,  # [T, IN_FEATURES] bf16
     weights_ptr,  # [E_local, ...] bf16, an expert's weight after another
     out_ptr,  # [P, OUT_FEATURES] bf16
+    kept_ptr,  # [P, 2 OUT_FEATURES] bf16 (not gated: [P, OUT_FEATURES]) for what is activated, or None
     token_of_row_ptr,  # [P] int32
     expert_of_tile_ptr,  # [P / BLOCK_M] int32
     row_limit_of_tile_ptr,  # [P / BLOCK_M] int32
@@ -82,6 +83,12 @@ def portable_gemm1_kernel(
         up = second if IS_GATE_FIRST else first
         pointers = Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr)
         activated = activate_gated_at(gate, up, pointers, tile.expert, ACTIVATION)
+        if kept_ptr is not None:
+            store_columns(kept_ptr, first, tile, OUT_FEATURES, WEIGHT_ROWS)
+            store_columns(kept_ptr + OUT_FEATURES, second, tile, OUT_FEATURES, WEIGHT_ROWS)
     else:
-        activated = activate(columns_of_lanes(accumulators, IS_SHUFFLED, BLOCK_M, BLOCK_W), ACTIVATION)
-    store_columns(out_ptr, activated, tile, OUT_FEATURES)
+        product = columns_of_lanes(accumulators, IS_SHUFFLED, BLOCK_M, BLOCK_W)
+        if kept_ptr is not None:
+            store_columns(kept_ptr, product, tile, OUT_FEATURES, OUT_FEATURES)
+        activated = activate(product, ACTIVATION)
+    store_columns(out_ptr, activated, tile, OUT_FEATURES, OUT_FEATURES)

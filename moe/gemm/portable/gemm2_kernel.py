@@ -55,4 +55,4 @@ def portable_gemm2_kernel(
     operands = Operands(row_ptrs, tile.in_rows, weight_ptrs, in_weights)
     accumulators = multiply_rows(operands, IN_FEATURES, BLOCK_STRIDE, BLOCK_K, OUT_FEATURES % BLOCK_N == 0)
     product = columns_of_lanes(accumulators, IS_SHUFFLED, BLOCK_M, BLOCK_N)
-    store_columns(out_ptr, product, tile, OUT_FEATURES)
+    store_columns(out_ptr, product, tile, OUT_FEATURES, OUT_FEATURES)

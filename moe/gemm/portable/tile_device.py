@@ -162,11 +162,11 @@ def multiply_rows(
 
 
 @triton.jit
-def store_columns(out_ptr, values, tile, OUT_FEATURES: tl.constexpr):
-    """Write a tile's [BLOCK_M, BLOCK_N] values, rounded to bf16."""
+def store_columns(out_ptr, values, tile, OUT_FEATURES: tl.constexpr, ROW_STRIDE: tl.constexpr):
+    """Write a tile's [BLOCK_M, BLOCK_N] values, rounded to bf16, to rows that are ROW_STRIDE elements apart."""
     BLOCK_N: tl.constexpr = values.shape[1]
     column = tile.column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     # int64: rows of a long prefill pass 2^31 elements.
-    out_ptrs = out_ptr + tile.row.to(tl.int64)[:, None] * OUT_FEATURES + column[None, :]
+    out_ptrs = out_ptr + tile.row.to(tl.int64)[:, None] * ROW_STRIDE + column[None, :]
     mask = tile.in_rows[:, None] & (column < OUT_FEATURES)[None, :]
     tl.store(out_ptrs, values.to(tl.bfloat16), mask=mask)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe.config import MoEConfig
 from moe.flow import Permutation, SwigluParams, TopK
-from moe.gemm.config import WeightFormat
+from moe.gemm.config import GemmConfig, WeightFormat
 from moe.gemm.weight_format import pack_weights, unpack_weights
 from moe.permute.reference import plan_permutation_reference
 from moe.testing.problems import experts_in_float64, make_problem, random_topk
@@ -26,6 +26,14 @@ class BackwardCase(NamedTuple):
     w2: Tensor
     grad_output: Tensor
     swiglu: SwigluParams | None
+
+    def grad_arguments(self, gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor, TopK, Permutation]:
+        """What gemm2_dgrad takes."""
+        return self.grad_output, self.w2, gate_up, self.topk, self.permutation
+
+    def both_configs(self) -> dict[str, GemmConfig]:
+        """By which it is told of the layer's GEMMs."""
+        return {"config": self.config.gemm2, "gemm1": self.config.gemm1}
 
 
 class ExactGradients(NamedTuple):

@@ -1,0 +1,87 @@
+"""Gradients of weights: for each expert, a sum of outer products over its rows. One program a block of one expert's gradient.
+
+One of two operands is rows of tokens, gathered; the other is rows of the permutation.
+"""
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def portable_wgrad_kernel(
+    left_ptr,  # [T, LEFT_FEATURES] or [P, LEFT_FEATURES] bf16
+    right_ptr,  # [P, RIGHT_FEATURES] or [T, RIGHT_FEATURES] bf16
+    out_ptr,  # [E_local, LEFT_FEATURES, RIGHT_FEATURES] bf16; or fp32, which is added to
+    token_of_row_ptr,  # [P] int32
+    rows_of_expert_ptr,  # [2, E_local] int32: first row, one past the last real row
+    NUM_EXPERTS: tl.constexpr,
+    LEFT_FEATURES: tl.constexpr,
+    RIGHT_FEATURES: tl.constexpr,
+    IS_LEFT_GATHERED: tl.constexpr,
+    IS_SUM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    LEFT_BLOCKS: tl.constexpr = (LEFT_FEATURES + BLOCK_M - 1) // BLOCK_M
+    RIGHT_BLOCKS: tl.constexpr = (RIGHT_FEATURES + BLOCK_N - 1) // BLOCK_N
+    # Blocks of one expert are neighbours: its rows are read from L2 but for the first time.
+    program = tl.program_id(0)
+    expert = program // (LEFT_BLOCKS * RIGHT_BLOCKS)
+    block = program % (LEFT_BLOCKS * RIGHT_BLOCKS)
+    left = block % LEFT_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    right = block // LEFT_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_left, in_right = left < LEFT_FEATURES, right < RIGHT_FEATURES
+    first_row = tl.load(rows_of_expert_ptr + expert)
+    limit = tl.load(rows_of_expert_ptr + NUM_EXPERTS + expert)
+    accumulators = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step_row in tl.range(first_row, limit, BLOCK_K):
+        row = step_row + tl.arange(0, BLOCK_K)
+        in_rows = row < limit
+        # int64: rows and tokens of a long sequence pass 2^31 elements.
+        token = tl.load(token_of_row_ptr + row, mask=in_rows, other=0).to(tl.int64)
+        left_row = token if IS_LEFT_GATHERED else row.to(tl.int64)
+        right_row = row.to(tl.int64) if IS_LEFT_GATHERED else token
+        left_ptrs = left_ptr + left_row[:, None] * LEFT_FEATURES + left[None, :]
+        right_ptrs = right_ptr + right_row[:, None] * RIGHT_FEATURES + right[None, :]
+        left_rows = tl.load(left_ptrs, mask=in_rows[:, None] & in_left[None, :], other=0.0)
+        right_rows = tl.load(right_ptrs, mask=in_rows[:, None] & in_right[None, :], other=0.0)
+        accumulators = tl.dot(tl.trans(left_rows), right_rows, accumulators)
+    out_ptrs = out_ptr + expert.to(tl.int64) * (LEFT_FEATURES * RIGHT_FEATURES)
+    out_ptrs += left.to(tl.int64)[:, None] * RIGHT_FEATURES + right[None, :]
+    mask = in_left[:, None] & in_right[None, :]
+    if IS_SUM:
+        # Without rows there is nothing to add.
+        mask &= first_row < limit
+        tl.store(out_ptrs, tl.load(out_ptrs, mask=mask, other=0.0) + accumulators, mask=mask)
+    else:
+        tl.store(out_ptrs, accumulators.to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
+def rows_of_experts_kernel(
+    expert_of_tile_ptr,  # [P / TILE_ROWS] int32
+    row_limit_of_tile_ptr,  # [P / TILE_ROWS] int32
+    num_tiles_ptr,  # [1] int32
+    rows_of_expert_ptr,  # [2, NUM_EXPERTS] int32
+    NUM_EXPERTS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One program: each expert's first row and one past its last real row; 0 and 0 where it has none."""
+    for first in range(0, NUM_EXPERTS, CHUNK):
+        expert = first + tl.arange(0, CHUNK)
+        tl.store(rows_of_expert_ptr + expert, 0, mask=expert < NUM_EXPERTS)
+        tl.store(rows_of_expert_ptr + NUM_EXPERTS + expert, 0, mask=expert < NUM_EXPERTS)
+    tl.debug_barrier()  # the stores that follow are other threads'
+    num_tiles = tl.load(num_tiles_ptr)
+    for first in range(0, num_tiles, CHUNK):
+        tile = first + tl.arange(0, CHUNK)
+        in_list = tile < num_tiles
+        expert = tl.load(expert_of_tile_ptr + tile, mask=in_list, other=-1)
+        before = tl.load(expert_of_tile_ptr + tile - 1, mask=in_list & (tile > 0), other=-1)
+        limit = tl.load(row_limit_of_tile_ptr + tile, mask=in_list, other=0)
+        is_first = in_list & (expert != before)
+        tl.store(rows_of_expert_ptr + expert, tile * TILE_ROWS, mask=is_first)
+        tl.store(rows_of_expert_ptr + NUM_EXPERTS + expert, limit, mask=is_first)
