@@ -10,7 +10,7 @@ from torch import Tensor
 from moe.checks import WIDEST_LOAD_BYTES, expect, expect_separate, is_as_expected
 from moe.config import MoEConfig
 from moe.flow import Added, SwigluParams
-from moe.gemm.checks import check_swiglu, check_weights
+from moe.gemm.checks import check_bias, check_swiglu, check_weights
 from moe.permute.added import check_added, tensors_of
 from moe.workspace import workspace_of
 
@@ -29,6 +29,8 @@ class LayerCall(NamedTuple):
     is_chosen: bool = False
     workspace: Tensor | None = None  # [bytes] uint8 to take scratch from
     added: Added | None = None  # to each token's weighted rows
+    w1_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -43,7 +45,7 @@ def check_call(config: MoEConfig, call: LayerCall, *, has_experts: bool = True) 
     """Raise unless all tensors of the call fit the config, and it may be run forward only.
 
     Args:
-        has_experts: False where no expert lies here: the call has neither weights nor swiglu.
+        has_experts: False where no expert lies here: the call has neither weights nor biases nor swiglu.
     """
     first_name = "routing_logits"
     first: Tensor
@@ -65,6 +67,10 @@ def check_call(config: MoEConfig, call: LayerCall, *, has_experts: bool = True) 
         check_swiglu(config.gemm1, call.swiglu, device)
     if call.added is not None:
         check_added(call.added, num_tokens, config.hidden_size, device)
+    if call.w1_bias is not None:
+        check_bias(config.gemm1, "gemm1_bias", call.w1_bias, device)
+    if call.w2_bias is not None:
+        check_bias(config.gemm2, "gemm2_bias", call.w2_bias, device)
     if call.output is not None or call.routing_replay_out is not None:
         _check_written(config, call, first_name, device)
     if call.workspace is not None:
@@ -118,6 +124,7 @@ def _read_tensors(call: LayerCall, first_name: str) -> dict[str, Tensor | None]:
     first, weights = (call.entry.expert_ids, call.entry.weights) if call.is_chosen else (call.entry, None)
     tensors = {first_name: first, "routing_bias": call.bias, "expert_weights": weights}
     tensors |= {"hidden_states": call.hidden_states, "gemm1_weights": call.w1, "gemm2_weights": call.w2}
+    tensors |= {"gemm1_bias": call.w1_bias, "gemm2_bias": call.w2_bias}
     if call.swiglu is not None:
         tensors |= {f"gemm1_{name}": getattr(call.swiglu, name) for name in ("alpha", "beta", "clamp_limit")}
     return tensors | tensors_of(call.added)
@@ -127,6 +134,7 @@ def _refuse_gradients(call: LayerCall, first_name: str) -> None:
     chosen, swiglu = call.entry if call.is_chosen else None, call.swiglu
     first = chosen.weights if chosen else call.entry
     tensors: tuple[Tensor | None, ...] = (first, call.hidden_states, call.w1, call.w2, call.bias, call.output)
+    tensors += (call.w1_bias, call.w2_bias)
     if swiglu is not None:
         tensors += (swiglu.alpha, swiglu.beta, swiglu.clamp_limit)
     if call.added is not None:

@@ -140,6 +140,8 @@ def _by_name(call: LayerCall) -> dict[str, Any]:
         "gemm1_alpha": swiglu.alpha,
         "gemm1_beta": swiglu.beta,
         "gemm1_clamp_limit": swiglu.clamp_limit,
+        "gemm1_bias": call.w1_bias,
+        "gemm2_bias": call.w2_bias,
     }
     if isinstance(call.added, Added):
         gate = call.added.gate
@@ -164,7 +166,15 @@ def _call_of(tensors: dict[str, Tensor]) -> LayerCall:
         gate = tensors.get("added_gate")
         added = Added(tensors["added"], gate if gate is None or gate.dim() else gate.item())
     return LayerCall(
-        entry, tensors["hidden_states"], *weights, swiglu, tensors.get("routing_bias"), is_chosen=is_chosen, added=added
+        entry,
+        tensors["hidden_states"],
+        *weights,
+        swiglu,
+        tensors.get("routing_bias"),
+        is_chosen=is_chosen,
+        added=added,
+        w1_bias=tensors.get("gemm1_bias"),
+        w2_bias=tensors.get("gemm2_bias"),
     )
 
 

@@ -180,9 +180,10 @@ def run_traced_unfinalized(pipeline: TunedPipeline, call: LayerCall) -> ExpertOu
 def _arguments(pipeline: TunedPipeline, call: LayerCall) -> tuple[Any, ...]:
     entry = (call.entry.expert_ids, call.entry.weights) if call.is_chosen else (call.entry, None)
     swiglu = call.swiglu or SwigluParams()
-    tensors = (call.hidden_states, call.w1, call.w2, call.bias, swiglu.alpha, swiglu.beta, swiglu.clamp_limit)
+    tensors = (call.hidden_states, call.w1, call.w2)
+    numbers = (call.bias, swiglu.alpha, swiglu.beta, swiglu.clamp_limit, call.w1_bias, call.w2_bias)
     layer = (pipeline.config.model_dump_json(), pipeline.uses_pdl, pipeline.max_num_tokens)
-    return (*entry, *tensors, call.routing_replay_out, *layer)
+    return (*entry, *tensors, *numbers, call.routing_replay_out, *layer)
 
 
 def run_layer(
@@ -195,6 +196,8 @@ def run_layer(
     alpha: Tensor | None,
     beta: Tensor | None,
     clamp_limit: Tensor | None,
+    w1_bias: Tensor | None,
+    w2_bias: Tensor | None,
     routing_replay_out: Tensor | None,
     config: str,
     uses_pdl: bool,
@@ -207,9 +210,8 @@ def run_layer(
         config: a MoEConfig as JSON; the rest as `tuned_pipeline` and `MoEPipeline` have it.
     """
     pipeline = _pipeline_of_json(config, uses_pdl, max_num_tokens, hidden_states.device)
-    return pipeline.run(
-        _call(first, expert_weights, hidden_states, w1, w2, bias, alpha, beta, clamp_limit, routing_replay_out)
-    )
+    numbers = (bias, alpha, beta, clamp_limit, w1_bias, w2_bias)
+    return pipeline.run(_call(first, expert_weights, hidden_states, w1, w2, *numbers, routing_replay_out))
 
 
 def run_layer_unfinalized(
@@ -222,6 +224,8 @@ def run_layer_unfinalized(
     alpha: Tensor | None,
     beta: Tensor | None,
     clamp_limit: Tensor | None,
+    w1_bias: Tensor | None,
+    w2_bias: Tensor | None,
     routing_replay_out: Tensor | None,
     config: str,
     uses_pdl: bool,
@@ -229,8 +233,9 @@ def run_layer_unfinalized(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same, stopped before finalize: rows [P, H], weights [T, K] bfloat16 and row_of_slot [T, K] int32."""
     pipeline = _pipeline_of_json(config, uses_pdl, max_num_tokens, hidden_states.device)
+    numbers = (bias, alpha, beta, clamp_limit, w1_bias, w2_bias)
     outputs = pipeline.run_unfinalized(
-        _call(first, expert_weights, hidden_states, w1, w2, bias, alpha, beta, clamp_limit, routing_replay_out)
+        _call(first, expert_weights, hidden_states, w1, w2, *numbers, routing_replay_out)
     )
     # An operator returns no tensor that it was given.
     return outputs.rows, outputs.weights if expert_weights is None else outputs.weights.clone(), outputs.row_of_slot
@@ -274,13 +279,16 @@ def _call(
     alpha: Tensor | None,
     beta: Tensor | None,
     clamp_limit: Tensor | None,
+    w1_bias: Tensor | None,
+    w2_bias: Tensor | None,
     routing_replay_out: Tensor | None,
 ) -> LayerCall:
     entry = first if expert_weights is None else TopK(first, expert_weights)
     has_swiglu = alpha is not None or beta is not None or clamp_limit is not None
     swiglu = SwigluParams(alpha, beta, clamp_limit) if has_swiglu else None
     is_chosen = expert_weights is not None
-    return LayerCall(entry, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out, is_chosen)
+    tensors = (entry, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out)
+    return LayerCall(*tensors, is_chosen, w1_bias=w1_bias, w2_bias=w2_bias)
 
 
 @cache
@@ -300,6 +308,8 @@ def _expect_fit(
     alpha: Tensor | None,
     beta: Tensor | None,
     clamp_limit: Tensor | None,
+    w1_bias: Tensor | None,
+    w2_bias: Tensor | None,
     routing_replay_out: Tensor | None,
     config_json: str,
     *_: Any,
@@ -316,6 +326,8 @@ def _expect_fit(
         ("gemm1_alpha", alpha, num_local, (torch.float32,)),
         ("gemm1_beta", beta, num_local, (torch.float32,)),
         ("gemm1_clamp_limit", clamp_limit, num_local, (torch.float32,)),
+        ("gemm1_bias", w1_bias, (*num_local, config.gemm1.weight_rows), either),
+        ("gemm2_bias", w2_bias, (*num_local, config.gemm2.weight_rows), either),
     ]
     if expert_weights is None:
         wanted.append(("routing_logits", first, (num_tokens, config.num_experts), either))

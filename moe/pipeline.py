@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -31,7 +32,8 @@ class MoEPipeline:
     other tensors than `config` says go with `replace(pipeline, checks_inputs=False, ...)`, and check for themselves.
 
     Shapes: logits [T, E] float32 or bfloat16, bias [E] bfloat16 or float32, hidden_states [T, H] bfloat16,
-    w1 and w2 bfloat16 in `config.gemm1.weight_shape` and `config.gemm2.weight_shape`.
+    w1 and w2 bfloat16 in `config.gemm1.weight_shape` and `config.gemm2.weight_shape`, w1_bias [E_local, rows of W1] and w2_bias
+    [E_local, H] bfloat16 or float32, in the order in which the weights have their rows.
     Forward only: no gradient is recorded.
     """
 
@@ -57,6 +59,8 @@ class MoEPipeline:
         routing_replay_out: Tensor | None = None,
         workspace: Tensor | None = None,
         added: Tensor | Added | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> Tensor:
         """logits and hidden_states -> [T, H] bfloat16, in `output` where given.
 
@@ -68,9 +72,10 @@ class MoEPipeline:
                 their scratch from; calls that share one must follow one another on a stream. None: torch's allocator.
             added: [T, H] bfloat16 or float32 that is summed with each token's weighted rows before they are rounded, such as a
                 shared expert's result; with a gate as `moe.Added`. Not the memory of `output`.
+            w1_bias, w2_bias: added to the products with W1 and W2, in float32, before the activation and before the rounding.
         """
-        written = (output, routing_replay_out, False, workspace)
-        return self.run(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, *written, as_added(added)))
+        tensors = (logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out)
+        return self.run(LayerCall(*tensors, False, workspace, as_added(added), w1_bias, w2_bias))
 
     def expert_outputs(
         self,
@@ -82,9 +87,12 @@ class MoEPipeline:
         bias: Tensor | None = None,
         swiglu: SwigluParams | None = None,
         routing_replay_out: Tensor | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> ExpertOutputs:
         """The same, stopped before finalize."""
-        return self.run_unfinalized(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out))
+        tensors = (logits, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out)
+        return self.run_unfinalized(LayerCall(*tensors, False, None, None, w1_bias, w2_bias))
 
     def run_experts(
         self,
@@ -97,16 +105,27 @@ class MoEPipeline:
         output: Tensor | None = None,
         workspace: Tensor | None = None,
         added: Tensor | Added | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> Tensor:
         """The same from chosen experts. Ids that are not local, or no expert's, are skipped."""
-        written = (output, None, True, workspace)
-        return self.run(LayerCall(topk, hidden_states, w1, w2, swiglu, None, *written, as_added(added)))
+        tensors = (topk, hidden_states, w1, w2, swiglu, None, output, None)
+        return self.run(LayerCall(*tensors, True, workspace, as_added(added), w1_bias, w2_bias))
 
     def run_experts_unfinalized(
-        self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
+        self,
+        topk: TopK,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        *,
+        swiglu: SwigluParams | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> ExpertOutputs:
         """The same from chosen experts, stopped before finalize."""
-        return self.run_unfinalized(LayerCall(topk, hidden_states, w1, w2, swiglu, None, None, None, True))
+        tensors = (topk, hidden_states, w1, w2, swiglu, None, None, None)
+        return self.run_unfinalized(LayerCall(*tensors, True, None, None, w1_bias, w2_bias))
 
     def run(self, call: LayerCall) -> Tensor:
         """One call of the layer, to [T, H] bfloat16."""
@@ -115,21 +134,28 @@ class MoEPipeline:
         return self._run(call)
 
     def _run(self, call: LayerCall) -> Tensor:
-        if self.checks_inputs:
-            check_call(self.config, call)
+        self._check(call)
         if call.workspace is None:
             return self._chain(call)
         with scratch_from(call.workspace):
             return self._chain(call)
 
+    def _check(self, call: LayerCall) -> None:
+        if self.checks_inputs:
+            check_call(self.config, call)
+        if call.w1_bias is not None or call.w2_bias is not None:
+            self._stages.expect_biases(call)
+
     def _chain(self, call: LayerCall) -> Tensor:
         stages = self._stages
         topk = call.entry if call.is_chosen else stages.route(call.entry, call.bias, replay_out=call.routing_replay_out)
-        # Only where it is given: what a caller swapped in may not know it.
-        more = {} if call.added is None else {"added": call.added}
-        if topk.expert_ids.shape[0] <= stages.max_fused_tokens:
+        more: dict[str, Any] = {} if call.added is None else {"added": call.added}
+        biases = (
+            {} if call.w1_bias is None and call.w2_bias is None else {"w1_bias": call.w1_bias, "w2_bias": call.w2_bias}
+        )
+        if topk.expert_ids.shape[0] <= stages.max_fused_tokens and (not biases or stages.fuses_biases):
             experts = (topk, call.hidden_states, call.w1, call.w2)
-            return stages.fused(*experts, swiglu=call.swiglu, output=call.output, **more)
+            return stages.fused(*experts, swiglu=call.swiglu, output=call.output, **more, **biases)
         rows, permutation = self._rows(topk, call)
         return stages.finalize(rows, topk, permutation, output=call.output, **more)
 
@@ -144,8 +170,7 @@ class MoEPipeline:
     def _run_unfinalized(self, call: LayerCall) -> ExpertOutputs:
         if call.added is not None:
             raise ValueError("added: expected None before finalize, got a value; add it where the rows are summed")
-        if self.checks_inputs:
-            check_call(self.config, call)
+        self._check(call)
         route = self._stages.route
         topk = call.entry if call.is_chosen else route(call.entry, call.bias, replay_out=call.routing_replay_out)
         rows, permutation = self._rows(topk, call)
@@ -154,8 +179,10 @@ class MoEPipeline:
     def _rows(self, topk: TopK, call: LayerCall) -> tuple[Tensor, Permutation]:
         stages = self._stages
         permutation = stages.permute(topk)
-        activation = stages.gemm1(call.hidden_states, call.w1, permutation, swiglu=call.swiglu)
-        return stages.gemm2(activation, call.w2, permutation), permutation
+        first = {} if call.w1_bias is None else {"bias": call.w1_bias}
+        second = {} if call.w2_bias is None else {"bias": call.w2_bias}
+        activation = stages.gemm1(call.hidden_states, call.w1, permutation, swiglu=call.swiglu, **first)
+        return stages.gemm2(activation, call.w2, permutation, **second), permutation
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """Upper bound in bytes on what a call over `num_tokens` tokens allocates beside its [T, H] output, as torch counts.

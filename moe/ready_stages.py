@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from moe.call import LayerCall
 from moe.checks import expect, expect_type, is_as_expected
 from moe.config import MoEConfig
 from moe.flow import Added, Permutation, SwigluParams, TopK
@@ -47,6 +49,17 @@ class ReadyStages(NamedTuple):
     finalize: Finalizer
     fused: Callable[..., Tensor]
     max_fused_tokens: int  # -1 where there is none, or it steps aside
+    fuses_biases: bool  # whether it takes w1_bias and w2_bias; where not, it steps aside in a call that has one
+    without_bias: dict[str, str]  # "gemm1" and "gemm2", where that stage does not take `bias`, and who it is
+
+    def expect_biases(self, call: LayerCall) -> None:
+        """Raise unless the stages take the biases of the call."""
+        for stage, bias in (("gemm1", call.w1_bias), ("gemm2", call.w2_bias)):
+            if bias is not None and stage in self.without_bias:
+                raise ValueError(
+                    f"{stage}_bias: expected None, since the pipeline's {stage} takes none, got a tensor; give "
+                    f"{self.without_bias[stage]} a keyword `bias`, or leave the bias out"
+                )
 
 
 def ready_stages(pipeline: Composition) -> ReadyStages:
@@ -70,11 +83,27 @@ def ready_stages(pipeline: Composition) -> ReadyStages:
             mine = without_buffer(stage)
             ready.append(checked(mine, config) if checks else mine)
     route, permute, gemm1, gemm2, finalize = ready
+    gemms: dict[str, Any] = {"gemm1": pipeline.gemm1, "gemm2": pipeline.gemm2}
+    without_bias = {name: _name_of(stage) for name, stage in gemms.items() if not _takes(stage, "bias")}
     fused = pipeline.fused
     if fused is None or any(stage is not other for stage, other in zip(stages[1:], fused.stands_for)):
-        return ReadyStages(route, permute, gemm1, gemm2, finalize, _nothing, -1)
+        return ReadyStages(route, permute, gemm1, gemm2, finalize, _nothing, -1, False, without_bias)
     run = _ready_fused(fused.run, config, may_launch=may_launch)
-    return ReadyStages(route, permute, gemm1, gemm2, finalize, run, fused.max_tokens)
+    fuses_biases = _takes(fused.run, "w1_bias") and _takes(fused.run, "w2_bias")
+    return ReadyStages(route, permute, gemm1, gemm2, finalize, run, fused.max_tokens, fuses_biases, without_bias)
+
+
+def _takes(stage: Callable[..., Any], keyword: str) -> bool:
+    """Whether a stage has a keyword, as far as its signature tells."""
+    try:
+        parameters = inspect.signature(stage.run if isinstance(stage, CheckedStage) else stage).parameters
+    except (TypeError, ValueError):
+        return True
+    return keyword in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def _name_of(stage: Callable[..., Any]) -> str:
+    return getattr(stage, "__qualname__", type(stage).__qualname__)
 
 
 def _ready_fused(run: Callable[..., Tensor], config: MoEConfig, *, may_launch: bool) -> Callable[..., Tensor]:
@@ -140,9 +169,17 @@ def checked_gemm1(gemm1: Gemm1, config: MoEConfig) -> Gemm1:
     """A gemm1 that is none of ours, with its result checked."""
 
     def run(
-        hidden_states: Tensor, weights: Tensor, permutation: Permutation, *, swiglu: SwigluParams | None = None
+        hidden_states: Tensor,
+        weights: Tensor,
+        permutation: Permutation,
+        *,
+        swiglu: SwigluParams | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        result = gemm1(hidden_states, weights, permutation, swiglu=swiglu)
+        if bias is None:
+            result = gemm1(hidden_states, weights, permutation, swiglu=swiglu)
+        else:
+            result = gemm1(hidden_states, weights, permutation, swiglu=swiglu, bias=bias)
         return _checked_rows("gemm1", result, (permutation.max_rows, config.intermediate_size), permutation)
 
     return run
@@ -151,8 +188,8 @@ def checked_gemm1(gemm1: Gemm1, config: MoEConfig) -> Gemm1:
 def checked_gemm2(gemm2: Gemm2, config: MoEConfig) -> Gemm2:
     """A gemm2 that is none of ours, with its result checked."""
 
-    def run(rows: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:
-        result = gemm2(rows, weights, permutation)
+    def run(rows: Tensor, weights: Tensor, permutation: Permutation, *, bias: Tensor | None = None) -> Tensor:
+        result = gemm2(rows, weights, permutation) if bias is None else gemm2(rows, weights, permutation, bias=bias)
         return _checked_rows("gemm2", result, (permutation.max_rows, config.hidden_size), permutation)
 
     return run

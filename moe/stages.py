@@ -29,20 +29,31 @@ class Permuter(Protocol):
 
 
 class Gemm1(Protocol):
-    """Stage 3: gather each row's token, multiply by its expert's W1, apply the activation."""
+    """Stage 3: gather each row's token, multiply by its expert's W1, add its bias, apply the activation.
+
+    `bias` is passed where a call has one: a stage for layers without need not take it.
+    """
 
     def __call__(
-        self, hidden_states: Tensor, weights: Tensor, permutation: Permutation, *, swiglu: SwigluParams | None = None
+        self,
+        hidden_states: Tensor,
+        weights: Tensor,
+        permutation: Permutation,
+        *,
+        swiglu: SwigluParams | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """hidden_states [T, H] bf16 -> [P, I] bf16; padding rows are undefined."""
+        """hidden_states [T, H] bf16, bias [E_local, rows of W1] bf16 or float32 -> [P, I] bf16; padding rows are undefined."""
         ...
 
 
 class Gemm2(Protocol):
-    """Stage 4: multiply each row by its expert's W2."""
+    """Stage 4: multiply each row by its expert's W2, add its bias, which is passed where a call has one."""
 
-    def __call__(self, rows: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:
-        """rows [P, I] bf16 -> [P, H] bf16; padding rows are undefined."""
+    def __call__(
+        self, rows: Tensor, weights: Tensor, permutation: Permutation, *, bias: Tensor | None = None
+    ) -> Tensor:
+        """rows [P, I] bf16, bias [E_local, H] bf16 or float32 -> [P, H] bf16; padding rows are undefined."""
         ...
 
 
@@ -116,7 +127,8 @@ class CheckedStage:
 class FusedExperts:
     """One callable that does the work of stages 2 to 5 for few tokens, and the stages that it stands for.
 
-    It steps aside when any of those stages is swapped, and where the caller stops before finalize.
+    It steps aside when any of those stages is swapped, where the caller stops before finalize, and in a call with biases unless
+    it takes `w1_bias` and `w2_bias`.
     """
 
     # (topk, hidden_states, w1, w2, *, swiglu, output) -> [T, H] bfloat16, and added= where a caller passes it; may be a CheckedStage

@@ -81,7 +81,8 @@ def _moved(call: LayerCall, device: torch.device) -> LayerCall:
     added = call.added
     if added is not None:
         added = Added(added.values.to(device), move(added.gate) if isinstance(added.gate, Tensor) else added.gate)
-    return LayerCall(entry, *tensors, swiglu, move(call.bias), is_chosen=call.is_chosen, added=added)
+    moved = LayerCall(entry, *tensors, swiglu, move(call.bias), is_chosen=call.is_chosen, added=added)
+    return moved._replace(w1_bias=move(call.w1_bias), w2_bias=move(call.w2_bias))
 
 
 def _described(kept: KeptCall) -> str:
@@ -98,6 +99,7 @@ def _not_finite_inputs(call: LayerCall) -> list[str]:
     first = call.entry.weights if call.is_chosen else call.entry
     name = "expert_weights" if call.is_chosen else "routing_logits"
     tensors = {name: first, "hidden_states": call.hidden_states, "gemm1_weights": call.w1, "gemm2_weights": call.w2}
+    tensors |= {"gemm1_bias": call.w1_bias, "gemm2_bias": call.w2_bias}
     counts = {
         name: int((~torch.isfinite(tensor)).sum()) for name, tensor in tensors.items() if isinstance(tensor, Tensor)
     }

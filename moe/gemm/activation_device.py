@@ -7,10 +7,15 @@ import triton
 import triton.language as tl
 
 MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
+STEP_LIMIT = tl.constexpr(7.0)  # SwigluStep's where none is given
+SITU_ALPHA = tl.constexpr(4.0)  # Situ's where none is given, as what follows
+SITU_BETA = tl.constexpr(25.0)
 
 
 class Swiglu(NamedTuple):
-    """Parameters of SwiGLU: of all experts, pointers to [E_local] fp32 or None; of one expert, its values."""
+    """Parameters of SwiGLU and its like: of all experts, pointers to [E_local] fp32 or None; of one expert, its values."""
 
     alpha: Any
     beta: Any
@@ -20,8 +25,16 @@ class Swiglu(NamedTuple):
 @triton.jit
 def activate(product, ACTIVATION: tl.constexpr):
     """An activation without a gate. ACTIVATION: `GemmConfig.activation_name`."""
-    if ACTIVATION == "Relu2":
+    if ACTIVATION == "Gelu":
+        return gelu(product)
+    elif ACTIVATION == "Relu":
+        return relu(product)
+    elif ACTIVATION == "Silu":
+        return silu(product)
+    elif ACTIVATION == "Relu2":
         return relu2(product)
+    elif ACTIVATION == "Identity":
+        return product
     else:
         tl.static_assert(False, "no such activation without a gate in moe/gemm/activation_device.py")
 
@@ -29,8 +42,16 @@ def activate(product, ACTIVATION: tl.constexpr):
 @triton.jit
 def activate_gated(gate, up, parameters, ACTIVATION: tl.constexpr):
     """An activation with a gate. parameters: the expert's (`swiglu_of_expert`), for activations that have any."""
-    if ACTIVATION == "Swiglu":
+    if ACTIVATION == "Swiglu" or ACTIVATION == "SwigluBias":
         return swiglu(gate, up, parameters)
+    elif ACTIVATION == "SwigluStep":
+        return swiglu_step(gate, up, parameters.clamp_limit)
+    elif ACTIVATION == "Geglu":
+        return gelu(gate) * up
+    elif ACTIVATION == "GegluTanh":
+        return gelu_tanh(gate) * up
+    elif ACTIVATION == "Situ":
+        return situ(gate, up, parameters.alpha, parameters.beta)
     else:
         tl.static_assert(False, "no such activation with a gate in moe/gemm/activation_device.py")
 
@@ -38,25 +59,63 @@ def activate_gated(gate, up, parameters, ACTIVATION: tl.constexpr):
 @triton.jit
 def activate_gated_at(gate, up, pointers, expert, ACTIVATION: tl.constexpr):
     """The same with pointers to the parameters of all experts, of which one's are loaded when the products are there."""
-    if ACTIVATION == "Swiglu":
+    if ACTIVATION == "Swiglu" or ACTIVATION == "SwigluBias":
         return swiglu_at(gate, up, pointers, expert)
     else:
-        tl.static_assert(False, "no such activation with a gate in moe/gemm/activation_device.py")
+        return activate_gated(gate, up, swiglu_of_expert(pointers, expert, ACTIVATION), ACTIVATION)
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0)"""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def relu2(x):
     """max(x, 0)^2"""
-    positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    positive = relu(x)
     return positive * positive
 
 
 @triton.jit
-def swiglu_of_expert(pointers, expert):
-    """One expert's values; where there is no pointer, those that change nothing: the compiler drops what clamps to infinity."""
-    alpha = 1.0 if pointers.alpha is None else tl.load(pointers.alpha + expert)
-    beta = 0.0 if pointers.beta is None else tl.load(pointers.beta + expert)
-    clamp_limit = float("inf") if pointers.clamp_limit is None else tl.load(pointers.clamp_limit + expert)
+def silu(x):
+    """x * sigmoid(x)"""
+    return x / (1.0 + tl.exp2(x * MINUS_LOG2_E))
+
+
+@triton.jit
+def gelu(x):
+    """x * Phi(x), with the normal distribution's Phi."""
+    return 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+
+
+@triton.jit
+def gelu_tanh(x):
+    """0.5 * x * (1 + tanh(u)) with u = sqrt(2 / pi) * (x + 0.044715 * x^3), which is x * sigmoid(2 * u)."""
+    return x / (1.0 + tl.exp2((x + 0.044715 * x * x * x) * (TWICE_SQRT_2_OVER_PI * MINUS_LOG2_E)))
+
+
+@triton.jit
+def tanh(x):
+    """From exp(-2 * |x|), which overflows nowhere."""
+    power = tl.exp2(tl.abs(x) * (2.0 * MINUS_LOG2_E))
+    value = (1.0 - power) / (1.0 + power)
+    return tl.where(x < 0.0, -value, value)
+
+
+@triton.jit
+def swiglu_of_expert(pointers, expert, ACTIVATION: tl.constexpr = "Swiglu"):
+    """One expert's values; where there is no pointer, the activation's own: SwiGLU's change nothing.
+
+    The compiler drops what clamps to infinity.
+    """
+    ALPHA: tl.constexpr = SITU_ALPHA if ACTIVATION == "Situ" else 1.0
+    BETA: tl.constexpr = SITU_BETA if ACTIVATION == "Situ" else 0.0
+    LIMIT: tl.constexpr = STEP_LIMIT if ACTIVATION == "SwigluStep" else float("inf")
+    alpha = ALPHA if pointers.alpha is None else tl.load(pointers.alpha + expert)
+    beta = BETA if pointers.beta is None else tl.load(pointers.beta + expert)
+    clamp_limit = LIMIT if pointers.clamp_limit is None else tl.load(pointers.clamp_limit + expert)
     return Swiglu(alpha, beta, clamp_limit)
 
 
@@ -86,6 +145,19 @@ def swiglu_at(gate, up, pointers, expert):
     if pointers.beta is not None:
         up += tl.load(pointers.beta + expert)
     return gate * tl.sigmoid(scaled_gate) * up
+
+
+@triton.jit
+def swiglu_step(gate, up, limit):
+    """min(silu(gate), limit) * clamp(up, -limit, limit)"""
+    gate, up = clamp(silu(gate), up, limit)
+    return gate * up
+
+
+@triton.jit
+def situ(gate, up, alpha, beta):
+    """alpha * tanh(gate / alpha) * sigmoid(gate) * beta * tanh(up / beta)"""
+    return alpha * tanh(gate / alpha) / (1.0 + tl.exp2(gate * MINUS_LOG2_E)) * (beta * tanh(up / beta))
 
 
 @triton.jit

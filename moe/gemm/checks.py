@@ -7,7 +7,9 @@ from torch import Tensor
 
 from moe.checks import expect, expect_no_scales, expect_type, is_as_expected, no_case
 from moe.flow import Permutation, SwigluParams
-from moe.gemm.config import BLOCK_MAJOR_K, ActivationType, GemmConfig, WeightLayout
+from moe.gemm.config import BLOCK_MAJOR_K, PARAMETERS, GemmConfig, WeightLayout
+
+BIAS_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def check_weights(
@@ -27,6 +29,15 @@ def check_weights(
     axes, dims = _weight_axes(config)
     words = _weight_words(config, weights, axes)
     expect(name, weights, " ".join(axes), dims, dtype=dtype, device=device, words=words)
+
+
+def check_bias(config: GemmConfig, name: str, bias: Tensor | None, device: torch.device | None = None) -> None:
+    """Raise unless `bias` is None, or [E_local, N] bf16 or float32: a number for each row of an expert's weight."""
+    shape = (config.num_experts, config.weight_rows)
+    if bias is None or any(is_as_expected(bias, shape, dtype, device) for dtype in BIAS_DTYPES):
+        return
+    rows = "H" if config.activation is None else "2I" if config.is_gated else "I"
+    expect(name, bias, f"E_local {rows}", dict(zip(("E_local", rows), shape)), dtype=BIAS_DTYPES, device=device)
 
 
 def _weight_axes(config: GemmConfig) -> tuple[list[str], dict[str, int]]:
@@ -100,7 +111,7 @@ def _check_block(config: GemmConfig, name: str, weights: Tensor) -> None:
 def check_swiglu(
     config: GemmConfig, swiglu: SwigluParams | None, device: torch.device, *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Raise unless each parameter is [E_local] fp32 (but for a reference of another dtype), and the activation is SwiGLU."""
+    """Raise unless each parameter is [E_local] fp32 (but for a reference of another dtype), and one that the activation takes."""
     if swiglu is None:
         return
     expect_type("swiglu", swiglu, SwigluParams, "moe.SwigluParams(alpha, beta, clamp_limit) makes one")
@@ -108,19 +119,25 @@ def check_swiglu(
         parameter = getattr(swiglu, name)
         if parameter is None:
             continue
-        if config.activation is not ActivationType.Swiglu:
+        if config.activation is None or name not in PARAMETERS.get(config.activation, ()):
+            takers = ", ".join(activation.name for activation, names in PARAMETERS.items() if name in names)
             raise ValueError(
-                "gemm1_alpha, gemm1_beta, and gemm1_clamp_limit are only supported for ActivationType.Swiglu.: "
-                f"got gemm1_{name} with activation {config.activation!r}; leave it out"
+                "gemm1_alpha, gemm1_beta, and gemm1_clamp_limit are only supported for ActivationType.Swiglu. "
+                f"(Here gemm1_{name} is for {takers}): got gemm1_{name} with activation {config.activation!r}; leave it out"
             )
         dims = {"E_local": config.num_experts}
         expect(f"gemm1_{name}", parameter, "E_local", dims, dtype=dtype, device=device)
 
 
 def check_gather(
-    config: GemmConfig, hidden_states: Tensor, weights: Tensor, permutation: Permutation, swiglu: SwigluParams | None
+    config: GemmConfig,
+    hidden_states: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    swiglu: SwigluParams | None,
+    bias: Tensor | None = None,
 ) -> None:
-    """Raise unless the tensors fit a gemm1 of this config: hidden_states [T, H] bf16 and weights of weight_shape."""
+    """Raise unless the tensors fit a gemm1 of this config: hidden_states [T, H] bf16, weights of weight_shape, a bias by row."""
     device = permutation.token_of_row.device
     num_tokens = permutation.row_of_slot.shape[0]
     if not is_as_expected(hidden_states, (num_tokens, config.in_features), torch.bfloat16, device):
@@ -128,12 +145,16 @@ def check_gather(
         expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16, device=device)
     check_weights(config, "gemm1_weights", weights, device)
     check_swiglu(config, swiglu, device)
+    check_bias(config, "gemm1_bias", bias, device)
 
 
-def check_grouped(config: GemmConfig, rows: Tensor, weights: Tensor, permutation: Permutation) -> None:
-    """Raise unless the tensors fit a gemm2 of this config: rows [P, I] bf16 and weights of weight_shape."""
+def check_grouped(
+    config: GemmConfig, rows: Tensor, weights: Tensor, permutation: Permutation, bias: Tensor | None = None
+) -> None:
+    """Raise unless the tensors fit a gemm2 of this config: rows [P, I] bf16, weights of weight_shape, a bias by row of them."""
     device = permutation.token_of_row.device
     if not is_as_expected(rows, (permutation.max_rows, config.in_features), torch.bfloat16, device):
         dims = {"P": permutation.max_rows, "I": config.in_features}
         expect("rows", rows, "P I", dims, dtype=torch.bfloat16, device=device)
     check_weights(config, "gemm2_weights", weights, device)
+    check_bias(config, "gemm2_bias", bias, device)

@@ -59,9 +59,28 @@ _NOT_GATED = (
 # What gemm1 computes in each family. Whatever runs must run on every GPU, so the portable kernels compute all that there are;
 # those of Hopper read gate and up rows together, and so take gated ones only.
 ACTIVATIONS: dict[GemmKernel, tuple[ActivationType, ...]] = {
-    "portable": (ActivationType.Swiglu, ActivationType.Relu2),
+    "portable": (
+        ActivationType.Gelu,
+        ActivationType.Relu,
+        ActivationType.Silu,
+        ActivationType.Swiglu,
+        ActivationType.Geglu,
+        ActivationType.SwigluBias,
+        ActivationType.Relu2,
+        ActivationType.SwigluStep,
+        ActivationType.GegluTanh,
+        ActivationType.Identity,
+        ActivationType.Situ,
+    ),
     "swapped": (ActivationType.Swiglu,),
     "wide": (ActivationType.Swiglu,),
+}
+# Which of SwigluParams' numbers by expert an activation takes; those that are absent here take none.
+PARAMETERS: dict[ActivationType, tuple[str, ...]] = {
+    ActivationType.Swiglu: ("alpha", "beta", "clamp_limit"),
+    ActivationType.SwigluBias: ("alpha", "beta", "clamp_limit"),
+    ActivationType.SwigluStep: ("clamp_limit",),
+    ActivationType.Situ: ("alpha", "beta"),
 }
 
 
@@ -82,7 +101,7 @@ BLOCK_MAJOR_K = 64  # elements of K in a block: 128 bytes of bf16
 SHUFFLE_ROWS = 32  # rows that are permuted among themselves
 DIM_MULTIPLE = 8  # elements in a 16-byte load
 
-GateUpOrder = Literal["gate_up", "up_gate"]
+GateUpOrder = Literal["gate_up", "up_gate", "interleaved"]
 
 
 class WeightFormat(FrozenConfig):
@@ -94,12 +113,12 @@ class WeightFormat(FrozenConfig):
 
     layout: WeightLayout = WeightLayout.MajorK
     is_shuffled: bool = False  # rows permuted within blocks of 32, and the two halves of a gated W1 interleaved
-    gate_up_order: GateUpOrder = "gate_up"  # which half of a gated W1 has the first I rows
+    gate_up_order: GateUpOrder = "gate_up"  # which half of a gated W1 has the first I rows; or gate, up, gate, up ..
 
     @property
     def is_gate_first(self) -> bool:
-        """Whether a gated W1 has its gate rows before its up rows."""
-        if self.gate_up_order == "gate_up":
+        """Whether a gated W1 has its gate rows before its up rows, or each of them before its up row."""
+        if self.gate_up_order in ("gate_up", "interleaved"):
             return True
         if self.gate_up_order == "up_gate":
             return False
@@ -110,6 +129,15 @@ class WeightFormat(FrozenConfig):
     def _by_name(cls, value: Any) -> Any:
         value = plain_number(value)
         return WeightLayout[value] if isinstance(value, str) and value in WeightLayout.__members__ else value
+
+    @model_validator(mode="after")
+    def _is_one_order(self) -> WeightFormat:
+        if self.is_shuffled and self.gate_up_order == "interleaved":
+            raise ValueError(
+                "gate_up_order: expected 'gate_up' or 'up_gate' for shuffled weights, got 'interleaved'; shuffling interleaves "
+                "the halves itself: 'gate_up' puts each gate row first"
+            )
+        return self
 
 
 FLASHINFER = WeightFormat(layout=WeightLayout.BlockMajorK, is_shuffled=True, gate_up_order="up_gate")
@@ -189,6 +217,11 @@ class GemmConfig(FrozenConfig):
     @property
     def is_gated(self) -> bool:
         return self.activation is not None and self.activation.is_gated
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether gate and up rows of a column are neighbours in W1: rows 2j and 2j + 1."""
+        return self.is_gated and self.weight_format.gate_up_order == "interleaved"
 
     @property
     def activation_name(self) -> str | None:

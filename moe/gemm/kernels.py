@@ -31,6 +31,7 @@ class Kernel(NamedTuple):
     takes: Callable[[GemmConfig, int, torch.device], bool]
     launch: Callable[..., Tensor]
     units: UnitSize | None = None  # how it wants rows cut
+    takes_bias: bool = False  # where not, the portable one runs a call that has one
 
 
 def _takes_all(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
@@ -66,8 +67,8 @@ def _hopper_kernels() -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
 
 _HOPPER_GEMM1, _HOPPER_GEMM2 = _hopper_kernels()
 KERNELS = {
-    "gemm1": (Kernel("portable", _takes_all, launch_portable_gemm1), *_HOPPER_GEMM1),
-    "gemm2": (Kernel("portable", _takes_all, launch_portable_gemm2), *_HOPPER_GEMM2),
+    "gemm1": (Kernel("portable", _takes_all, launch_portable_gemm1, takes_bias=True), *_HOPPER_GEMM1),
+    "gemm2": (Kernel("portable", _takes_all, launch_portable_gemm2, takes_bias=True), *_HOPPER_GEMM2),
 }
 
 
@@ -78,11 +79,14 @@ def kernels_for(stage: str, config: GemmConfig, tile_rows: int, device: torch.de
 
 
 @functools.lru_cache(maxsize=1024)
-def kernel_for(stage: str, config: GemmConfig, tile_rows: int, mean_rows: int, device: torch.device) -> Kernel:
+def kernel_for(
+    stage: str, config: GemmConfig, tile_rows: int, mean_rows: int, device: torch.device, has_bias: bool = False
+) -> Kernel:
     """What runs a stage under a load: the config's kernel, else the fastest for so many rows an expert; or the portable one."""
     kernels = kernels_for(stage, config, tile_rows, device)
     family = config.kernel or _fastest(mean_rows, tile_rows)
-    return next((kernel for kernel in kernels if kernel.family == family), kernels[0])
+    of_family = (kernel for kernel in kernels if kernel.family == family and (kernel.takes_bias or not has_bias))
+    return next(of_family, kernels[0])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -112,11 +116,12 @@ def run_gemm1(
     *,
     config: GemmConfig,
     swiglu: SwigluParams | None = None,
+    bias: Tensor | None = None,
     uses_pdl: bool = False,
 ) -> Tensor:
     """gemm1 by the fastest kernel that takes it; arguments, result and errors as `portable_gemm1`."""
-    check_gather(config, hidden_states, weights, permutation, swiglu)
-    return launch_gemm1(hidden_states, weights, permutation, config=config, swiglu=swiglu, uses_pdl=uses_pdl)
+    check_gather(config, hidden_states, weights, permutation, swiglu, bias)
+    return launch_gemm1(hidden_states, weights, permutation, config=config, swiglu=swiglu, bias=bias, uses_pdl=uses_pdl)
 
 
 def launch_gemm1(
@@ -126,27 +131,44 @@ def launch_gemm1(
     *,
     config: GemmConfig,
     swiglu: SwigluParams | None = None,
+    bias: Tensor | None = None,
     uses_pdl: bool = False,
 ) -> Tensor:
     """`run_gemm1` of tensors that were checked."""
-    kernel = kernel_for("gemm1", config, permutation.tile_rows, permutation.mean_rows, hidden_states.device)
-    return kernel.launch(hidden_states, weights, permutation, config=config, swiglu=swiglu, uses_pdl=uses_pdl)
+    load = (permutation.tile_rows, permutation.mean_rows, hidden_states.device)
+    launch = kernel_for("gemm1", config, *load, bias is not None).launch
+    more = {} if bias is None else {"bias": bias}
+    return launch(hidden_states, weights, permutation, config=config, swiglu=swiglu, uses_pdl=uses_pdl, **more)
 
 
 def run_gemm2(
-    rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig, uses_pdl: bool = False
+    rows: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    bias: Tensor | None = None,
+    uses_pdl: bool = False,
 ) -> Tensor:
     """gemm2 by the fastest kernel that takes it; arguments, result and errors as `portable_gemm2`."""
-    check_grouped(config, rows, weights, permutation)
-    return launch_gemm2(rows, weights, permutation, config=config, uses_pdl=uses_pdl)
+    check_grouped(config, rows, weights, permutation, bias)
+    return launch_gemm2(rows, weights, permutation, config=config, bias=bias, uses_pdl=uses_pdl)
 
 
 def launch_gemm2(
-    rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig, uses_pdl: bool = False
+    rows: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    bias: Tensor | None = None,
+    uses_pdl: bool = False,
 ) -> Tensor:
     """`run_gemm2` of tensors that were checked."""
-    kernel = kernel_for("gemm2", config, permutation.tile_rows, permutation.mean_rows, rows.device)
-    return kernel.launch(rows, weights, permutation, config=config, uses_pdl=uses_pdl)
+    load = (permutation.tile_rows, permutation.mean_rows, rows.device)
+    launch = kernel_for("gemm2", config, *load, bias is not None).launch
+    more = {} if bias is None else {"bias": bias}
+    return launch(rows, weights, permutation, config=config, uses_pdl=uses_pdl, **more)
 
 
 def _fastest(mean_rows: int, tile_rows: int) -> GemmKernel:

@@ -1,8 +1,9 @@
 """Weights from any WeightFormat to any other, an expert at a time.
 
-Logical weights are [E, N, K], rows in their own order; a gated W1 has its gate rows first, then its up rows. Packing
+Logical weights are [E, N, K], rows in their own order; a gated W1 has its gate rows first, then its up rows. A bias has a number for
+each row, in the order of the rows. Packing
 
-    1. puts the halves of a gated W1 in gate_up_order
+    1. puts the halves of a gated W1 in gate_up_order; "interleaved": R[2j] = gate j, R[2j + 1] = up j
     2. if shuffled, interleaves the halves of a gated W1: R[2j] = W[j], R[2j + 1] = W[N/2 + j]
     3. if shuffled, moves row j of R to row 32 * (j // 32) + 8 * (j % 4) + (j % 32) // 4
     4. lays the [N, K] matrix out as MajorK [N, K], MajorMn [K, N] or BlockMajorK [K / 64, N, 64]
@@ -88,6 +89,30 @@ def convert_weights(weights: Tensor, format_from: WeightFormat, format_to: Weigh
     return converted
 
 
+def pack_bias(logical: Tensor, weight_format: WeightFormat, *, is_gated: bool) -> Tensor:
+    """Biases [E, N] of logical weights (gate first where gated) -> the same in the order of rows of `weight_format`.
+
+    Raises:
+        ValueError: where N does not fit the format.
+    """
+    return logical[:, _logical_rows(logical, weight_format, is_gated)]
+
+
+def unpack_bias(bias: Tensor, weight_format: WeightFormat, *, is_gated: bool) -> Tensor:
+    """Biases [E, N] in the order of rows of `weight_format` -> those of logical weights.
+
+    Raises:
+        ValueError: where N does not fit the format.
+    """
+    return bias[:, _logical_rows(bias, weight_format, is_gated).argsort()]
+
+
+def _logical_rows(bias: Tensor, weight_format: WeightFormat, is_gated: bool) -> Tensor:
+    num_rows = bias.shape[1]
+    _expect_rows_fit(num_rows, weight_format, is_gated)
+    return logical_row_of_stored_row(num_rows, weight_format, is_gated=is_gated, device=bias.device)
+
+
 def unpack_expert(stored: Tensor, weight_format: WeightFormat, *, is_gated: bool) -> Tensor:
     """One expert's stored weight -> its logical [N, K] (gate rows first where gated); a view where no row moves.
 
@@ -110,6 +135,8 @@ def logical_row_of_stored_row(
         row = SHUFFLE_ROWS * (row // SHUFFLE_ROWS) + 4 * (row % 8) + row % SHUFFLE_ROWS // 8
         if is_gated:
             row = row // 2 + row % 2 * (num_rows // 2)
+    elif is_gated and weight_format.gate_up_order == "interleaved":
+        row = row // 2 + row % 2 * (num_rows // 2)
     if is_gated and not weight_format.is_gate_first:
         row = (row + num_rows // 2) % num_rows
     return row
@@ -120,7 +147,7 @@ def _row_map(
 ) -> Tensor | None:
     """[N]: the stored row of `format_from` that each stored row of `format_to` comes from; None where all stay."""
     if format_from.is_shuffled == format_to.is_shuffled and (
-        not is_gated or format_from.is_gate_first == format_to.is_gate_first
+        not is_gated or format_from.gate_up_order == format_to.gate_up_order
     ):
         return None
     logical_from = logical_row_of_stored_row(num_rows, format_from, is_gated=is_gated, device=device)
@@ -159,6 +186,10 @@ def _expect_fits(num_rows: int, num_columns: int, weight_format: WeightFormat, i
             f"BlockMajorK: expected K to be a multiple of {BLOCK_MAJOR_K}, got K={num_columns}; "
             "use MajorK, or pad the weights"
         )
+    _expect_rows_fit(num_rows, weight_format, is_gated)
+
+
+def _expect_rows_fit(num_rows: int, weight_format: WeightFormat, is_gated: bool) -> None:
     if weight_format.is_shuffled and num_rows % SHUFFLE_ROWS:
         raise ValueError(
             f"shuffled weights: expected a multiple of {SHUFFLE_ROWS} rows, got N={num_rows}; "

@@ -62,13 +62,15 @@ class ParallelLayer:
         output: Tensor | None = None,
         routing_replay_out: Tensor | None = None,
         added: Tensor | Added | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> Tensor:
         """logits [T, E] and hidden_states [T, H] of this rank's tokens -> [T, H] bfloat16, in `output` where given.
 
         Args:
             w1, w2: of `local_experts`, as a pipeline of so many experts takes them; anything for a rank without experts.
             bias: [E], the same on all ranks.
-            swiglu: of `local_experts`.
+            swiglu, w1_bias, w2_bias: of `local_experts`.
             routing_replay_out: [>=T, K] int16; receives the chosen global ids.
             added: as a pipeline takes it, of this rank's tokens: added here to what comes back, which rounds once more.
 
@@ -76,11 +78,10 @@ class ParallelLayer:
             TypeError, ValueError: as a pipeline, before anything is sent. Other ranks then wait for this one until their timeout.
             RuntimeError: a rank that is dead or late: names rank, collective and timeout.
         """
-        added = as_added(added)
-        written = (output, routing_replay_out)
-        self.check(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, *written, added=added))
-        topk = self.pipeline.route(logits, bias, replay_out=routing_replay_out)
-        return _with_added(self._run(topk, hidden_states, w1, w2, swiglu, output), added)
+        tensors = (logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out)
+        call = LayerCall(*tensors, added=as_added(added), w1_bias=w1_bias, w2_bias=w2_bias)
+        self.check(call)
+        return self._run(self.pipeline.route(logits, bias, replay_out=routing_replay_out), call)
 
     def run_experts(
         self,
@@ -92,39 +93,43 @@ class ParallelLayer:
         swiglu: SwigluParams | None = None,
         output: Tensor | None = None,
         added: Tensor | Added | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> Tensor:
         """The same from chosen experts: global ids [T, K], anything out of [0, E) for an unused slot."""
-        added = as_added(added)
-        self.check(LayerCall(topk, hidden_states, w1, w2, swiglu, output=output, is_chosen=True, added=added))
-        return _with_added(self._run(topk, hidden_states, w1, w2, swiglu, output), added)
+        tensors = (topk, hidden_states, w1, w2, swiglu, None, output)
+        call = LayerCall(*tensors, is_chosen=True, added=as_added(added), w1_bias=w1_bias, w2_bias=w2_bias)
+        self.check(call)
+        return self._run(topk, call)
 
     def run_local(
-        self, dispatched: Dispatched, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
+        self,
+        dispatched: Dispatched,
+        w1: Tensor,
+        w2: Tensor,
+        *,
+        swiglu: SwigluParams | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> Tensor:
         """This rank's experts over what was dispatched to it: what `combine` wants."""
         rows, output = dispatched.hidden_states, dispatched.output
         if not self.local_experts:
             empty = rows if dispatched.slots is None else rows[:0]
             return torch.zeros_like(empty) if output is None else output.zero_()
+        numbers = {"swiglu": swiglu, "w1_bias": w1_bias, "w2_bias": w2_bias}
         if dispatched.slots is None:
-            return self.experts.run_experts(dispatched.topk, rows, w1, w2, swiglu=swiglu, output=output)
-        found = self.experts.run_experts_unfinalized(dispatched.topk, rows, w1, w2, swiglu=swiglu)
+            return self.experts.run_experts(dispatched.topk, rows, w1, w2, output=output, **numbers)
+        found = self.experts.run_experts_unfinalized(dispatched.topk, rows, w1, w2, **numbers)
         return found.rows.index_select(0, found.row_of_slot.flatten().index_select(0, dispatched.slots))
 
-    def _run(
-        self,
-        topk: TopK,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        swiglu: SwigluParams | None,
-        output: Tensor | None,
-    ) -> Tensor:
+    def _run(self, topk: TopK, call: LayerCall) -> Tensor:
         if self.load is not None:
             count_load(self.load, topk)
-        dispatched = self.dispatch(hidden_states, topk)
-        rows = self.run_local(dispatched, w1, w2, swiglu=swiglu)
-        return self.combine(rows, dispatched, output=output)
+        dispatched = self.dispatch(call.hidden_states, topk)
+        biases = {"w1_bias": call.w1_bias, "w2_bias": call.w2_bias}
+        rows = self.run_local(dispatched, call.w1, call.w2, swiglu=call.swiglu, **biases)
+        return _with_added(self.combine(rows, dispatched, output=call.output), call.added)
 
     def check(self, call: LayerCall) -> None:
         """Raise TypeError or ValueError unless the tensors of the call are what this rank passes."""
@@ -132,7 +137,7 @@ class ParallelLayer:
             check_call(self.pipeline.config, call)
         else:
             anything: Any = None
-            call = call._replace(w1=anything, w2=anything, swiglu=None)
+            call = call._replace(w1=anything, w2=anything, swiglu=None, w1_bias=None, w2_bias=None)
             check_call(self.pipeline.config, call, has_experts=False)
 
 

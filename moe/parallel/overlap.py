@@ -36,6 +36,8 @@ class WithSharedExpert:
         swiglu: SwigluParams | None = None,
         output: Tensor | None = None,
         routing_replay_out: Tensor | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> Tensor:
         side = _Side(hidden_states.device)
         with side.beside():
@@ -49,6 +51,8 @@ class WithSharedExpert:
             swiglu=swiglu,
             output=output,
             routing_replay_out=routing_replay_out,
+            w1_bias=w1_bias,
+            w2_bias=w2_bias,
         )
         side.join()
         return result.add_(always)
@@ -76,9 +80,13 @@ class InHalves:
         bias: Tensor | None = None,
         swiglu: SwigluParams | None = None,
         output: Tensor | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> Tensor:
         """As the layer is called. A rank with one token or none has none in the second half."""
-        self.first.check(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, output))
+        biases = {"w1_bias": w1_bias, "w2_bias": w2_bias}
+        tensors = (logits, hidden_states, w1, w2, swiglu, bias, output)
+        self.first.check(LayerCall(*tensors, w1_bias=w1_bias, w2_bias=w2_bias))
         num_tokens = logits.shape[0]
         output = torch.empty_like(hidden_states) if output is None else output
         cut = -(-num_tokens // 2)
@@ -93,7 +101,7 @@ class InHalves:
         rows = []
         for layer, part, dispatched, mark in halves:
             exchange.wait_for(mark)
-            rows.append(layer.run_local(dispatched, w1, w2, swiglu=swiglu))
+            rows.append(layer.run_local(dispatched, w1, w2, swiglu=swiglu, **biases))
             with exchange.beside():  # the first half's beside the second one's experts
                 layer.combine(rows[-1], dispatched, output=output[part])
         exchange.join()

@@ -59,16 +59,22 @@ def experts_in_float64(
     activation: ActivationType = ActivationType.Swiglu,
     local_expert_offset: int = 0,
     swiglu: SwigluParams | None = None,
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
 ) -> Tensor:
-    """The experts' part of the layer without any rounding: [T, H] float64. Weights as in `Problem`."""
+    """The experts' part of the layer without any rounding: [T, H] float64. Weights, and biases by row of them, as in `Problem`."""
     output = torch.zeros(hidden_states.shape, dtype=torch.float64, device=hidden_states.device)
     for local_id in range(w1.shape[0]):
         token, choice = (topk.expert_ids == local_id + local_expert_offset).nonzero(as_tuple=True)
         if not len(token):
             continue
         product = hidden_states[token].double() @ w1[local_id].double().T
+        if w1_bias is not None:
+            product += w1_bias[local_id].double()
         act = activated_in_float64(product, activation, local_id, swiglu)
         rows = act @ w2[local_id].double().T
+        if w2_bias is not None:
+            rows += w2_bias[local_id].double()
         output.index_add_(0, token, rows * topk.weights[token, choice, None].double())
     return output
 
@@ -81,19 +87,44 @@ def activated_in_float64(
     Raises:
         ValueError: an activation whose formula is not written here.
     """
-    if activation is ActivationType.Relu2:
-        return product.clamp(min=0) ** 2
-    if activation is ActivationType.Swiglu:
-        gate, up = product.chunk(2, dim=1)
-        return _swiglu(gate, up, swiglu, local_id)
+    swiglu = swiglu or SwigluParams()
+
+    def number(name: str, default: float) -> float:
+        values: Tensor | None = getattr(swiglu, name)
+        return default if values is None else values[local_id].item()
+
+    gate, up = product.chunk(2, dim=1) if activation.is_gated else (product, product)
+    match activation:
+        case ActivationType.Gelu:
+            return _gelu(product)
+        case ActivationType.Relu:
+            return product.clamp(min=0)
+        case ActivationType.Silu:
+            return product * torch.sigmoid(product)
+        case ActivationType.Relu2:
+            return product.clamp(min=0) ** 2
+        case ActivationType.Identity:
+            return product
+        case ActivationType.Swiglu | ActivationType.SwigluBias:
+            limit = number("clamp_limit", float("inf"))
+            gate, up = gate.clamp(max=limit), _clamped(up, limit)
+            return gate * torch.sigmoid(number("alpha", 1.0) * gate) * (up + number("beta", 0.0))
+        case ActivationType.SwigluStep:
+            limit = number("clamp_limit", 7.0)
+            return (gate * torch.sigmoid(gate)).clamp(max=limit) * _clamped(up, limit)
+        case ActivationType.Geglu:
+            return _gelu(gate) * up
+        case ActivationType.GegluTanh:
+            return 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+        case ActivationType.Situ:
+            alpha, beta = number("alpha", 4.0), number("beta", 25.0)
+            return alpha * torch.tanh(gate / alpha) * torch.sigmoid(gate) * (beta * torch.tanh(up / beta))
     raise no_case(activation, "moe/testing/problems.py, activated_in_float64")
 
 
-def _swiglu(gate: Tensor, up: Tensor, swiglu: SwigluParams | None, local_id: int) -> Tensor:
-    def parameter(values: Tensor | None, default: float) -> float:
-        return default if values is None else values[local_id].item()
+def _gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * torch.special.erfc(-x * 0.5**0.5)
 
-    swiglu = swiglu or SwigluParams()
-    limit = parameter(swiglu.clamp_limit, float("inf"))
-    gate, up = gate.clamp(max=limit), up.clamp(max=limit).clamp(min=-limit)  # in this order where a limit is negative
-    return gate * torch.sigmoid(parameter(swiglu.alpha, 1.0) * gate) * (up + parameter(swiglu.beta, 0.0))
+
+def _clamped(x: Tensor, limit: float) -> Tensor:
+    return x.clamp(max=limit).clamp(min=-limit)  # in this order where a limit is negative

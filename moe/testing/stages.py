@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from torch import Tensor
 from moe.compose import reference_pipeline
 from moe.config import MoEConfig
 from moe.flow import Permutation, SwigluParams, TopK
-from moe.gemm.config import GemmConfig
-from moe.gemm.weight_format import pack_weights
+from moe.gemm.config import PARAMETERS, GemmConfig
+from moe.gemm.weight_format import pack_bias, pack_weights
 from moe.pipeline import MoEPipeline
 from moe.stages import Finalizer, Gemm1, Gemm2, Permuter, Router
 from moe.testing.closeness import BF16_EPSILON, assert_close_to_exact
@@ -109,44 +110,59 @@ def _named(stage: str, case: str) -> Iterator[None]:
 
 
 def check_gemm1(
-    gemm1: Gemm1, *, config: MoEConfig | None = None, device: torch.device | str = "cpu", takes_swiglu: bool = False
+    gemm1: Gemm1,
+    *,
+    config: MoEConfig | None = None,
+    device: torch.device | str = "cpu",
+    takes_swiglu: bool = False,
+    takes_bias: bool = False,
 ) -> None:
     """Hold a gemm1 against float64: `gemm1(hidden_states, w1, permutation)` -> [P, I].
 
     Args:
         config: the layer that it is for, which may hold a slice of its experts; None: AWKWARD, with SwiGLU.
         takes_swiglu: also with alpha, beta and limit an expert, as `swiglu=SwigluParams(..)`.
+        takes_bias: also with `bias=` [E_local, rows of W1], in bf16 and in float32.
 
     Raises:
         AssertionError: naming the case and what was wrong in it.
     """
     for case in stage_cases(config, device):
+        gemm = case.config.gemm1
         for swiglu in (None, _swiglu(case)) if takes_swiglu else (None,):
-            more = {} if swiglu is None else {"swiglu": swiglu}
-            with _named("gemm1", case.name + (" and SwiGLU's parameters" if swiglu else "")):
-                out = gemm1(case.problem.hidden_states, case.w1, case.permutation, **more)
-                reference = case.reference.gemm1(case.problem.hidden_states, case.w1, case.permutation, **more)
-                _expect_shape(out, case.permutation.max_rows, case.config.intermediate_size)
-                exact = _exact_gemm1(case, swiglu)
-                assert_close_to_exact(case.rows_of(out), case.rows_of(reference), exact)
+            for bias in _biases(case, gemm, takes_bias=takes_bias):
+                more: dict[str, Any] = {} if swiglu is None else {"swiglu": swiglu}
+                more |= {} if bias is None else {"bias": pack_bias(bias, gemm.weight_format, is_gated=gemm.is_gated)}
+                with _named("gemm1", case.name + (" and SwiGLU's parameters" if swiglu else "") + _named_bias(bias)):
+                    tensors = (case.problem.hidden_states, case.w1, case.permutation)
+                    out, reference = gemm1(*tensors, **more), case.reference.gemm1(*tensors, **more)
+                    _expect_shape(out, case.permutation.max_rows, case.config.intermediate_size)
+                    exact = _exact_gemm1(case, swiglu, bias)
+                    assert_close_to_exact(case.rows_of(out), case.rows_of(reference), exact)
 
 
-def check_gemm2(gemm2: Gemm2, *, config: MoEConfig | None = None, device: torch.device | str = "cpu") -> None:
+def check_gemm2(
+    gemm2: Gemm2, *, config: MoEConfig | None = None, device: torch.device | str = "cpu", takes_bias: bool = False
+) -> None:
     """Hold a gemm2 against float64: `gemm2(rows, w2, permutation)` -> [P, H]. Rows of padding hold NaN.
 
     Args:
         config: the layer that it is for, which may hold a slice of its experts; None: AWKWARD.
+        takes_bias: also with `bias=` [E_local, H], in bf16 and in float32.
 
     Raises:
         AssertionError: naming the case and what was wrong in it.
     """
     for case in stage_cases(config, device):
-        with _named("gemm2", case.name):
-            rows = _rows(case, case.config.intermediate_size)
-            out, reference = (run(rows, case.w2, case.permutation) for run in (gemm2, case.reference.gemm2))
-            _expect_shape(out, case.permutation.max_rows, case.config.hidden_size)
-            exact = _product(case, case.rows_of(rows), case.problem.w2)
-            assert_close_to_exact(case.rows_of(out), case.rows_of(reference), exact)
+        gemm = case.config.gemm2
+        for bias in _biases(case, gemm, takes_bias=takes_bias):
+            more = {} if bias is None else {"bias": pack_bias(bias, gemm.weight_format, is_gated=False)}
+            with _named("gemm2", case.name + _named_bias(bias)):
+                rows = _rows(case, case.config.intermediate_size)
+                out, reference = (run(rows, case.w2, case.permutation, **more) for run in (gemm2, case.reference.gemm2))
+                _expect_shape(out, case.permutation.max_rows, case.config.hidden_size)
+                exact = _product(case, case.rows_of(rows), case.problem.w2, bias)
+                assert_close_to_exact(case.rows_of(out), case.rows_of(reference), exact)
 
 
 def check_finalize(finalize: Finalizer, *, config: MoEConfig | None = None, device: torch.device | str = "cpu") -> None:
@@ -208,9 +224,24 @@ def check_route(route: Router, *, config: MoEConfig | None = None, device: torch
 
 def _swiglu(case: StageCase) -> SwigluParams:
     count, device = case.config.gemm1.num_experts, case.w1.device
-    return SwigluParams(
-        *(torch.linspace(low, high, count, device=device) for low, high in ((0.5, 1.7), (-0.2, 1), (0.3, 7)))
-    )
+    activation = case.config.gemm1.activation
+    assert activation is not None
+    names = PARAMETERS.get(activation, ())
+    ranges = {"alpha": (0.5, 1.7), "beta": (-0.2, 1), "clamp_limit": (0.3, 7)}
+    return SwigluParams(**{name: torch.linspace(*ranges[name], count, device=device) for name in names})
+
+
+def _biases(case: StageCase, gemm: GemmConfig, *, takes_bias: bool) -> Iterator[Tensor | None]:
+    """None, and logical ones [E_local, N] of both dtypes, of the size of the products."""
+    yield None
+    generator = torch.Generator(device=case.w1.device).manual_seed(2)
+    for dtype in (torch.bfloat16, torch.float32) if takes_bias else ():
+        drawn = torch.randn(gemm.num_experts, gemm.weight_rows, generator=generator, device=case.w1.device)
+        yield drawn.to(dtype)
+
+
+def _named_bias(bias: Tensor | None) -> str:
+    return "" if bias is None else f" and a bias in {bias.dtype}"
 
 
 def _rows(case: StageCase, width: int) -> Tensor:
@@ -227,17 +258,19 @@ def _experts_of_slots(case: StageCase) -> Tensor:
     return case.topk.expert_ids[case.named].long() - case.config.permute.local_expert_offset
 
 
-def _product(case: StageCase, rows: Tensor, weights: Tensor) -> Tensor:
-    """Row by row times its expert's logical weights [E_local, N, K], in float64."""
+def _product(case: StageCase, rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Row by row times its expert's logical weights [E_local, N, K], plus its bias [E_local, N], in float64."""
     expert = _experts_of_slots(case)
     exact = torch.empty(len(rows), weights.shape[1], dtype=torch.float64, device=rows.device)
     for local_id in expert.unique().tolist():
         exact[expert == local_id] = rows[expert == local_id].double() @ weights[local_id].double().T
+        if bias is not None:
+            exact[expert == local_id] += bias[local_id].double()
     return exact
 
 
-def _exact_gemm1(case: StageCase, swiglu: SwigluParams | None) -> Tensor:
-    product = _product(case, case.problem.hidden_states[case.named[0]], case.problem.w1)
+def _exact_gemm1(case: StageCase, swiglu: SwigluParams | None, bias: Tensor | None) -> Tensor:
+    product = _product(case, case.problem.hidden_states[case.named[0]], case.problem.w1, bias)
     config: GemmConfig = case.config.gemm1
     assert config.activation is not None
     expert = _experts_of_slots(case)

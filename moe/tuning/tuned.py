@@ -83,10 +83,12 @@ class TunedPipeline:
         routing_replay_out: Tensor | None = None,
         workspace: Tensor | None = None,
         added: Tensor | Added | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> Tensor:
         """As `MoEPipeline.__call__`."""
-        written = (output, routing_replay_out, False, workspace)
-        return self.run(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, *written, as_added(added)))
+        tensors = (logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out)
+        return self.run(LayerCall(*tensors, False, workspace, as_added(added), w1_bias, w2_bias))
 
     def expert_outputs(
         self,
@@ -98,9 +100,12 @@ class TunedPipeline:
         bias: Tensor | None = None,
         swiglu: SwigluParams | None = None,
         routing_replay_out: Tensor | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> ExpertOutputs:
         """As `MoEPipeline.expert_outputs`."""
-        return self.run_unfinalized(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out))
+        tensors = (logits, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out)
+        return self.run_unfinalized(LayerCall(*tensors, False, None, None, w1_bias, w2_bias))
 
     def run_experts(
         self,
@@ -113,16 +118,27 @@ class TunedPipeline:
         output: Tensor | None = None,
         workspace: Tensor | None = None,
         added: Tensor | Added | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> Tensor:
         """As `MoEPipeline.run_experts`."""
-        written = (output, None, True, workspace)
-        return self.run(LayerCall(topk, hidden_states, w1, w2, swiglu, None, *written, as_added(added)))
+        tensors = (topk, hidden_states, w1, w2, swiglu, None, output, None)
+        return self.run(LayerCall(*tensors, True, workspace, as_added(added), w1_bias, w2_bias))
 
     def run_experts_unfinalized(
-        self, topk: TopK, hidden_states: Tensor, w1: Tensor, w2: Tensor, *, swiglu: SwigluParams | None = None
+        self,
+        topk: TopK,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        *,
+        swiglu: SwigluParams | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> ExpertOutputs:
         """As `MoEPipeline.run_experts_unfinalized`."""
-        return self.run_unfinalized(LayerCall(topk, hidden_states, w1, w2, swiglu, None, None, None, True))
+        tensors = (topk, hidden_states, w1, w2, swiglu, None, None, None)
+        return self.run_unfinalized(LayerCall(*tensors, True, None, None, w1_bias, w2_bias))
 
     def run(self, call: LayerCall) -> Tensor:
         """As `MoEPipeline.run`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe.flow import Permutation, SwigluParams, TopK
 from moe.gemm.config import ActivationType, GemmConfig, GemmTile, WeightFormat, WeightLayout
-from moe.gemm.weight_format import pack_weights
+from moe.gemm.weight_format import pack_bias, pack_weights
 from moe.permute.config import PermuteConfig
 from moe.permute.reference import plan_permutation_reference
 from moe.testing.problems import activated_in_float64
@@ -19,9 +19,10 @@ ALL_FORMATS = [
     WeightFormat(layout=layout, is_shuffled=is_shuffled, gate_up_order=order)
     for layout in WeightLayout
     for is_shuffled in (False, True)
-    for order in ("gate_up", "up_gate")
+    for order in ("gate_up", "up_gate", "interleaved")
+    if not (is_shuffled and order == "interleaved")
 ]
-UNGATED_FORMATS = ALL_FORMATS[::2]  # without gate and up there is no order
+UNGATED_FORMATS = [form for form in ALL_FORMATS if form.gate_up_order == "gate_up"]  # there is no order without up
 GARBAGE = 1 << 30
 ABSENT_IDS = (-1, 1 << 30, 2**31 - 1, -(2**31))
 
@@ -41,6 +42,8 @@ class GemmCase:
     logical: Tensor  # bf16 [E_local, N, K], gate rows first
     permutation: Permutation
     expert_ids: Tensor  # [T, K] int32, local ids where local
+    bias: Tensor | None = None  # [E_local, N], in the order of the weights' rows
+    logical_bias: Tensor | None = None  # the same, gate first
 
     def exact(self, swiglu: SwigluParams | None = None) -> Tensor:
         """[T, K, out_features] float64 by slot; zeros where the expert is not local."""
@@ -48,8 +51,10 @@ class GemmCase:
         exact = torch.zeros(num_tokens, top_k, self.config.out_features, dtype=torch.float64, device=self.rows.device)
         for expert in range(self.config.num_experts):
             token, choice = (self.expert_ids == expert).nonzero(as_tuple=True)
-            row = token if self.config.activation else self.permutation.row_of_slot[token, choice].long()
+            row = token if self.config.activation is not None else self.permutation.row_of_slot[token, choice].long()
             product = self.rows[row].double() @ self.logical[expert].double().T
+            if self.logical_bias is not None:
+                product += self.logical_bias[expert].double()
             activation = self.config.activation
             if activation is not None:
                 product = activated_in_float64(product, activation, expert, swiglu)
@@ -77,6 +82,7 @@ def make_case(
     local: slice | None = None,
     is_integer: bool = False,
     padding_token: int = GARBAGE,
+    bias_dtype: torch.dtype | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> GemmCase:
@@ -85,7 +91,7 @@ def make_case(
     What must not be read is poisoned: NaN in padding rows, garbage in token_of_row past num_rows and in the tile list past
     num_tiles. padding_token is what token_of_row has on padding rows before that, where the planner says -1. is_integer draws
     small integers and a first column of 32: products sum exactly in fp32, to numbers near 1024, of 11 bits where bf16 has 8,
-    and so large that their sigmoid is 1.
+    and so large that their sigmoid is 1. bias_dtype: with a bias that is as large as the products.
     """
     local = local or slice(0, num_experts)
     num_local = local.stop - local.start
@@ -117,14 +123,17 @@ def make_case(
     topk = TopK(expert_ids, torch.ones(expert_ids.shape, device=device))
     permutation = poisoned(plan_permutation_reference(topk, config=permute_config), padding_token)
     logical = draw(num_local, config.weight_rows, in_features, scale=in_features**-0.5)
-    rows = draw(len(expert_ids) if config.activation else permutation.max_rows, in_features)
+    rows = draw(len(expert_ids) if config.activation is not None else permutation.max_rows, in_features)
     if is_integer:
         logical[..., 0] = rows[:, 0] = 32
     if config.activation is None:
         is_padding = torch.ones(permutation.max_rows, dtype=torch.bool, device=device)
         is_padding[permutation.row_of_slot[permutation.row_of_slot >= 0].long()] = False
         rows[is_padding] = float("nan")
+    bias = None if bias_dtype is None else draw(num_local, config.weight_rows).to(bias_dtype)
     return GemmCase(
+        bias=None if bias is None else pack_bias(bias, weight_format, is_gated=config.is_gated),
+        logical_bias=bias,
         config=config,
         rows=rows,
         weights=pack_weights(logical, weight_format, is_gated=config.is_gated),

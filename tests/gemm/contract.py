@@ -15,6 +15,7 @@ from gemm.family import Problem, run_reference
 from torch import Tensor
 
 from moe.flow import SwigluParams
+from moe.gemm.config import PARAMETERS, ActivationType
 
 
 def test_every_format_is_multiplied_where_it_lies(
@@ -75,6 +76,62 @@ def test_a_rank_without_any_row_computes_nothing(family, gemm_device, poisoned_m
     out = family.run(case)
     assert out.shape == (case.permutation.max_rows, usual.dims[1])
     assert out.isnan().all(), "nothing is written"
+
+
+@pytest.mark.parametrize("parametrised", [False, True], ids=["plain", "parametrised"])
+def test_every_activation(
+    family, gemm_device, poisoned_memory, any_activation, usual_format, few_tile_rows, parametrised
+):
+    loads = family.loads["several_tiles"]
+    case = family.case(
+        Problem(any_activation, family.usual_dims, usual_format),
+        loads=loads,
+        tile_rows=few_tile_rows,
+        device=gemm_device,
+    )
+    values = {"alpha": [1.699, 0.502, 3.004], "beta": [1.004, 2.251, 9.0], "clamp_limit": [0.502, 7.015, 1.004]}
+    names = PARAMETERS.get(ActivationType[any_activation], ()) if parametrised else ()
+    swiglu = {name: torch.tensor(values[name] * len(loads))[: len(loads)].to(gemm_device) for name in names}
+    family.assert_is_close(case, SwigluParams(**swiglu) if swiglu else None)
+
+
+def test_biases_are_added_in_fp32_by_row_of_the_weights(
+    family, gemm_device, poisoned_memory, in_any_format, format_tile_rows, bias_dtype
+):
+    loads = family.loads["edges_of_tiles"]
+    arguments = {"loads": loads, "tile_rows": format_tile_rows, "device": gemm_device}
+    family.assert_is_close(family.case(in_any_format, **arguments, bias_dtype=bias_dtype))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_biases_of_few_tokens_and_awkward_dims(
+    family, gemm_device, poisoned_memory, awkward, few_tile_rows, bias_dtype, num_tokens
+):
+    arguments = {"num_tokens": num_tokens, "num_experts": 11, "tile_rows": few_tile_rows, "device": gemm_device}
+    family.assert_is_close(family.case(awkward, **arguments, bias_dtype=bias_dtype))
+
+
+def test_biases_under_every_load(family, gemm_device, poisoned_memory, usual, load, tile_rows, option, bias_dtype):
+    arguments = {"loads": family.loads[load], "tile_rows": tile_rows, "device": gemm_device}
+    case = family.case(usual, **arguments, bias_dtype=bias_dtype)
+    if any(family.loads[load]):
+        family.assert_is_close(case, **family.options[option])
+    else:
+        assert family.run(case, **family.options[option]).isnan().all(), "nothing is written"
+
+
+def test_a_bias_that_is_nan_spoils_its_experts_column_only(family, gemm_device, usual, few_tile_rows, bias_dtype):
+    case = family.case(
+        usual,
+        expert_ids=torch.tensor([[0], [1], [2]]),
+        tile_rows=few_tile_rows,
+        device=gemm_device,
+        bias_dtype=bias_dtype,
+    )
+    case.bias[1, 0] = float("nan")
+    is_nan = case.by_slot(family.run(case)).isnan()[:, 0]
+    assert is_nan[1].sum() == 1
+    assert not is_nan[[0, 2]].any()
 
 
 @pytest.mark.parametrize(
@@ -141,6 +198,23 @@ def test_swiglu_parameters_are_fp32_by_local_expert(family, few_tile_rows, usual
     case = family.case(Problem("Swiglu", family.usual_dims, usual_format), tile_rows=few_tile_rows)
     with pytest.raises(ValueError, match=f"gemm1_{name}: expected"):
         family.run(case, SwigluParams(**{name: wrong}))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda bias: bias[:, 1:], r"expected \[E_local=3, (2I|I|H)="),
+        (lambda bias: bias[1:], r"expected \[E_local=3, "),
+        (lambda bias: bias[0], "expected 2-D"),
+        (lambda bias: bias.half(), "expected bfloat16 or float32, got float16"),
+    ],
+    ids=["columns", "experts", "axes", "dtype"],
+)
+def test_wrong_biases_are_named_before_anything_is_launched(family, few_tile_rows, usual, bias_dtype, change, says):
+    case = family.case(usual, tile_rows=few_tile_rows, bias_dtype=bias_dtype)
+    stage = "gemm2" if usual.activation is None else "gemm1"
+    with pytest.raises(ValueError, match=f"{stage}_bias: {says}"):
+        family.run(replace(case, bias=change(case.bias)))
 
 
 # On a GPU only from here on: more work than a GPU does at a time, and graphs.

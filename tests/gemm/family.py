@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from gemm.cases import GARBAGE, GemmCase, format_id, ids_of_loads, make_case
 from torch import Tensor
 
@@ -36,7 +37,8 @@ class Family:
 
     gemm1: Callable[..., Tensor]
     gemm2: Callable[..., Tensor]
-    activations: Sequence[str]
+    activations: Sequence[str]  # all that gemm1 computes
+    few_activations: Sequence[str]  # where one with a gate, and one without, stand for all
     formats: Sequence[WeightFormat]
     tile_rows: Sequence[int]
     few_tile_rows: Sequence[int]  # where one or two of them stand for all
@@ -48,11 +50,12 @@ class Family:
     usual_formats: Sequence[WeightFormat]
     loads: Mapping[str, Sequence[int]]  # rows of each expert, by name; "edges_of_tiles" and "several_tiles" among them
     options: Mapping[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+    bias_dtypes: Sequence[torch.dtype] = ()  # those of the biases that both take
     reads_padding_tokens: bool = True  # token_of_row of padding rows must be -1, as the planner leaves it
 
     def problems(self, all_dims: Sequence[Dims], formats: Sequence[WeightFormat]) -> Iterator[Problem]:
-        """gemm1 with every activation, and gemm2, of these dims in these formats where dims and format agree."""
-        for activation in (*self.activations, None):
+        """gemm1 with few activations, and gemm2, of these dims in these formats where dims and format agree."""
+        for activation in (*self.few_activations, None):
             for dims in all_dims:
                 is_gated = activation is not None and ActivationType[activation].is_gated
                 weight_rows = dims[1] * (2 if is_gated else 1)
@@ -77,6 +80,8 @@ class Family:
 
     def run(self, case: GemmCase, swiglu: SwigluParams | None = None, **options: Any) -> Tensor:
         tensors = (case.rows, case.weights, case.permutation)
+        if case.bias is not None:
+            options["bias"] = case.bias
         if case.config.activation is None:
             return self.gemm2(*tensors, config=case.config, **options)
         return self.gemm1(*tensors, config=case.config, swiglu=swiglu, **options)
@@ -94,8 +99,8 @@ def activations_of(family: GemmKernel) -> list[str]:
 def run_reference(case: GemmCase, swiglu: SwigluParams | None = None) -> Tensor:
     tensors = (case.rows, case.weights, case.permutation)
     if case.config.activation is None:
-        return grouped_gemm_reference(*tensors, config=case.config)
-    return gather_gemm_reference(*tensors, config=case.config, swiglu=swiglu)
+        return grouped_gemm_reference(*tensors, config=case.config, bias=case.bias)
+    return gather_gemm_reference(*tensors, config=case.config, swiglu=swiglu, bias=case.bias)
 
 
 # Arguments of the contract's tests -> what a family runs them with, and how that reads.
@@ -108,5 +113,7 @@ AXES: dict[str, tuple[Callable[[Family], Sequence[Any]], Callable[[Any], str] | 
     "usual": (lambda family: list(family.problems([family.usual_dims], family.usual_formats)), str),
     "usual_format": (lambda family: family.usual_formats, format_id),
     "load": (lambda family: list(family.loads), str),
+    "any_activation": (lambda family: family.activations, str),
+    "bias_dtype": (lambda family: family.bias_dtypes, str),
     "option": (lambda family: list(family.options), str),
 }

@@ -12,7 +12,9 @@ from moe.gemm.config import FLASHINFER, GemmConfig, WeightFormat, WeightLayout
 from moe.gemm.weight_format import (
     convert_weights,
     logical_row_of_stored_row,
+    pack_bias,
     pack_weights,
+    unpack_bias,
     unpack_expert,
     unpack_weights,
     weight_strides,
@@ -46,12 +48,12 @@ def test_packed_weights_follow_the_definition_element_by_element(weight_format, 
     half = NUM_ROWS // 2
     if is_gated and weight_format.gate_up_order == "up_gate":
         wanted = torch.cat([wanted[half:], wanted[:half]])
+    if is_gated and (weight_format.is_shuffled or weight_format.gate_up_order == "interleaved"):
+        interleaved = torch.empty_like(wanted)
+        for j in range(half):
+            interleaved[2 * j], interleaved[2 * j + 1] = wanted[j], wanted[half + j]
+        wanted = interleaved
     if weight_format.is_shuffled:
-        if is_gated:
-            interleaved = torch.empty_like(wanted)
-            for j in range(half):
-                interleaved[2 * j], interleaved[2 * j + 1] = wanted[j], wanted[half + j]
-            wanted = interleaved
         shuffled = torch.empty_like(wanted)
         for j in range(NUM_ROWS):
             shuffled[32 * (j // 32) + 8 * (j % 4) + (j % 32) // 4] = wanted[j]
@@ -61,6 +63,26 @@ def test_packed_weights_follow_the_definition_element_by_element(weight_format, 
     if weight_format.layout is WeightLayout.BlockMajorK:
         wanted = torch.stack([wanted[:, block : block + 64] for block in range(0, NUM_COLUMNS, 64)])
     assert torch.equal(pack_weights(logical[None], weight_format, is_gated=is_gated)[0], wanted)
+
+
+@pytest.mark.parametrize("weight_format", ALL_FORMATS, ids=format_id)
+@pytest.mark.parametrize("is_gated", [True, False], ids=["gated", "plain"])
+def test_biases_lie_in_the_order_of_the_weights_rows(weight_format, is_gated):
+    logical = numbered_weights()[..., 0]
+    rows = WeightFormat(is_shuffled=weight_format.is_shuffled, gate_up_order=weight_format.gate_up_order)
+    packed = pack_bias(logical, weight_format, is_gated=is_gated)
+    assert torch.equal(packed, pack_weights(logical[..., None], rows, is_gated=is_gated)[..., 0])
+    assert torch.equal(unpack_bias(packed, weight_format, is_gated=is_gated), logical)
+
+
+def test_biases_of_rows_that_do_not_fit_the_format_are_refused():
+    with pytest.raises(ValueError, match="multiple of 32 rows, got N=48"):
+        pack_bias(torch.zeros(1, 48), FLASHINFER, is_gated=False)
+
+
+def test_interleaved_rows_of_shuffled_weights_are_refused():
+    with pytest.raises(ValueError, match=r"'gate_up' or 'up_gate' for shuffled weights, got 'interleaved'"):
+        WeightFormat(is_shuffled=True, gate_up_order="interleaved")
 
 
 def test_rows_of_the_original_format_are_those_of_its_table():

@@ -144,6 +144,10 @@ class FewTokenConfig(FrozenConfig):
 
 def takes(gemm1: GemmConfig, gemm2: GemmConfig) -> bool:
     """Whether the few-token kernels compute this activation, and read these weights."""
-    return gemm1.activation in ACTIVATIONS and all(
-        gemm.weight_format.layout in LAYOUTS and gemm.out_features <= MAX_COLUMN_BLOCKS for gemm in (gemm1, gemm2)
+    return (
+        gemm1.activation in ACTIVATIONS
+        and not gemm1.is_interleaved
+        and all(
+            gemm.weight_format.layout in LAYOUTS and gemm.out_features <= MAX_COLUMN_BLOCKS for gemm in (gemm1, gemm2)
+        )
     )

@@ -19,6 +19,7 @@ def fits(config: GemmConfig, tile_rows: int, block_n: int, all_tile_rows: tuple[
     return (
         tile_rows in all_tile_rows
         and config.weight_format.layout in LAYOUTS
+        and not config.is_interleaved
         and config.in_features > BLOCK_MAJOR_K  # two steps at least: the first one covers the store of the last unit
         and config.num_experts <= MAX_MESSAGE
         and -(-config.out_features // block_n) <= MAX_MESSAGE

@@ -27,15 +27,17 @@ def portable_gemm1(
     *,
     config: GemmConfig,
     swiglu: SwigluParams | None = None,
+    bias: Tensor | None = None,
     uses_pdl: bool = False,
 ) -> Tensor:
-    """activation(hidden_states[token_of_row] @ W1[expert_of_row]^T), without a permuted copy of the hidden states.
+    """activation(hidden_states[token_of_row] @ W1[expert_of_row]^T + bias), without a permuted copy of the hidden states.
 
     Args:
         hidden_states: [T, H] bf16.
         weights: bf16, config.weight_shape, as config.weight_format says.
         permutation: where rows lie; a program takes permutation.tile_rows of them.
         swiglu: parameters of the activation by local expert, [E_local] fp32 each.
+        bias: [E_local, rows of an expert's weight] bf16 or float32, in the order of those rows, added to the fp32 products.
         uses_pdl: the launch is a dependent one of the launch before it (`moe.runtime.dependent_launch`), where the GPU has them.
 
     Returns:
@@ -44,8 +46,10 @@ def portable_gemm1(
     Raises:
         ValueError: where a tensor does not fit the config.
     """
-    check_gather(config, hidden_states, weights, permutation, swiglu)
-    return launch_portable_gemm1(hidden_states, weights, permutation, config=config, swiglu=swiglu, uses_pdl=uses_pdl)
+    check_gather(config, hidden_states, weights, permutation, swiglu, bias)
+    return launch_portable_gemm1(
+        hidden_states, weights, permutation, config=config, swiglu=swiglu, bias=bias, uses_pdl=uses_pdl
+    )
 
 
 def launch_portable_gemm1(
@@ -55,6 +59,7 @@ def launch_portable_gemm1(
     *,
     config: GemmConfig,
     swiglu: SwigluParams | None = None,
+    bias: Tensor | None = None,
     uses_pdl: bool = False,
     kept: Tensor | None = None,
 ) -> Tensor:
@@ -85,6 +90,7 @@ def launch_portable_gemm1(
         alpha,
         beta,
         clamp_limit,
+        bias,
     )
     return out
 
@@ -103,6 +109,7 @@ def _kernel_of(
         ACTIVATION=config.activation_name,
         IS_GATED=config.is_gated,
         IS_GATE_FIRST=config.weight_format.is_gate_first,
+        IS_INTERLEAVED=config.is_interleaved,
         IS_SHUFFLED=config.weight_format.is_shuffled,
         ROW_STRIDE=strides.row,
         K_STRIDE=strides.k,

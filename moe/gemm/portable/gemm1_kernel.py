@@ -13,6 +13,7 @@ from moe.gemm.portable.tile_device import (
     Plan,
     columns_of_lanes,
     halves_of_lanes,
+    load_bias,
     load_tile,
     multiply_rows,
     store_columns,
@@ -35,11 +36,13 @@ def portable_gemm1_kernel(
     alpha_ptr,  # [E_local] fp32 or None, as the two that follow
     beta_ptr,
     clamp_limit_ptr,
+    bias_ptr,  # [E_local, rows of the weight] bf16 or fp32, or None
     IN_FEATURES: tl.constexpr,
     OUT_FEATURES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     IS_GATED: tl.constexpr,
     IS_GATE_FIRST: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr,
     IS_SHUFFLED: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     K_STRIDE: tl.constexpr,
@@ -68,17 +71,22 @@ def portable_gemm1_kernel(
     tile = load_tile(plan, program, NUM_COLUMN_BLOCKS, GROUP_TILES, BLOCK_M)
     token = tl.load(token_of_row_ptr + tile.row, mask=tile.in_rows, other=0)
 
+    HAS_HALVES: tl.constexpr = not (IS_SHUFFLED or IS_INTERLEAVED)
     stored_row, in_weights = stored_row_of_lane(
-        tile.column_block * BLOCK_N, OUT_FEATURES, IS_GATED, IS_SHUFFLED, BLOCK_W
+        tile.column_block * BLOCK_N, OUT_FEATURES, IS_GATED, HAS_HALVES, BLOCK_W
     )
+    if bias_ptr is not None:
+        bias = load_bias(bias_ptr, tile.expert, stored_row, in_weights, WEIGHT_ROWS)
     # int64 first: all experts' weights, and the tokens of a long prefill, pass 2^31 elements.
     weights_ptr += tile.expert.to(tl.int64) * (WEIGHT_ROWS * IN_FEATURES)
     weight_ptrs = weights_ptr + weight_offsets(stored_row, ROW_STRIDE, K_STRIDE, BLOCK_STRIDE, BLOCK_K)
     row_ptrs = hidden_states_ptr + token.to(tl.int64)[:, None] * IN_FEATURES + tl.arange(0, BLOCK_K)[None, :]
     operands = Operands(row_ptrs, tile.in_rows, weight_ptrs, in_weights)
     accumulators = multiply_rows(operands, IN_FEATURES, BLOCK_STRIDE, BLOCK_K, OUT_FEATURES % BLOCK_N == 0)
+    if bias_ptr is not None:
+        accumulators += bias[None, :]
     if IS_GATED:
-        first, second = halves_of_lanes(accumulators, IS_SHUFFLED, BLOCK_M, BLOCK_W)
+        first, second = halves_of_lanes(accumulators, IS_SHUFFLED, IS_INTERLEAVED, BLOCK_M, BLOCK_W)
         gate = first if IS_GATE_FIRST else second
         up = second if IS_GATE_FIRST else first
         pointers = Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr)

@@ -22,14 +22,21 @@ MIN_ROUNDS = 4  # of programs, as many at once as the GPU holds
 
 
 def portable_gemm2(
-    rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig, uses_pdl: bool = False
+    rows: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    bias: Tensor | None = None,
+    uses_pdl: bool = False,
 ) -> Tensor:
-    """rows @ W2[expert_of_row]^T.
+    """rows @ W2[expert_of_row]^T + bias.
 
     Args:
         rows: [P, I] bf16; padding rows may hold anything, NaN included.
         weights: bf16, config.weight_shape, as config.weight_format says.
         permutation: where rows lie; a program takes permutation.tile_rows of them.
+        bias: [E_local, rows of an expert's weight] bf16 or float32, in the order of those rows, added to the fp32 products.
         uses_pdl: the launch is a dependent one of the launch before it (`moe.runtime.dependent_launch`), where the GPU has them
             and it is no loss.
 
@@ -39,12 +46,18 @@ def portable_gemm2(
     Raises:
         ValueError: where a tensor does not fit the config.
     """
-    check_grouped(config, rows, weights, permutation)
-    return launch_portable_gemm2(rows, weights, permutation, config=config, uses_pdl=uses_pdl)
+    check_grouped(config, rows, weights, permutation, bias)
+    return launch_portable_gemm2(rows, weights, permutation, config=config, bias=bias, uses_pdl=uses_pdl)
 
 
 def launch_portable_gemm2(
-    rows: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig, uses_pdl: bool = False
+    rows: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    bias: Tensor | None = None,
+    uses_pdl: bool = False,
 ) -> Tensor:
     """`portable_gemm2` of tensors that were checked."""
     out = new_scratch(rows, (permutation.max_rows, config.out_features))
@@ -60,6 +73,7 @@ def launch_portable_gemm2(
         permutation.expert_of_tile,
         permutation.row_limit_of_tile,
         permutation.num_tiles,
+        bias,
     )
     return out
 

@@ -11,6 +11,7 @@ layouts with neighbouring rows in neighbouring memory load 16 bytes at once:
     gated                      lanes 16i .. 16i+7 have rows of the weight's first half, lanes 16i+8 .. 16i+15 the same
                                rows of its second half: gate and up of a column lie 8 lanes apart
     gated, shuffled            the shuffled rows have just that order: lane c has row 2 * first_column + c
+    gated, interleaved         lane c has row 2 * first_column + c: gate and up of a column are neighbours
 
 What shuffling did to the order of columns is undone on the accumulators, in registers.
 """
@@ -83,12 +84,12 @@ def stored_row_of_lane(
     first_column,
     OUT_FEATURES: tl.constexpr,
     IS_GATED: tl.constexpr,
-    IS_SHUFFLED: tl.constexpr,
+    HAS_HALVES: tl.constexpr,  # where gated: gate and up of a column lie OUT_FEATURES rows apart
     BLOCK_W: tl.constexpr,
 ):
     """Row of the stored weight for each lane, and whether there is one: ([BLOCK_W] int32, [BLOCK_W] bool)."""
     lane = tl.arange(0, BLOCK_W)
-    if IS_GATED and not IS_SHUFFLED:
+    if IS_GATED and HAS_HALVES:
         column = first_column + lane // 16 * 8 + lane % 8
         row = column + lane % 16 // 8 * OUT_FEATURES
         # The compiler cannot see that runs of 8 rows start at multiples of 8; a MajorMn layout loads by 16 bytes if told.
@@ -111,8 +112,23 @@ def weight_offsets(
 
 
 @triton.jit
-def halves_of_lanes(accumulators, IS_SHUFFLED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
+def load_bias(bias_ptr, expert, stored_row, in_weights, WEIGHT_ROWS: tl.constexpr):
+    """[BLOCK_W] fp32: the bias of each lane's row. Asked for before the products, so that nobody waits for it after them."""
+    bias_ptr += expert.to(tl.int64) * WEIGHT_ROWS
+    return tl.load(bias_ptr + stored_row, mask=in_weights, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def halves_of_lanes(
+    accumulators,
+    IS_SHUFFLED: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """Products with the weight's first and second half, columns in order: two [BLOCK_M, BLOCK_W / 2]."""
+    if IS_INTERLEAVED:
+        return accumulators.reshape(BLOCK_M, BLOCK_W // 2, 2).split()
     runs = accumulators.reshape(BLOCK_M, BLOCK_W // 16, 2, 8).permute(0, 1, 3, 2)
     first, second = runs.split()  # [BLOCK_M, BLOCK_W / 16, 8]
     if IS_SHUFFLED:

@@ -21,6 +21,7 @@ FAMILY = Family(
     gemm1=swapped_gemm1,
     gemm2=swapped_gemm2,
     activations=activations_of("swapped"),
+    few_activations=("Swiglu",),
     formats=FORMATS,
     tile_rows=(16, 32, 64, 128),
     few_tile_rows=(16, 128),

@@ -21,6 +21,7 @@ FAMILY = Family(
     gemm1=wide_gemm1,
     gemm2=wide_gemm2,
     activations=activations_of("wide"),
+    few_activations=("Swiglu",),
     formats=FORMATS,
     tile_rows=(64, 128),
     few_tile_rows=(128,),
