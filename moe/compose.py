@@ -8,7 +8,7 @@ import torch
 
 from moe.config import MoEConfig
 from moe.gemm.reference import gather_gemm_reference, grouped_gemm_reference
-from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
+from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference, weigh_tokens_reference
 from moe.pipeline import MoEPipeline
 from moe.routing.reference import select_experts_reference
 from moe.runtime.device import expect_kernels
@@ -20,10 +20,11 @@ def reference_pipeline(config: MoEConfig) -> MoEPipeline:
     return MoEPipeline(
         config,
         route=partial(select_experts_reference, config=config.routing),
-        permute=partial(plan_permutation_reference, config=config.permute),
+        permute=partial(plan_permutation_reference, config=config.planned),
         gemm1=partial(gather_gemm_reference, config=config.gemm1),
         gemm2=partial(grouped_gemm_reference, config=config.gemm2),
         finalize=partial(finalize_tokens_reference, config=config.finalize),
+        weigh=partial(weigh_tokens_reference, config=config.permute) if config.weighs_input else None,
     )
 
 
@@ -50,16 +51,17 @@ def build_pipeline(config: MoEConfig, device: torch.device | str, *, uses_pdl: b
     # Here and not above: `import moe` needs neither triton nor numba, and a CPU pipeline neither.
     from moe.fused.kernels import fused_experts_for
     from moe.gemm.kernels import gemm1_for, gemm2_for, unit_size
-    from moe.permute.kernels import finalizer_for, permuter_for
+    from moe.permute.kernels import finalizer_for, permuter_for, weigher_for
     from moe.routing.kernels import router_for
 
     gemms = {"gemm1": config.gemm1, "gemm2": config.gemm2}
     units = partial(unit_size, **gemms)
     route = CheckedStage(*router_for(config.routing, device, uses_pdl=uses_pdl), config.routing)
-    permute = CheckedStage(*permuter_for(config.permute, device, uses_pdl=uses_pdl, unit_size=units), config.permute)
+    permute = CheckedStage(*permuter_for(config.planned, device, uses_pdl=uses_pdl, unit_size=units), config.planned)
     gemm1 = CheckedStage(*gemm1_for(config.gemm1, uses_pdl=uses_pdl), config.gemm1)
     gemm2 = CheckedStage(*gemm2_for(config.gemm2, uses_pdl=uses_pdl), config.gemm2)
     finalize = CheckedStage(*finalizer_for(config.finalize, device, uses_pdl=uses_pdl), config.finalize)
+    weigh = CheckedStage(*weigher_for(config.permute, device), config.permute) if config.weighs_input else None
     chain = (permute, gemm1, gemm2, finalize)
     fused = fused_experts_for(config.permute, **gemms, tiles=config.few_tokens, stands_for=chain, uses_pdl=uses_pdl)
-    return MoEPipeline(config, route, *chain, fused=fused)
+    return MoEPipeline(config, route, *chain, fused=fused, weigh=weigh)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
 from moe.base_config import FrozenConfig, Names, plain_error
+from moe.checks import no_case
 from moe.fused.few_tokens.config import FewTokenTiles
 from moe.gemm.config import ActivationType, GemmConfig, WeightFormat, named_activations
 from moe.hf_config import layer_fields
 from moe.permute.config import MIN_TILE_ROWS, FinalizeConfig, PermuteConfig
 from moe.routing.config import RoutingConfig, RoutingMethod
+
+WeightOn = Literal["output", "input"]
 
 
 class MoEConfig(FrozenConfig):
@@ -24,6 +28,9 @@ class MoEConfig(FrozenConfig):
     gemm2: GemmConfig
     finalize: FinalizeConfig = FinalizeConfig()
     few_tokens: FewTokenTiles = FewTokenTiles()  # what may stand for permute to finalize
+    weight_on: WeightOn = (
+        "output"  # what of an expert a routing weight is multiplied with: bf16(w * x) goes in, as in Llama 4
+    )
 
     @classmethod
     def create(
@@ -44,6 +51,7 @@ class MoEConfig(FrozenConfig):
         num_local_experts: int | None = None,
         tile_rows: int | None = None,
         is_batch_invariant: bool = False,
+        weight_on: WeightOn = "output",
     ) -> MoEConfig:
         """The config of a layer: H=hidden_size, I=intermediate_size an expert, E=num_experts, K=top_k.
 
@@ -51,6 +59,8 @@ class MoEConfig(FrozenConfig):
             is_batch_invariant: on a GPU, a token alone has the bits that it has in any batch: one kind of kernel with one
                 tile for every number of tokens, so slower with few tokens and with very many. The references sum as
                 torch's matmul does, on a CPU in an order that may follow the number of rows.
+            weight_on: "input" multiplies each routing weight into its expert's input, rounded to bfloat16, and weighs no result:
+                Llama 4, and what engines call apply_router_weight_on_input.
 
         Raises:
             ValueError: naming the argument, what was wanted and what came.
@@ -72,6 +82,7 @@ class MoEConfig(FrozenConfig):
             tile_rows=tile_rows,
             is_batch_invariant=is_batch_invariant,
         )
+        fields["weight_on"] = weight_on
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
@@ -143,6 +154,19 @@ class MoEConfig(FrozenConfig):
     def _at(self, path: str) -> Any:
         stage, field = path.split(".")
         return getattr(getattr(self, stage), field)
+
+    @property
+    def weighs_input(self) -> bool:
+        if self.weight_on == "input":
+            return True
+        if self.weight_on == "output":
+            return False
+        raise no_case(self.weight_on, "moe/config.py, MoEConfig.weighs_input")
+
+    @functools.cached_property
+    def planned(self) -> PermuteConfig:
+        """What stage 2 plans by. Slots whose inputs are weighed are rows of their own: tokens with one choice."""
+        return self.permute.model_copy(update={"top_k": 1}) if self.weighs_input else self.permute
 
     @property
     def hidden_size(self) -> int:

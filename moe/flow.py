@@ -15,6 +15,19 @@ class TopK:
     expert_ids: Tensor  # [T, K] int32, global ids, best first; out of [0, E) for an unused slot
     weights: Tensor  # [T, K] bfloat16 or float32
 
+    @property
+    def slot_by_slot(self) -> TopK:
+        """The same slots as tokens with one choice each."""
+        return TopK(self.expert_ids.view(-1, 1), self.weights.view(-1, 1))
+
+
+@dataclass(frozen=True)
+class WeighedSlots:
+    """Each slot's token times its weight, where weights go into the input of experts, and the weights that are left: ones."""
+
+    hidden_states: Tensor  # [T * K, H] bfloat16, by slot; undefined where the slot's expert is not local
+    topk: TopK  # the same experts
+
 
 @dataclass(frozen=True)
 class UnitSize:

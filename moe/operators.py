@@ -174,7 +174,8 @@ def _expect_output(output: Tensor, hidden_states: Tensor) -> None:
 def run_traced_unfinalized(pipeline: TunedPipeline, call: LayerCall) -> ExpertOutputs:
     """`pipeline.run_unfinalized(call)` as the operator moe::run_layer_unfinalized."""
     rows, weights, row_of_slot = torch.ops.moe.run_layer_unfinalized(*_arguments(pipeline, call))
-    return ExpertOutputs(rows, call.entry.weights if call.is_chosen else weights, row_of_slot)
+    are_the_callers = call.is_chosen and not pipeline.config.weighs_input
+    return ExpertOutputs(rows, call.entry.weights if are_the_callers else weights, row_of_slot)
 
 
 def _arguments(pipeline: TunedPipeline, call: LayerCall) -> tuple[Any, ...]:

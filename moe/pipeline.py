@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from moe.flow import Added, ExpertOutputs, Permutation, SwigluParams, TopK
 from moe.permute.added import as_added
 from moe.ready_stages import ReadyStages, ready_stages
 from moe.runtime.scratch import scratch_from
-from moe.stages import Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router
+from moe.stages import Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router, TokenWeigher
 from moe.workspace import Workspace, workspace_of
 
 
@@ -45,6 +45,8 @@ class MoEPipeline:
     finalize: Finalizer
     checks_inputs: bool = True
     fused: FusedExperts | None = None
+    # After route, where `config.weight_on` is "input"; `permute` is then given slots as tokens with one choice each.
+    weigh: TokenWeigher | None = None
 
     def __call__(
         self,
@@ -148,15 +150,16 @@ class MoEPipeline:
 
     def _chain(self, call: LayerCall) -> Tensor:
         stages = self._stages
-        topk = call.entry if call.is_chosen else stages.route(call.entry, call.bias, replay_out=call.routing_replay_out)
+        topk, hidden_states = self._routed(call)
+        # Only where it is given: what a caller swapped in may not know it.
         more: dict[str, Any] = {} if call.added is None else {"added": call.added}
         biases = (
             {} if call.w1_bias is None and call.w2_bias is None else {"w1_bias": call.w1_bias, "w2_bias": call.w2_bias}
         )
         if topk.expert_ids.shape[0] <= stages.max_fused_tokens and (not biases or stages.fuses_biases):
-            experts = (topk, call.hidden_states, call.w1, call.w2)
+            experts = (topk, hidden_states, call.w1, call.w2)
             return stages.fused(*experts, swiglu=call.swiglu, output=call.output, **more, **biases)
-        rows, permutation = self._rows(topk, call)
+        rows, permutation = self._rows(topk, hidden_states, call)
         return stages.finalize(rows, topk, permutation, output=call.output, **more)
 
     def run_unfinalized(self, call: LayerCall) -> ExpertOutputs:
@@ -171,18 +174,29 @@ class MoEPipeline:
         if call.added is not None:
             raise ValueError("added: expected None before finalize, got a value; add it where the rows are summed")
         self._check(call)
-        route = self._stages.route
-        topk = call.entry if call.is_chosen else route(call.entry, call.bias, replay_out=call.routing_replay_out)
-        rows, permutation = self._rows(topk, call)
+        topk, hidden_states = self._routed(call)
+        rows, permutation = self._rows(topk, hidden_states, call)
         return ExpertOutputs(rows, topk.weights, permutation.row_of_slot)
 
-    def _rows(self, topk: TopK, call: LayerCall) -> tuple[Tensor, Permutation]:
+    def _routed(self, call: LayerCall) -> tuple[TopK, Tensor]:
+        """The choice, and what experts are given: tokens, or where their input is weighed slots, which then weigh 1."""
         stages = self._stages
-        permutation = stages.permute(topk)
+        topk = call.entry if call.is_chosen else stages.route(call.entry, call.bias, replay_out=call.routing_replay_out)
+        if stages.weigh is None:
+            return topk, call.hidden_states
+        weighed = stages.weigh(call.hidden_states, topk)
+        return weighed.topk, weighed.hidden_states
+
+    def _rows(self, topk: TopK, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Permutation]:
+        stages = self._stages
+        permutation = stages.permute(topk if stages.weigh is None else topk.slot_by_slot)
         first = {} if call.w1_bias is None else {"bias": call.w1_bias}
         second = {} if call.w2_bias is None else {"bias": call.w2_bias}
-        activation = stages.gemm1(call.hidden_states, call.w1, permutation, swiglu=call.swiglu, **first)
-        return stages.gemm2(activation, call.w2, permutation, **second), permutation
+        activation = stages.gemm1(hidden_states, call.w1, permutation, swiglu=call.swiglu, **first)
+        rows = stages.gemm2(activation, call.w2, permutation, **second)
+        if stages.weigh is not None:
+            permutation = replace(permutation, row_of_slot=permutation.row_of_slot.view(topk.expert_ids.shape))
+        return rows, permutation
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """Upper bound in bytes on what a call over `num_tokens` tokens allocates beside its [T, H] output, as torch counts.
@@ -198,7 +212,7 @@ class MoEPipeline:
 
     @property
     def _stage_names(self) -> dict[str, str]:
-        names = ("route", "permute", "gemm1", "gemm2", "finalize")
+        names = ("route", *(("weigh",) if self.config.weighs_input else ()), "permute", "gemm1", "gemm2", "finalize")
         return {name: repr(getattr(self, name)).partition(" at 0x")[0] for name in names}
 
     @functools.cached_property

@@ -12,10 +12,10 @@ from torch import Tensor
 from moe.call import LayerCall
 from moe.checks import expect, expect_type, is_as_expected
 from moe.config import MoEConfig
-from moe.flow import Added, Permutation, SwigluParams, TopK
+from moe.flow import Added, Permutation, SwigluParams, TopK, WeighedSlots
 from moe.fused.few_tokens.config import FewTokenConfig
 from moe.runtime.scratch import without_buffer
-from moe.stages import CheckedStage, Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router
+from moe.stages import CheckedStage, Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router, TokenWeigher
 
 
 class Composition(Protocol):
@@ -37,6 +37,8 @@ class Composition(Protocol):
     def checks_inputs(self) -> bool: ...
     @property
     def fused(self) -> FusedExperts | None: ...
+    @property
+    def weigh(self) -> TokenWeigher | None: ...
 
 
 class ReadyStages(NamedTuple):
@@ -51,6 +53,7 @@ class ReadyStages(NamedTuple):
     max_fused_tokens: int  # -1 where there is none, or it steps aside
     fuses_biases: bool  # whether it takes w1_bias and w2_bias; where not, it steps aside in a call that has one
     without_bias: dict[str, str]  # "gemm1" and "gemm2", where that stage does not take `bias`, and who it is
+    weigh: TokenWeigher | None = None  # after route
 
     def expect_biases(self, call: LayerCall) -> None:
         """Raise unless the stages take the biases of the call."""
@@ -69,9 +72,16 @@ def ready_stages(pipeline: Composition) -> ReadyStages:
     where the pipeline checks nothing. What is not ours takes no scratch from a caller's buffer, whose size does not count it.
     """
     config, checks = pipeline.config, pipeline.checks_inputs
-    stages: tuple[Any, ...] = (pipeline.route, pipeline.permute, pipeline.gemm1, pipeline.gemm2, pipeline.finalize)
-    configs = (config.routing, config.permute, config.gemm1, config.gemm2, config.finalize)
-    wrappers: tuple[Any, ...] = (checked_router, checked_permuter, checked_gemm1, checked_gemm2, checked_finalizer)
+    stages: list[Any] = [pipeline.route, pipeline.permute, pipeline.gemm1, pipeline.gemm2, pipeline.finalize]
+    configs: list[Any] = [config.routing, config.planned, config.gemm1, config.gemm2, config.finalize]
+    wrappers: list[Any] = [checked_router, checked_permuter, checked_gemm1, checked_gemm2, checked_finalizer]
+    if config.weighs_input:
+        if pipeline.weigh is None:
+            raise ValueError(
+                'weigh: expected a stage, since weight_on is "input", got None; moe.build_pipeline(config, device).weigh is one'
+            )
+        for row, entry in zip((stages, configs, wrappers), (pipeline.weigh, config.permute, checked_weigher)):
+            row.insert(1, entry)
     may_launch = checks
     ready: list[Any] = []
     for stage, part, checked in zip(stages, configs, wrappers):
@@ -82,15 +92,16 @@ def ready_stages(pipeline: Composition) -> ReadyStages:
         else:
             mine = without_buffer(stage)
             ready.append(checked(mine, config) if checks else mine)
+    weigh = ready.pop(1) if config.weighs_input else None
     route, permute, gemm1, gemm2, finalize = ready
     gemms: dict[str, Any] = {"gemm1": pipeline.gemm1, "gemm2": pipeline.gemm2}
     without_bias = {name: _name_of(stage) for name, stage in gemms.items() if not _takes(stage, "bias")}
-    fused = pipeline.fused
-    if fused is None or any(stage is not other for stage, other in zip(stages[1:], fused.stands_for)):
-        return ReadyStages(route, permute, gemm1, gemm2, finalize, _nothing, -1, False, without_bias)
+    fused, fuses = pipeline.fused, not (config.weighs_input and config.top_k > 1)  # which needs a row of input a slot
+    if fused is None or not fuses or any(mine is not other for mine, other in zip(stages[-4:], fused.stands_for)):
+        return ReadyStages(route, permute, gemm1, gemm2, finalize, _nothing, -1, False, without_bias, weigh)
     run = _ready_fused(fused.run, config, may_launch=may_launch)
     fuses_biases = _takes(fused.run, "w1_bias") and _takes(fused.run, "w2_bias")
-    return ReadyStages(route, permute, gemm1, gemm2, finalize, run, fused.max_tokens, fuses_biases, without_bias)
+    return ReadyStages(route, permute, gemm1, gemm2, finalize, run, fused.max_tokens, fuses_biases, without_bias, weigh)
 
 
 def _takes(stage: Callable[..., Any], keyword: str) -> bool:
@@ -133,6 +144,23 @@ def checked_router(route: Router, config: MoEConfig) -> Router:
     return run
 
 
+def checked_weigher(weigh: TokenWeigher, config: MoEConfig) -> TokenWeigher:
+    """A weigher that is none of ours, with its result checked."""
+
+    def run(hidden_states: Tensor, topk: TopK) -> WeighedSlots:
+        weighed = weigh(hidden_states, topk)
+        name, device = "result of weigh", hidden_states.device
+        expect_type(name, weighed, WeighedSlots, "moe.flow.WeighedSlots(..) makes one")
+        config.permute.check(weighed.topk)
+        dims = {"T": topk.expert_ids.shape[0], "K": config.top_k}
+        expect(f"{name}: expert_ids", weighed.topk.expert_ids, "T K", dims, dtype=torch.int32, device=device)
+        dims = {"slots": dims["T"] * dims["K"], "H": config.hidden_size}
+        expect(name, weighed.hidden_states, "slots H", dims, dtype=torch.bfloat16, device=device)
+        return weighed
+
+    return run
+
+
 def checked_permuter(permute: Permuter, config: MoEConfig) -> Permuter:
     """A permuter that is none of ours, with its result checked."""
 
@@ -147,7 +175,7 @@ def checked_permuter(permute: Permuter, config: MoEConfig) -> Permuter:
 def _check_permutation(permutation: Permutation, topk: TopK, config: MoEConfig) -> None:
     name, device = "result of permute", topk.expert_ids.device
     expect_type(name, permutation, Permutation, "moe.Permutation(..) makes one")
-    dims = {"T": topk.expert_ids.shape[0], "K": config.top_k}
+    dims = {"T": topk.expert_ids.shape[0], "K": config.planned.top_k}
     shapes = {
         "row_of_slot": "T K",
         "token_of_row": "P",

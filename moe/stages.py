@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe.base_config import FrozenConfig
-from moe.flow import Added, Permutation, SwigluParams, TopK, UnitSize
+from moe.flow import Added, Permutation, SwigluParams, TopK, UnitSize, WeighedSlots
 
 
 class Router(Protocol):
@@ -19,6 +19,14 @@ class Router(Protocol):
 
     def __call__(self, logits: Tensor, bias: Tensor | None = None, *, replay_out: Tensor | None = None) -> TopK:
         """logits [T, E], bias [E] or None; writes ids to replay_out[:T] [>=T, K] int16 where given."""
+        ...
+
+
+class TokenWeigher(Protocol):
+    """Before stage 2, where weights go into the input of experts: each slot's token times its weight."""
+
+    def __call__(self, hidden_states: Tensor, topk: TopK) -> WeighedSlots:
+        """hidden_states [T, H] bf16 -> [T * K, H] bf16, and a TopK of the same ids with ones for weights."""
         ...
 
 

@@ -72,6 +72,7 @@ def _sum(config: MoEConfig, num_tokens: int, rows: int, tiles: int) -> Workspace
         4,  # num_tiles
         *(tiles * 20, 8) * 2,  # what Hopper's GEMMs make of the tiles: five numbers each, and two counts
         *config.permute.scratch_bytes(num_tokens),
+        *((slots * config.hidden_size * 2, slots * 4) if config.weighs_input else ()),  # weighed inputs, and ones
     ]
     rounded = [-(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES for size in sizes]
     unsplit = sum(size > UNSPLIT_BYTES for size in rounded) * UNSPLIT_BYTES

@@ -30,6 +30,7 @@ RUN = {
         "topk_kernel",
         "plan_units_kernel",
         "route_backward_kernel",
+        "weigh_kernel",
     ),
     *("portable_gemm2_dgrad_kernel", "portable_wgrad_kernel"),
     *("rows_of_experts_kernel", "weigh_rows_kernel", "sum_of_slots_kernel"),
@@ -72,6 +73,16 @@ def test_the_portable_gemms_and_finalize_give_the_layer(triton_device, poisoned_
     rows = portable_gemm2(activation, problem.w2, permutation, config=LAYER.gemm2)
     output = finalize_tokens(rows, topk, permutation, config=LAYER.finalize)
     assert_is_the_layer(output, topk, problem)
+
+
+def test_slots_are_weighed(triton_device, poisoned_memory):
+    from moe.permute.weigh import weigh_tokens
+
+    problem = make_problem(LAYER, 9, device=triton_device)
+    topk = random_topk(9, 8, 2, device=triton_device)
+    weighed = weigh_tokens(problem.hidden_states, topk, config=LAYER.permute)
+    product = problem.hidden_states.float()[:, None] * topk.weights.float()[..., None]
+    assert torch.equal(weighed.hidden_states, product.bfloat16().flatten(0, 1))
 
 
 def test_the_few_token_kernels_give_the_layer(triton_device, poisoned_memory):

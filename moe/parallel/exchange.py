@@ -11,7 +11,7 @@ from moe.flow import TopK
 from moe.parallel.flow import Dispatched, Exchange
 from moe.parallel.kernels import LocalWork
 from moe.parallel.placement import PlacementTables
-from moe.parallel.transport import Transport
+from moe.parallel.transport import Transport, to_host
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _most_tokens(transport: Transport, num_tokens: int, device: torch.device) ->
     """The most tokens that a rank has: one exchange of a number, for which the host waits."""
     expect_no_capture(device, "max_tokens: None makes the host wait for the ranks' numbers of tokens")
     counts = transport.all_gather("numbers of tokens", torch.tensor([num_tokens], device=device))
-    return max(counts.tolist())
+    return max(to_host(transport, "numbers of tokens", counts))
 
 
 def _share(num_tokens: int, num_ranks: int) -> int:

@@ -131,6 +131,15 @@ class ParallelLayer:
         rows = self.run_local(dispatched, call.w1, call.w2, swiglu=call.swiglu, **biases)
         return _with_added(self.combine(rows, dispatched, output=call.output), call.added)
 
+    def wait(self, output: Tensor) -> Tensor:
+        """The result of a call, once it is there: for GPUs, whose collectives are queued. The host waits, no longer than the group's timeout.
+
+        Raises:
+            RuntimeError: another rank is dead or late: names ranks and timeout. This process has lost its place among them: end it.
+        """
+        self.transport.wait("the layer's result", output.device)
+        return output
+
     def check(self, call: LayerCall) -> None:
         """Raise TypeError or ValueError unless the tensors of the call are what this rank passes."""
         if self.local_experts:
@@ -219,7 +228,12 @@ def _exchange_of(
         "local": lambda: local_exchange(site),
         "sum": lambda: sum_exchange(site),
         "gather": lambda: gather_exchange(site, max_tokens),
-        "move": lambda: move_exchange(site, pipeline.finalize, returns_slots=is_rank_invariant),
+        "move": lambda: move_exchange(
+            site,
+            pipeline.finalize,
+            returns_slots=is_rank_invariant,
+            weighs_rows=not pipeline.config.weighs_input,
+        ),
     }
     return build[name]()
 

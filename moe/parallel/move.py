@@ -11,15 +11,19 @@ from torch import Tensor
 from moe.flow import Permutation, TopK
 from moe.parallel.exchange import Site, expect_no_capture
 from moe.parallel.flow import Dispatched, Exchange, WayBack
+from moe.parallel.transport import to_host
 
 
-def move_exchange(site: Site, finalize: Callable[..., Tensor], *, returns_slots: bool) -> Exchange:
+def move_exchange(
+    site: Site, finalize: Callable[..., Tensor], *, returns_slots: bool, weighs_rows: bool = True
+) -> Exchange:
     """Sizes follow from the routing: `dispatch` exchanges counts and waits for them once. No other call waits for the host.
 
     Args:
         finalize: a pipeline's last stage: sums what comes back.
         returns_slots: the row of every slot comes back, unweighted, and is weighted and summed k ascending where the token
             lives, as one rank does it. Else weights go with the row, and one weighted sum a row comes back: fewer rows.
+        weighs_rows: False where weights have gone into the input of experts: rows that come back count once.
     """
     transport, work = site.transport, site.work
 
@@ -30,7 +34,8 @@ def move_exchange(site: Site, finalize: Callable[..., Tensor], *, returns_slots:
         copy, slot, counts = work.plan_copies(rank_of_slot, transport.num_ranks)
         received = transport.all_to_all("counts of rows", counts)
         (sent, slots_sent), (got, slots_got) = (
-            tuple(map(tuple, pair)) for pair in torch.stack((counts.T, received.T)).tolist()
+            tuple(map(tuple, pair))
+            for pair in to_host(transport, "counts of rows", torch.stack((counts.T, received.T)))
         )
         rows, slots, row_of_copy = work.pack_rows(hidden_states, rank_of_slot, local, copy, counts, sum(sent))
         rows = transport.all_to_all("hidden_states", rows, sent, got)
@@ -42,7 +47,8 @@ def move_exchange(site: Site, finalize: Callable[..., Tensor], *, returns_slots:
         row_of_slot = work.number_slots(rank_of_slot, slot, counts)
         is_here = (ids >= 0).flatten()
         here = torch.nonzero_static(is_here, size=sum(slots_got)).flatten()
-        return replace(arrived, slots=here, way_back=WayBack(slots_got, slots_sent, row_of_slot, topk.weights))
+        way_back = WayBack(slots_got, slots_sent, row_of_slot, topk.weights if weighs_rows else None)
+        return replace(arrived, slots=here, way_back=way_back)
 
     def combine(rows: Tensor, dispatched: Dispatched, *, output: Tensor | None = None) -> Tensor:
         back = dispatched.way_back

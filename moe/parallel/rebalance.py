@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe.parallel.placement import Placement, copies_fit
-from moe.parallel.transport import Transport
+from moe.parallel.transport import Transport, to_host
 
 MIN_GAIN = 0.02
 
@@ -145,7 +145,8 @@ def rebalance_together(
     if transport.rank == 0:
         wanted = rebalance(placement, total, min_gain=min_gain, ranks_per_node=ranks_per_node).placement
     flat = [expert for experts in wanted.experts_of_rank for expert in experts]
-    decided = transport.broadcast("placement", torch.tensor(flat, dtype=torch.int64, device=loads.device)).tolist()
+    numbers = transport.broadcast("placement", torch.tensor(flat, dtype=torch.int64, device=loads.device))
+    decided = to_host(transport, "placement", numbers)
     ends = np.cumsum(placement.slots_of_rank).tolist()
     experts = tuple(tuple(decided[end - size : end]) for end, size in zip(ends, placement.slots_of_rank))
     found = Placement(placement.num_experts, experts)

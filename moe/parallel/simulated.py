@@ -51,6 +51,7 @@ class _Meeting:
             lambda what, rows, num_sent=None, num_received=None: self.all_to_all(rank, rows, num_sent, num_received),
             lambda what, tensor: tensor.copy_(self.exchange(rank, tensor.clone())[0]),
             lambda what, num_bytes, device: self.share(rank, num_bytes, device),
+            lambda what, device: None,
         )
         try:
             with torch.inference_mode(), self.turn:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SPIN_S, POLL_S = 2e-3, 5e-5  # a wait for a GPU asks again at once for so long, and then so often
 REPORT_S = 2.0  # after a failure, how long ranks wait for one another's word that they live
 
 
@@ -35,6 +36,9 @@ class Transport:
     share: Callable[
         [str, int, torch.device], SharedMemory
     ]  # (what, num_bytes a rank, device); the same memory for the same `what`
+    wait: Callable[
+        [str, torch.device], None
+    ]  # until what is queued on the device is done, or the group's timeout is over
     group: Any = None  # the torch.distributed group underneath; None: no processes
 
 
@@ -47,7 +51,23 @@ def alone() -> Transport:
         all_to_all=lambda what, rows, num_sent=None, num_received=None: rows,
         broadcast=lambda what, tensor: tensor,
         share=_own_memory,
+        wait=lambda what, device: None,
     )
+
+
+def to_host(transport: Transport, what: str, tensor: Tensor) -> list[Any]:
+    """A tensor's numbers, once the collectives before it are done. The host waits, and no longer than the group's timeout.
+
+    Raises:
+        RuntimeError: another rank is dead or late.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.tolist()
+    numbers = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    numbers.copy_(tensor, non_blocking=True)
+    transport.wait(what, tensor.device)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return numbers.tolist()
 
 
 def _own_memory(what: str, num_bytes: int, device: torch.device) -> SharedMemory:
@@ -89,6 +109,7 @@ def transport_of(group_or_mesh: Any) -> Transport:
         collectives.all_to_all,
         collectives.broadcast,
         collectives.share,
+        collectives.wait,
         group_or_mesh,
     )
 
@@ -142,6 +163,24 @@ class _Collectives:
             _shared[key] = _symmetric_memory(self.group, num_bytes, device)
         return _shared[key]
 
+    def wait(self, what: str, device: torch.device) -> None:
+        """Collectives of GPUs are queued, so that a rank which never comes shows here, and not where they were started."""
+        if device.type != "cuda":
+            return
+        done = torch.cuda.current_stream(device).record_event()
+        begin, limit = time.monotonic(), _timeout_s(self.group, device)
+        try:
+            while not done.query():
+                seconds = time.monotonic() - begin
+                if limit is not None and seconds > limit:
+                    raise RuntimeError(
+                        "its GPU still waits; end the process, which has lost its place among the others"
+                    )
+                if seconds > SPIN_S:
+                    time.sleep(POLL_S)
+        except RuntimeError as error:  # a CUDA error too, as of the barrier of symmetric memory
+            raise self._failure("wait for", what, device, time.monotonic() - begin, error) from error
+
     def _run(self, collective: str, what: str, tensor: Tensor, start: Callable[[], object]) -> None:
         """Start it; a failure says who, what and how long."""
         begin = time.monotonic()
@@ -151,11 +190,16 @@ class _Collectives:
                 start()
         except RuntimeError as error:
             seconds = time.monotonic() - begin
-            silent = _silent_ranks(self.group)
-            raise RuntimeError(
-                f"{collective} of {what}: rank {self.group.rank()} of {self.group.size()} gave up after {seconds:.1f} s "
-                f"(timeout of the group: {_timeout_text(self.group, tensor.device)}); {silent}; {error}"
-            ) from error
+            raise self._failure(f"{collective} of", what, tensor.device, seconds, error) from error
+
+    def _failure(
+        self, action: str, what: str, device: torch.device, seconds: float, error: RuntimeError
+    ) -> RuntimeError:
+        silent = _silent_ranks(self.group)
+        return RuntimeError(
+            f"{action} {what}: rank {self.group.rank()} of {self.group.size()} gave up after {seconds:.1f} s "
+            f"(timeout of the group: {_timeout_text(self.group, device)}); {silent}; {error}"
+        )
 
 
 _shared: dict[tuple[str, str, torch.device], SharedMemory] = {}

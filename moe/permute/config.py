@@ -87,6 +87,12 @@ class PermuteConfig(FrozenConfig):
             )
         self.check_num_tokens(topk.expert_ids.shape[0])
 
+    def check_weighed(self, hidden_states: Tensor, topk: TopK) -> None:
+        """Raise unless topk passes `check` and hidden_states is [T, H] bf16 on its device."""
+        self.check(topk)
+        ids = topk.expert_ids
+        expect("hidden_states", hidden_states, "T H", {"T": ids.shape[0]}, dtype=torch.bfloat16, device=ids.device)
+
     def _fits(self, topk: TopK) -> bool:
         """Whether both tensors are as `check` wants them: told without messages, which take time to make."""
         if not isinstance(topk, TopK):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from moe.permute.config import FinalizeConfig, PermuteConfig
-from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference
-from moe.stages import Finalizer, Permuter, StageKernel, UnitSizeOf, first_to_take, takes_all
+from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference, weigh_tokens_reference
+from moe.stages import Finalizer, Permuter, StageKernel, TokenWeigher, UnitSizeOf, first_to_take, takes_all
 
 
 def planners_on(device: torch.device) -> tuple[StageKernel, ...]:
@@ -33,6 +33,15 @@ def finalizers_on(device: torch.device) -> tuple[StageKernel, ...]:
     return (StageKernel("triton", takes_all, finalize_tokens, launch_finalize_tokens, options=("uses_pdl",)),)
 
 
+def weighers_on(device: torch.device) -> tuple[StageKernel, ...]:
+    """In order: the first that takes a config runs."""
+    if device.type != "cuda":
+        return (StageKernel("reference", takes_all, weigh_tokens_reference, weigh_tokens_reference),)
+    from moe.permute.weigh import launch_weigh_tokens, weigh_tokens  # needs triton
+
+    return (StageKernel("triton", takes_all, weigh_tokens, launch_weigh_tokens),)
+
+
 def planner_of(config: PermuteConfig, device: torch.device) -> StageKernel:
     return first_to_take(planners_on(device), config)
 
@@ -51,3 +60,8 @@ def permuter_for(
 def finalizer_for(config: FinalizeConfig, device: torch.device, *, uses_pdl: bool) -> tuple[Finalizer, Finalizer]:
     """The finalizer of a config with its checks, and without: for arguments that `config.check` passed already."""
     return first_to_take(finalizers_on(device), config).bound_to(config, uses_pdl=uses_pdl)
+
+
+def weigher_for(config: PermuteConfig, device: torch.device) -> tuple[TokenWeigher, TokenWeigher]:
+    """What weighs tokens with its checks, and without: for arguments that `config.check_weighed` passed already."""
+    return first_to_take(weighers_on(device), config).bound_to(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.flow import Added, Permutation, TopK
+from moe.flow import Added, Permutation, TopK, WeighedSlots
 from moe.permute.added import add_to
 from moe.permute.config import FinalizeConfig, PermuteConfig
 
@@ -47,6 +47,16 @@ def plan_permutation_reference(topk: TopK, *, config: PermuteConfig) -> Permutat
         tile_rows=tile_rows,
         mean_rows=config.mean_rows(num_tokens),
     )
+
+
+def weigh_tokens_reference(hidden_states: Tensor, topk: TopK, *, config: PermuteConfig) -> WeighedSlots:
+    """x[t * K + k] = bf16(weights[t, k] * hidden_states[t]). Same contract as `weigh_tokens`; rows of left-out slots are zeros."""
+    config.check_weighed(hidden_states, topk)
+    expert = topk.expert_ids.flatten().long() - config.local_expert_offset
+    is_local = ((expert >= 0) & (expert < config.num_local_experts))[:, None]
+    product = hidden_states.float().repeat_interleave(config.top_k, dim=0) * topk.weights.float().view(-1, 1)
+    weighed = torch.where(is_local, product, 0.0).bfloat16()
+    return WeighedSlots(weighed, TopK(topk.expert_ids, torch.ones_like(topk.weights)))
 
 
 def finalize_tokens_reference(

@@ -269,6 +269,20 @@ def test_what_a_pipeline_refuses_is_refused_before_anything_is_sent(has_experts:
     assert sent
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+@pytest.mark.parametrize("options", [*OPTIONS.values(), {"exchange": "sum"}], ids=[*OPTIONS, "sum"])
+def test_weights_that_go_into_the_input_weigh_no_result(options, placement, poisoned_memory):
+    tokens = (5, 0, 4)
+    whole = make_whole(tokens)
+    whole = replace(whole, config=whole.config.model_copy(update={"weight_on": "input"}))
+    run, has_all = (run_rank_with_all_tokens, True) if options["exchange"] == "sum" else (run_rank, False)
+    outputs = simulate(3, lambda t: run(whole, layer_over(t, whole, experts_of_rank=placement, **options)))
+    expected = whole.reference()
+    assert not torch.allclose(expected, replace(whole, config=CONFIG).reference(), atol=1e-2)
+    for output in outputs if has_all else [torch.cat(outputs)]:
+        torch.testing.assert_close(output, expected, rtol=2**-6, atol=2e-2)
+
+
 @pytest.mark.parametrize("gate", ["none", "number", "tensor"])
 @pytest.mark.parametrize("exchange", ["gather", "move", "sum"])
 def test_what_is_added_counts_once_however_many_ranks_there_are(exchange, gate, poisoned_memory):

@@ -46,7 +46,7 @@ def launches_of_local_work(num_tokens: int, num_ranks: int, layer: int, arch: in
 def launches_of_symmetric(num_tokens: int, rank: int, num_ranks: int, arch: int, *, selects: bool) -> OfflineGpu:
     from moe.parallel.symmetric import pull_sum, push_rows, regions, shared_bytes
 
-    transport = Transport(rank, num_ranks, *[alone().all_gather] * 3, share=alone().share)  # type: ignore[arg-type]
+    transport = Transport(rank, num_ranks, *[alone().all_gather] * 3, share=alone().share, wait=alone().wait)  # type: ignore[arg-type]
     tables = placement_tables(even_placement(EXPERTS, num_ranks, EXPERTS), "cpu")
     site = Site(transport, tables, REFERENCES, layer=rank)
     rows = ((num_ranks * num_tokens, HIDDEN), torch.bfloat16)
