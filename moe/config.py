@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -163,7 +162,7 @@ class MoEConfig(FrozenConfig):
             return False
         raise no_case(self.weight_on, "moe/config.py, MoEConfig.weighs_input")
 
-    @functools.cached_property
+    @property
     def planned(self) -> PermuteConfig:
         """What stage 2 plans by. Slots whose inputs are weighed are rows of their own: tokens with one choice."""
         return self.permute.model_copy(update={"top_k": 1}) if self.weighs_input else self.permute

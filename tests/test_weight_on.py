@@ -17,7 +17,9 @@ from moe.gemm.weight_format import pack_weights
 from moe.permute.reference import weigh_tokens_reference
 from moe.testing.closeness import assert_close_to_exact
 from moe.testing.problems import experts_in_float64, make_problem
+from moe.tuning.choice import TuningChoice
 from moe.tuning.tuned import tuned_pipeline
+from moe.workspace import workspace_of_any_choice
 
 
 def exact_of(topk: TopK, x: Tensor, w1: Tensor, w2: Tensor, **more: Any) -> Tensor:
@@ -141,6 +143,8 @@ def test_the_config_says_it_by_name_and_keeps_it() -> None:
     config = MoEConfig.create(**SMALL, weight_on="input")
     assert MoEConfig.model_validate_json(config.model_dump_json()) == config
     assert config.weighs_input
+    assert TuningChoice(tile_rows=32).apply(config).weighs_input
+    assert workspace_of_any_choice(config, 40).asked_bytes >= build_pipeline(config, "cpu").workspace(40).asked_bytes
     assert not MoEConfig.create(**SMALL).weighs_input
     with pytest.raises(ValueError, match="weight_on"):
         MoEConfig.create(**SMALL, weight_on="both")

@@ -48,7 +48,7 @@ class TuningChoice(FrozenConfig):
             gemm1 = _fill(gemm1, kernel=self.gemm1_kernel, tile=self.gemm1_tile)
             gemm2 = _fill(gemm2, kernel=self.gemm2_kernel, tile=self.gemm2_tile)
         stages = {"permute": permute, "gemm1": gemm1, "gemm2": gemm2, "finalize": finalize, "few_tokens": few}
-        return MoEConfig(**dict(config) | stages)
+        return config.model_copy(update=stages)
 
     def _agrees_on_the_chain(self, config: MoEConfig) -> bool:
         pairs = (
