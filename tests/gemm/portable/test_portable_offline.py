@@ -8,6 +8,7 @@ import pytest
 import torch
 from emulation.gpu_limits import SHARED_LIMIT_OF_ARCH
 from gemm.cases import format_id
+from gemm.family import activations_of
 
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.config import FLASHINFER, GemmConfig, GemmTile, WeightFormat
@@ -41,8 +42,10 @@ def compile_gemm(
     num_tiles: int = NUM_EXPERTS,
     mean_rows: int = 0,
     uses_pdl: bool = False,
+    activation: str = "Swiglu",
+    bias_dtype: torch.dtype | None = None,
 ) -> Launch:
-    """The one launch of a gemm1 with SwiGLU or of a gemm2, NUM_EXPERTS experts."""
+    """The one launch of a gemm1 or of a gemm2, NUM_EXPERTS experts."""
     max_rows, num_tokens = num_tiles * tile_rows, 16
     permutation = Permutation(
         row_of_slot=unallocated(num_tokens, 8, dtype=torch.int32),
@@ -58,18 +61,19 @@ def compile_gemm(
         num_experts=NUM_EXPERTS,
         in_features=hidden if is_gemm1 else intermediate,
         out_features=intermediate if is_gemm1 else hidden,
-        activation="Swiglu" if is_gemm1 else None,
+        activation=activation if is_gemm1 else None,
         weight_format=weight_format,
         tile=tile,
     )
     weights = unallocated(*config.weight_shape)
+    more = {"config": config, "uses_pdl": uses_pdl}
+    if bias_dtype is not None:
+        more["bias"] = unallocated(NUM_EXPERTS, config.weight_rows, dtype=bias_dtype)
     with offline_gpu(arch) as gpu:
         if is_gemm1:
-            hidden_states = unallocated(num_tokens, hidden)
-            out = portable_gemm1(hidden_states, weights, permutation, config=config, swiglu=swiglu, uses_pdl=uses_pdl)
+            out = portable_gemm1(unallocated(num_tokens, hidden), weights, permutation, swiglu=swiglu, **more)
         else:
-            rows = unallocated(max_rows, intermediate)
-            out = portable_gemm2(rows, weights, permutation, config=config, uses_pdl=uses_pdl)
+            out = portable_gemm2(unallocated(max_rows, intermediate), weights, permutation, **more)
     assert out.shape == (max_rows, config.out_features)
     (launch,) = gpu.launches
     return launch
@@ -144,6 +148,35 @@ def test_swiglu_parameters_cost_no_spills():
     swiglu = SwigluParams(alpha=parameter, beta=parameter, clamp_limit=parameter)
     launch = compile_gemm(90, 128, FLASHINFER, is_gemm1=True, swiglu=swiglu)
     assert launch.report.spill_bytes == 0
+
+
+@pytest.mark.parametrize("activation", [name for name in activations_of("portable") if name != "Swiglu"])
+def test_no_activation_costs_spills(activation):
+    launch = compile_gemm(90, 128, MAJOR_K, is_gemm1=True, activation=activation)
+    assert launch.report.spill_bytes == 0
+    assert_loads_and_stores_16_bytes(launch)
+
+
+@pytest.mark.parametrize("is_gemm1", [True, False], ids=["gemm1", "gemm2"])
+@pytest.mark.parametrize("tile_rows", [16, 64, 128])
+@pytest.mark.parametrize(
+    ("arch", "bias_dtype", "order"),
+    [(80, torch.bfloat16, "gate_up"), (90, torch.bfloat16, "interleaved"), (90, torch.float32, "gate_up")],
+    ids=["sm80-bf16-halves", "sm90-bf16-interleaved", "sm90-fp32-halves"],
+)
+def test_layers_with_biases_spill_nothing_and_load_16_bytes(monkeypatch, arch, bias_dtype, order, tile_rows, is_gemm1):
+    # gpt-oss: MajorMn, where neighbouring rows are neighbours in memory.
+    monkeypatch.setattr(moe.gemm.portable.tile, "shared_memory_limit", lambda device: SHARED_LIMIT_OF_ARCH[arch])
+    weight_format = WeightFormat(layout="MajorMn", gate_up_order=order)
+    parameter = unallocated(NUM_EXPERTS, dtype=torch.float32)
+    swiglu = SwigluParams(alpha=parameter, beta=parameter, clamp_limit=parameter)
+    dims = {"hidden": 2880, "intermediate": 2880}
+    launch = compile_gemm(
+        arch, tile_rows, weight_format, is_gemm1=is_gemm1, swiglu=swiglu, bias_dtype=bias_dtype, **dims
+    )
+    assert launch.report.spill_bytes == 0
+    assert launch.report.fits
+    assert launch.report.count("cp.async.cg") > 0
 
 
 @pytest.mark.parametrize(("arch", "mean_rows"), [(90, 1), (90, 2), (100, 2), (120, 2)])
