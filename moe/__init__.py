@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from moe.routing.config import RoutingConfig, RoutingMethod, RoutingMethodType
     from moe.routing.reference import weigh_experts
     from moe.shapes import NAMED_SHAPES, MoEShape
+    from moe.training.compose import build_training_pipeline
+    from moe.training.experts import GradBuffers
+    from moe.training.pipeline import TrainingPipeline
     from moe.trtllm import trtllm_bf16_moe, trtllm_bf16_routed_moe, trtllm_fused_moe_workspace_size
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "FlatWeights",
     "GemmConfig",
     "GemmTile",
+    "GradBuffers",
     "MoEConfig",
     "MoEPipeline",
     "MoEShape",
@@ -42,9 +46,11 @@ __all__ = [
     "RoutingMethodType",
     "SwigluParams",
     "TopK",
+    "TrainingPipeline",
     "WeightFormat",
     "WeightLayout",
     "build_pipeline",
+    "build_training_pipeline",
     "check_packing",
     "flat_weights",
     "reference_pipeline",
@@ -95,6 +101,9 @@ _NAMES_OF_MODULE = {
         "MoEShape",
         "NAMED_SHAPES",
     ),
+    "moe.training.compose": ("build_training_pipeline",),
+    "moe.training.experts": ("GradBuffers",),
+    "moe.training.pipeline": ("TrainingPipeline",),
     "moe.trtllm": (
         "trtllm_bf16_moe",
         "trtllm_bf16_routed_moe",

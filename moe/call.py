@@ -148,5 +148,6 @@ def _refuse_gradients(call: LayerCall, first_name: str) -> None:
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
                 f"{name}: expected a tensor that needs no gradient, got requires_grad=True; the layer is forward only: "
-                "call it under torch.no_grad() or torch.inference_mode(), or pass .detach()"
+                "call it under torch.no_grad() or torch.inference_mode(), or pass .detach(); to train, call "
+                "what moe.build_training_pipeline makes"
             )

@@ -146,10 +146,10 @@ class MoEPipeline:
         if self.checks_inputs:
             check_call(self.config, call)
         if call.w1_bias is not None or call.w2_bias is not None:
-            self._stages.expect_biases(call)
+            self.ready.expect_biases(call)
 
     def _chain(self, call: LayerCall) -> Tensor:
-        stages = self._stages
+        stages = self.ready
         topk, hidden_states = self._routed(call)
         # Only where it is given: what a caller swapped in may not know it.
         more: dict[str, Any] = {} if call.added is None else {"added": call.added}
@@ -180,7 +180,7 @@ class MoEPipeline:
 
     def _routed(self, call: LayerCall) -> tuple[TopK, Tensor]:
         """The choice, and what experts are given: tokens, or where their input is weighed slots, which then weigh 1."""
-        stages = self._stages
+        stages = self.ready
         topk = call.entry if call.is_chosen else stages.route(call.entry, call.bias, replay_out=call.routing_replay_out)
         if stages.weigh is None:
             return topk, call.hidden_states
@@ -188,7 +188,7 @@ class MoEPipeline:
         return weighed.topk, weighed.hidden_states
 
     def _rows(self, topk: TopK, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Permutation]:
-        stages = self._stages
+        stages = self.ready
         permutation = stages.permute(topk if stages.weigh is None else topk.slot_by_slot)
         first = {} if call.w1_bias is None else {"bias": call.w1_bias}
         second = {} if call.w2_bias is None else {"bias": call.w2_bias}
@@ -216,5 +216,6 @@ class MoEPipeline:
         return {name: repr(getattr(self, name)).partition(" at 0x")[0] for name in names}
 
     @functools.cached_property
-    def _stages(self) -> ReadyStages:
+    def ready(self) -> ReadyStages:
+        """What a call runs, once its tensors were checked."""
         return ready_stages(self)

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from moe.flow import Gemm2Gradients, KeptGemm1, Permutation, SwigluParams, TopK
+from moe.gemm.config import GemmConfig
 
 
 class Gemm1Keeping(Protocol):
@@ -86,4 +87,12 @@ class RouteBackward(Protocol):
 
     def __call__(self, grad_weights: Tensor, logits: Tensor, expert_ids: Tensor) -> Tensor:
         """grad_weights [T, K] float32, logits [T, E], expert_ids [T, K] int32 -> [T, E] in the logits' dtype."""
+        ...
+
+
+class KeepsBits(Protocol):
+    """Whether gemm1_keeping gives the bits of the forward pipeline's gemm1, and may run in its place."""
+
+    def __call__(self, gemm1: GemmConfig, tile_rows: int, mean_rows: int, /) -> bool:
+        """By the config of that gemm1, and the load that a permutation tells on the host."""
         ...

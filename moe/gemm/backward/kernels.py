@@ -60,3 +60,11 @@ def backward_stage_for(
     if stage not in OF_BOTH:
         return run, launch
     return partial(run, gemm1=gemm1), partial(launch, gemm1=gemm1)
+
+
+def keeps_the_bits(gemm1: GemmConfig, tile_rows: int, mean_rows: int, device: torch.device) -> bool:
+    """Whether `gemm1_keeping` gives, under such a load, the bits of the gemm1 that runs there: then it can stand in its place.
+
+    Otherwise what it keeps is computed in the backward pass, and the forward one runs the gemm1 of inference.
+    """
+    return device.type != "cuda"  # the reference beside its own; on a GPU it is another sum

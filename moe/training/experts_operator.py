@@ -1,0 +1,282 @@
+"""Chosen experts as operators of torch, forward and backward, with registered autograd: eager and compiled calls alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from moe.call import LayerCall
+from moe.flow import Permutation, TopK
+from moe.training.experts import (
+    ExpertGradients,
+    GradBuffers,
+    Kept,
+    Wanted,
+    backward_experts,
+    forward_experts,
+    swiglu_of,
+)
+from moe.training.known import pipeline_of
+
+_MAPS = ("row_of_slot", "token_of_row", "expert_of_tile", "row_limit_of_tile", "num_rows", "num_tiles")
+_Parameters = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def run_experts(
+    hidden_states: Tensor,
+    topk: TopK,
+    w1: Tensor,
+    w2: Tensor,
+    swiglu: _Parameters,
+    buffers: GradBuffers,
+    pipeline: str,
+) -> Tensor:
+    """Chosen experts -> [T, H] bfloat16."""
+    differentiable = (hidden_states, topk.weights, w1, w2, *swiglu)
+    keeps = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
+    outputs = torch.ops.moe.training_experts(
+        hidden_states, topk.expert_ids, topk.weights, w1, w2, *swiglu, *buffers, pipeline, keeps
+    )
+    return outputs[0]
+
+
+def _experts(
+    hidden_states: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    clamp_limit: Tensor | None,
+    buffer_w1: Tensor | None,
+    buffer_w2: Tensor | None,
+    pipeline: str,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, and what is kept: gate_up and the permutation's maps, empty where they are made anew.
+
+    Args:
+        buffer_w1, buffer_w2: for the backward pass alone.
+        keeps: whether there may be one.
+    """
+    call = _call(hidden_states, expert_ids, expert_weights, w1, w2, alpha, beta, clamp_limit)
+    training = pipeline_of(pipeline, hidden_states.device)
+    with torch.no_grad():
+        output, kept = forward_experts(training, call, keeps=keeps)
+    gate_up = hidden_states.new_empty(0, training.config.gemm1.weight_rows) if kept.gate_up is None else kept.gate_up
+    maps = _no_maps(expert_ids) if kept.permutation is None else [getattr(kept.permutation, name) for name in _MAPS]
+    return (output, gate_up, *maps)  # type: ignore[return-value]  # six of them
+
+
+def _call(
+    hidden_states: Any,  # None on the way back, where nobody reads it, as w1 is
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    w1: Any,
+    w2: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    clamp_limit: Tensor | None,
+) -> LayerCall:
+    topk = TopK(expert_ids, expert_weights)
+    return LayerCall(topk, hidden_states, w1, w2, swiglu_of(alpha, beta, clamp_limit), is_chosen=True)
+
+
+def _no_maps(expert_ids: Tensor) -> list[Tensor]:
+    top_k = expert_ids.shape[1]
+    return [expert_ids.new_empty(0, top_k), *(expert_ids.new_empty(0) for _ in _MAPS[1:])]
+
+
+_experts_operator = library.custom_op("moe::training_experts", _experts, mutates_args=())
+
+
+@_experts_operator.register_fake
+def _(
+    hidden_states: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    clamp_limit: Tensor | None,
+    buffer_w1: Tensor | None,
+    buffer_w2: Tensor | None,
+    pipeline: str,
+    keeps: bool,
+) -> tuple[Tensor, ...]:
+    training = pipeline_of(pipeline, hidden_states.device)
+    output, gate_up_columns = torch.empty_like(hidden_states), training.config.gemm1.weight_rows
+    if not keeps:
+        return (output, hidden_states.new_empty(0, gate_up_columns), *_no_maps(expert_ids))
+    num_tokens, top_k = expert_ids.shape
+    # Whether they are kept, and how many rows there are, follows from the number of tokens by more than formulas can say.
+    slots, rows, tiles, one, gate_up_rows = _sizes_of_kept(training, num_tokens)
+    return (
+        output,
+        hidden_states.new_empty(gate_up_rows, gate_up_columns),
+        expert_ids.new_empty(slots, top_k),
+        expert_ids.new_empty(rows),
+        expert_ids.new_empty(tiles),
+        expert_ids.new_empty(tiles),
+        expert_ids.new_empty(one),
+        expert_ids.new_empty(one),
+    )
+
+
+def _sizes_of_kept(training: Any, num_tokens: Any) -> tuple[Any, ...]:
+    """Of slots' tokens, rows, tiles, counts, and rows of gate_up."""
+    if not isinstance(num_tokens, int):
+        ctx = library.get_ctx()
+        return tuple(ctx.new_dynamic_size() for _ in range(5))
+    forward = training.at(num_tokens)
+    if num_tokens <= forward.ready.max_fused_tokens:
+        return 0, 0, 0, 0, 0
+    permute = forward.config.permute
+    rows, tile_rows = permute.max_rows(num_tokens), permute.rows_per_tile(num_tokens)
+    return num_tokens, rows, rows // tile_rows, 1, rows if training.keeps_gate_up(num_tokens) else 0
+
+
+def _experts_backward(
+    grad_output: Tensor,
+    hidden_states: Tensor | None,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    clamp_limit: Tensor | None,
+    kept: Sequence[Tensor],
+    pipeline: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One tensor for each field of Wanted, empty where it is not wanted."""
+    call = _call(hidden_states, expert_ids, expert_weights, w1, w2, alpha, beta, clamp_limit)
+    grads = _backward(grad_output, call, kept, pipeline, Wanted(*wanted), GradBuffers())
+    return _with_empties(grads, grad_output)
+
+
+def _backward(
+    grad_output: Tensor, call: LayerCall, kept: Sequence[Tensor], pipeline: str, wanted: Wanted, buffers: GradBuffers
+) -> ExpertGradients:
+    training = pipeline_of(pipeline, grad_output.device)
+    gate_up, _, *maps = kept
+    permutation = None
+    if len(maps[-1]):
+        num_rows, num_tiles, permute = len(maps[0]), len(maps[1]), training.at(call.num_tokens).config.permute
+        # By what was kept: another tile may have been tuned since.
+        tile_rows = num_rows // num_tiles if num_tiles else permute.rows_per_tile(call.num_tokens)
+        mean_rows = permute.mean_rows(call.num_tokens)
+        maps_by_name: dict[str, Any] = dict(zip(_MAPS, kept[1:]))
+        permutation = Permutation(**maps_by_name, tile_rows=tile_rows, mean_rows=mean_rows)
+    has_gate_up = permutation is not None and len(gate_up) == permutation.max_rows
+    before = Kept(gate_up if has_gate_up else None, permutation)
+    with torch.no_grad():
+        return backward_experts(training, grad_output.contiguous(), call, before, wanted, buffers)
+
+
+def _with_empties(grads: Sequence[Tensor | None], like: Tensor) -> Any:
+    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _experts_backward_into(
+    grad_output: Tensor,
+    hidden_states: Tensor | None,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    clamp_limit: Tensor | None,
+    kept: Sequence[Tensor],
+    buffer_w1: Tensor | None,
+    buffer_w2: Tensor | None,
+    pipeline: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same, with weights' gradients added to the buffers that there are, and empty."""
+    call = _call(hidden_states, expert_ids, expert_weights, w1, w2, alpha, beta, clamp_limit)
+    grads = _backward(grad_output, call, kept, pipeline, Wanted(*wanted), GradBuffers(buffer_w1, buffer_w2))
+    return _with_empties(grads, grad_output)
+
+
+_backward_operator = library.custom_op("moe::training_experts_backward", _experts_backward, mutates_args=())
+_backward_into_operator = library.custom_op(
+    "moe::training_experts_backward_into", _experts_backward_into, mutates_args=("buffer_w1", "buffer_w2")
+)
+
+
+@_backward_operator.register_fake
+def _(grad_output: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _empty_gradients(grad_output, others[:8], others[-2], others[-1], (None, None))
+
+
+@_backward_into_operator.register_fake
+def _(grad_output: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _empty_gradients(grad_output, others[:8], others[-2], others[-1], others[-4:-2])
+
+
+def _empty_gradients(
+    grad_output: Tensor, inputs: Sequence[Any], pipeline: str, wanted: Sequence[bool], buffers: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    """Of the operator's inputs from hidden_states to clamp_limit, in the order of Wanted."""
+    config = pipeline_of(pipeline, grad_output.device).config
+    _, _, expert_weights, _, _, *parameters = inputs
+    likes = (
+        grad_output.new_empty(grad_output.shape),
+        torch.empty_like(expert_weights),
+        grad_output.new_empty(config.gemm1.weight_shape),
+        grad_output.new_empty(config.gemm2.weight_shape),
+        *parameters,
+    )
+    is_returned = [*wanted[:2], wanted[2] and buffers[0] is None, wanted[3] and buffers[1] is None, *wanted[4:]]
+    return _with_empties(
+        [torch.empty_like(like) if is_here else None for like, is_here in zip(likes, is_returned)], grad_output
+    )
+
+
+def _keep_for_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Inputs by reference, and of them only what some gradient is made of."""
+    x, ids, weights, w1, w2, alpha, beta, clamp_limit, *ctx.buffers, ctx.pipeline, _ = inputs
+    wanted = _wanted(ctx)
+    num_tokens = ids.shape[0]
+    # Of a number that is not known yet, gate_up may have to be made anew.
+    is_kept = isinstance(num_tokens, int) and pipeline_of(ctx.pipeline, x.device).keeps_gate_up(num_tokens)
+    x = x if wanted.w1 or not is_kept else None
+    w1 = w1 if wanted.hidden_states or not is_kept else None
+    ctx.save_for_backward(x, ids, weights, w1, w2, alpha, beta, clamp_limit, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _wanted(ctx: Any) -> Wanted:
+    x, _, weights, w1, w2, alpha, beta, clamp_limit, *_ = ctx.needs_input_grad
+    return Wanted(x, weights, w1, w2, alpha, beta, clamp_limit)
+
+
+def _backward_of_experts(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 12
+    if grad_output is None:
+        return nothing
+    saved, wanted = ctx.saved_tensors, _wanted(ctx)
+    inputs, kept = saved[:8], list(saved[8:])
+    buffers = [buffer if is_wanted else None for buffer, is_wanted in zip(ctx.buffers, (wanted.w1, wanted.w2))]
+    if buffers == [None, None]:
+        grads = torch.ops.moe.training_experts_backward(grad_output, *inputs, kept, ctx.pipeline, list(wanted))
+    else:
+        grads = torch.ops.moe.training_experts_backward_into(
+            grad_output, *inputs, kept, *buffers, ctx.pipeline, list(wanted)
+        )
+    is_returned = list(wanted)
+    is_returned[2:4] = [is_wanted and buffer is None for is_wanted, buffer in zip(is_returned[2:4], buffers)]
+    x, weights, w1, w2, *parameters = (grad if is_here else None for grad, is_here in zip(grads, is_returned))
+    return x, None, weights, w1, w2, *parameters, None, None, None, None
+
+
+_experts_operator.register_autograd(_backward_of_experts, setup_context=_keep_for_experts)
