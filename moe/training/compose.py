@@ -36,7 +36,8 @@ def build_training_pipeline(
         uses_pdl: as `moe.build_pipeline`.
 
     Raises:
-        ValueError: a GPU or a system that the kernels do not run on, or a config without gradients: shuffled or blocked weights.
+        ValueError: a GPU or a system that the kernels do not run on, or a config without gradients: shuffled, blocked or interleaved
+            weights, an activation without a derivative here, weights on the experts' input.
 
     Example:
         >>> training = moe.build_training_pipeline(config, "cuda")
@@ -46,6 +47,10 @@ def build_training_pipeline(
     if not isinstance(config, MoEConfig):
         raise TypeError(f"config: expected a MoEConfig, got {type(config).__name__}; MoEConfig.create makes one")
     check_trained(config.gemm1, config.gemm2)
+    if config.weighs_input:
+        raise ValueError(
+            'weight_on: expected "output", got "input", which has no gradient here; train with torch\'s own operators'
+        )
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -42,7 +42,7 @@ def test_gradients_are_near_those_of_float64(device, poisoned_memory, num_tokens
 @pytest.mark.parametrize("method", [m for m in RoutingMethod if m is not RoutingMethod.LLAMA4], ids=lambda m: m.value)
 def test_logits_of_every_rule_get_their_gradient(device, method):
     case, _ = make_layer(device, num_tokens=33, num_experts=8)
-    config = moe.MoEConfig(**dict(case.config) | {"routing": moe.RoutingConfig(num_experts=8, top_k=2, method=method)})
+    config = case.config.model_copy(update={"routing": moe.RoutingConfig(num_experts=8, top_k=2, method=method)})
     case = case._replace(config=config)
     assert_near_exact(case, moe.build_training_pipeline(config, device))
 
@@ -414,6 +414,17 @@ def test_configs_without_gradients_are_refused_in_words():
     )
     with pytest.raises(ValueError, match=r"gemm1\.weight_format: expected MajorK or MajorMn .* convert by"):
         moe.build_training_pipeline(config, "cpu")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_experts": 4, "top_k": 1}
+    refusals = {
+        "expected gate_up_order 'gate_up' or 'up_gate', got 'interleaved'": {
+            "weight_format": WeightFormat(gate_up_order="interleaved")
+        },
+        'weight_on: expected "output", got "input"': {"weight_on": "input"},
+        "activation: expected Swiglu or Relu2, got Geglu": {"activation": "Geglu"},
+    }
+    for words, more in refusals.items():
+        with pytest.raises(ValueError, match=words):
+            moe.build_training_pipeline(moe.MoEConfig.create(**sizes, **more), "cpu")
     with pytest.raises(TypeError, match="config: expected a MoEConfig, got dict"):
         moe.build_training_pipeline({}, "cpu")
 

@@ -22,7 +22,7 @@ def check_trained(*configs: GemmConfig) -> None:
     """Raise unless there are gradients for GEMMs of these configs.
 
     Raises:
-        ValueError: shuffled or blocked weights, or an activation without a derivative here.
+        ValueError: shuffled, blocked or interleaved weights, or an activation without a derivative here.
     """
     for config in configs:
         stage = "gemm2" if config.activation is None else "gemm1"
@@ -32,6 +32,11 @@ def check_trained(*configs: GemmConfig) -> None:
             raise ValueError(
                 f"{stage}.weight_format: expected MajorK or MajorMn weights that are not shuffled, got {shuffled}"
                 f"{weight_format.layout.name}; train in the checkpoint's format, and convert by moe.gemm.weight_format to serve"
+            )
+        if config.is_interleaved:
+            raise ValueError(
+                f"{stage}.weight_format: expected gate_up_order 'gate_up' or 'up_gate', got 'interleaved', which has no gradient "
+                "here; train with the halves apart, and convert by moe.gemm.weight_format"
             )
         if config.activation is not None and config.activation not in TRAINED_ACTIVATIONS:
             names = " or ".join(activation.name for activation in TRAINED_ACTIVATIONS)

@@ -30,6 +30,7 @@ OF_BOTH: dict[str, Callable[..., Any]] = {
     "swiglu_gradients": swiglu_gradients_reference,
 }
 OF_GEMM2: dict[str, Callable[..., Any]] = {"gemm2_wgrad": gemm2_wgrad_reference}
+KEEPING_FAMILIES = ("portable",)  # of gemm1, that store the product before the activation too
 STAGES = OF_GEMM1 | OF_BOTH | OF_GEMM2
 
 
@@ -67,4 +68,8 @@ def keeps_the_bits(gemm1: GemmConfig, tile_rows: int, mean_rows: int, device: to
 
     Otherwise what it keeps is computed in the backward pass, and the forward one runs the gemm1 of inference.
     """
-    return device.type != "cuda"  # the reference beside its own; on a GPU it is another sum
+    if device.type != "cuda":
+        return True  # the reference beside its own
+    from moe.gemm.kernels import kernel_for
+
+    return kernel_for("gemm1", gemm1, tile_rows, mean_rows, device).family in KEEPING_FAMILIES
