@@ -53,8 +53,8 @@ def _shape(
     return MoEShape(name, hidden, intermediate, experts, top_k, method, **fields)
 
 
-# Routing rules as transformers' modeling files have them, but for the two of Llama 4: this package's Llama4 rule weighs an
-# expert's output, the model its input.
+# Routing rules as transformers' modeling files have them. The two of Llama 4 weigh an expert's input in the model (`weight_on`), and here
+# its output, as flashinfer's number for it does: the same sizes and products.
 NAMED_SHAPES = {
     shape.name: shape
     for shape in (

@@ -392,6 +392,16 @@ def test_a_config_in_a_file_is_run_like_a_named_model(command: str, tmp_path, ca
         assert "16 experts, top-2, DeepSeekV3 routing" in report
 
 
+def test_a_layer_that_weighs_inputs_runs_as_one_that_weighs_the_output_and_says_so(
+    tmp_path, capsys: pytest.CaptureFixture[str]
+):
+    theirs = tmp_path / "llama.json"
+    fields = {"model_type": "llama4_text", "hidden_size": 64, "intermediate_size": 128, "hidden_act": "silu"}
+    theirs.write_text(json.dumps(fields | {"num_local_experts": 16, "num_experts_per_tok": 2}))
+    assert main(["run", "--config", str(theirs), "--tokens", "40", "--device", "cpu"]) == 0
+    assert "llama.json, weighed on the output" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("command", "more", "message"),
     [

@@ -95,7 +95,10 @@ def layers_of(
     layers = [layer_of_shape(NAMED_SHAPES[name], FORMATS[weight_format or "hf"]) for name in dict.fromkeys(models)]
     if file is not None:
         name = file.name if number is None else f"{file.name} layer {number}"
-        layers.append(NamedLayer(name, _read_config(file, weight_format, number)))
+        config = _read_config(file, weight_format, number)
+        if config.weighs_input:  # stages are run one by one here, and none of the five weighs inputs
+            name, config = f"{name}, weighed on the output", config.model_copy(update={"weight_on": "output"})
+        layers.append(NamedLayer(name, config))
     return layers
 
 

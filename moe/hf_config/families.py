@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from moe.hf_config.keys import BY_HAND, N_GROUP_KEYS, NORM_KEYS, SCALE_KEYS, TOPK_GROUP_KEYS, Keys
+from moe.hf_config.keys import BY_HAND, N_GROUP_KEYS, NORM_KEYS, SCALE_KEYS, TOP_K_KEYS, TOPK_GROUP_KEYS, Keys
 
 
 def _softmax_normalised_if_asked(keys: Keys) -> dict[str, Any]:
@@ -85,6 +85,10 @@ def _cohere2_moe(keys: Keys) -> dict[str, Any]:
     raise keys.refusal(f"expected expert_selection_fn 'softmax' or 'sigmoid', got {score!r}")
 
 
+def _llama4(keys: Keys) -> dict[str, Any]:
+    return {"method": "Llama4" if keys.count(*TOP_K_KEYS) == 1 else "TopKSigmoid", "weight_on": "input"}
+
+
 @dataclass(frozen=True)
 class Family:
     """How the models of one model_type name and route their experts, as transformers' modeling file has it."""
@@ -132,6 +136,7 @@ FAMILIES = {
     "kimi_linear": Family(_deepseek_v3),
     "laguna": Family(_scaled_minimax_m2),
     "lara_mini": Family(_softmax_normalised_if_asked),
+    "llama4": Family(_llama4, _PLAIN_SIZE, weight_layout="MajorMn"),
     "mellum": Family(_softmax_normalised_if_asked),
     "mimo_v2_flash": Family(_deepseek_v3),
     "minimax": Family(_softmax_normalised, _PLAIN_SIZE),
@@ -186,12 +191,6 @@ REFUSED = {
     "inkling_mm_model": "it normalises the weights of routed and shared experts together, which is not implemented",
     "kolibri1": "it adds its correction bias to the logit rather than to its sigmoid, a rule that is not implemented",
     "lfm2_moe": "it normalises sigmoid scores with an epsilon of 1e-6, which is not implemented (MiniMax2 has 1e-20)",
-    "llama4": (
-        "it multiplies the router's weight into each expert's input, and this layer multiplies it into the output, "
-        "which is another function; to use that all the same, "
-        + BY_HAND.removesuffix("method=...)")
-        + "method='Llama4')"
-    ),
     "longcat_flash": f"{_BIASED_SOFTMAX}, and some of its experts return their input, which is not implemented",
     "minimax_m3_vl": _CLAMPED.replace("clamp_limit=...", "alpha=..., beta=..., clamp_limit=..."),
     "muse_spark": "it normalises what each expert returns, which is not implemented",

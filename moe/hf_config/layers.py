@@ -80,11 +80,14 @@ def _dense_by(config: Mapping[str, Any], layer: int) -> Iterator[tuple[str, Any]
         kinds = config.get(name)
         if isinstance(kinds, (list, tuple)) and layer < len(kinds) and kinds[layer] == dense:
             yield f"{name}[{layer}]", dense
+    if isinstance(sparse := config.get("moe_layers"), (list, tuple)) and layer not in sparse:
+        yield "moe_layers", sparse
     kinds = _kinds_of_layers(config)
     if "moe" in kinds and layer < len(kinds) and kinds[layer] != "moe":
         yield f"layers_block_type[{layer}]", kinds[layer]
     for name, number, remainder in (
         ("decoder_sparse_step", layer + 1, 0),
+        *([] if config.get("moe_layers") else [("interleave_moe_layer_step", layer + 1, 0)]),
         ("moe_layer_freq", layer, 0),
         ("expert_layer_period", layer, config.get("expert_layer_offset", 0)),
     ):

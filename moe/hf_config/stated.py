@@ -36,6 +36,7 @@ _SCORES = {
     "SigmoidRenorm": ("sigmoid", True),
     "Sigmoid": ("sigmoid", False),
     "TopKSigmoid": ("sigmoid", False),
+    "Llama4": ("sigmoid", False),
 }
 _WITH_BIAS = ("DeepSeekV3", "MiniMax2")
 

@@ -202,9 +202,7 @@ class TunedPipeline:
             gemms = zip((call.w1, call.w2), (self.config.gemm1, self.config.gemm2))
             # Swapped stages may take other weights.
             if all(is_as_expected(weights, gemm.weight_shape, torch.bfloat16) for weights, gemm in gemms):
-                # Tables do not tell layers apart by where they weigh, so what is timed is the one that any kernel runs.
-                config = self.config.model_copy(update={"weight_on": "output"})
-                tune_missing(config, call.num_tokens, call.w1, call.w2, max_num_tokens=self.max_num_tokens)
+                tune_missing(self.config, call.num_tokens, call.w1, call.w2, max_num_tokens=self.max_num_tokens)
         return self.at(call.num_tokens)
 
 

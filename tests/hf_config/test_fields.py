@@ -191,8 +191,6 @@ def test_a_missing_key_is_named_and_never_guessed(config: dict[str, Any], key: s
             r"model_type: expected one of afmoe, .*, unlimited_ocr; got 'bert'; .*MoEConfig.create\(",
         ),
         ({}, r"model_type: expected one of .* got 'None'"),
-        ({"model_type": "llama4"}, "into each expert's input, .* method='Llama4'"),
-        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, "into each expert's input"),
         ({"model_type": "gpt_oss"}, "biases and interleaved"),
         (QWEN3_30B | {"hidden_act": "gelu"}, "expected hidden_act 'silu', of gated experts; got 'gelu'"),
         (QWEN3_30B | {"hidden_act": "relu2"}, "got 'relu2'"),
@@ -229,6 +227,27 @@ def test_a_missing_key_is_named_and_never_guessed(config: dict[str, Any], key: s
 def test_what_cannot_be_computed_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MoEConfig.from_hf_config(config)
+
+
+@pytest.mark.parametrize(("top_k", "method"), [(1, "Llama4"), (2, "TopKSigmoid")])
+def test_llama4_weighs_the_input_of_its_experts(top_k: int, method: str) -> None:
+    text = {
+        "model_type": "llama4_text",
+        "hidden_size": 5120,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "num_local_experts": 16,
+        "num_experts_per_tok": top_k,
+        "hidden_act": "silu",
+        "num_hidden_layers": 4,
+        "interleave_moe_layer_step": 2,
+    }
+    layer = MoEConfig.from_hf_config({"model_type": "llama4", "text_config": text})
+    assert (layer.weight_on, layer.routing.method.value, layer.top_k) == ("input", method, top_k)
+    assert (layer.hidden_size, layer.intermediate_size, layer.num_experts) == (5120, 8192, 16)
+    assert layer.gemm1.weight_format.layout is WeightLayout.MajorMn
+    assert MoEConfig.from_hf_config(text, layer=3) == layer
+    assert MoEConfig.from_hf_config(text | {"moe_layers": [0]}, layer=0) == layer
 
 
 def test_a_transformers_config_is_read_as_its_dict() -> None:

@@ -128,6 +128,8 @@ def test_overrides_of_all_layers_need_no_value_of_the_model() -> None:
         ({"moe_layer_freq": [0, 1, 1, 1]}, 0, r"moe_layer_freq\[0\]=0"),
         ({"expert_layer_period": 2, "expert_layer_offset": 1}, 2, "expert_layer_period=2"),
         ({"layers_block_type": ["attention", "moe", "mlp", "moe"]}, 2, r"layers_block_type\[2\]='mlp'"),
+        ({"moe_layers": [1, 3]}, 2, r"moe_layers=\[1, 3\]"),
+        ({"interleave_moe_layer_step": 2}, 2, "interleave_moe_layer_step=2"),
         ({"per_layer_config": {"1": {"skip": ["mlp"]}}}, 1, r"skip of layer 1=\['mlp'\]"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
