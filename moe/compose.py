@@ -13,11 +13,12 @@ from moe.pipeline import MoEPipeline
 from moe.routing.reference import select_experts_reference
 from moe.runtime.device import expect_kernels
 from moe.stages import CheckedStage
+from moe.traced import add_maker, recipe_of
 
 
 def reference_pipeline(config: MoEConfig) -> MoEPipeline:
     """The layer in plain torch, on any device: what defines the right result, and the CPU backend."""
-    return MoEPipeline(
+    pipeline = MoEPipeline(
         config,
         route=partial(select_experts_reference, config=config.routing),
         permute=partial(plan_permutation_reference, config=config.planned),
@@ -26,6 +27,13 @@ def reference_pipeline(config: MoEConfig) -> MoEPipeline:
         finalize=partial(finalize_tokens_reference, config=config.finalize),
         weigh=partial(weigh_tokens_reference, config=config.permute) if config.weighs_input else None,
     )
+    return _known_by(recipe_of("reference", config), pipeline)
+
+
+def _known_by(recipe: str, pipeline: MoEPipeline) -> MoEPipeline:
+    """The same, with a recipe that holds in any process. What `dataclasses.replace` makes of it gets another."""
+    object.__setattr__(pipeline, "recipe", recipe)
+    return pipeline
 
 
 def build_pipeline(config: MoEConfig, device: torch.device | str, *, uses_pdl: bool = True) -> MoEPipeline:
@@ -45,8 +53,13 @@ def build_pipeline(config: MoEConfig, device: torch.device | str, *, uses_pdl: b
         >>> output = pipeline(logits, hidden_states, w1, w2)
     """
     device = torch.device(device)
-    if device.type != "cuda":
-        return reference_pipeline(config)
+    pipeline = (
+        _kernel_pipeline(config, device, uses_pdl=uses_pdl) if device.type == "cuda" else reference_pipeline(config)
+    )
+    return _known_by(recipe_of("built", config, uses_pdl=uses_pdl), pipeline)
+
+
+def _kernel_pipeline(config: MoEConfig, device: torch.device, *, uses_pdl: bool) -> MoEPipeline:
     expect_kernels(device)
     # Here and not above: `import moe` needs neither triton nor numba, and a CPU pipeline neither.
     from moe.fused.kernels import fused_experts_for
@@ -65,3 +78,7 @@ def build_pipeline(config: MoEConfig, device: torch.device | str, *, uses_pdl: b
     chain = (permute, gemm1, gemm2, finalize)
     fused = fused_experts_for(config.permute, **gemms, tiles=config.few_tokens, stands_for=chain, uses_pdl=uses_pdl)
     return MoEPipeline(config, route, *chain, fused=fused, weigh=weigh)
+
+
+add_maker("built", build_pipeline)
+add_maker("reference", lambda config, _device: reference_pipeline(config))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from moe.permute.added import as_added
 from moe.ready_stages import ReadyStages, ready_stages
 from moe.runtime.scratch import scratch_from
 from moe.stages import Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router, TokenWeigher
+from moe.traced import is_traced, keep, run_traced, run_traced_unfinalized
 from moe.workspace import Workspace, workspace_of
 
 
@@ -47,6 +48,10 @@ class MoEPipeline:
     fused: FusedExperts | None = None
     # After route, where `config.weight_on` is "input"; `permute` is then given slots as tokens with one choice each.
     weigh: TokenWeigher | None = None
+    recipe: str = field(init=False, repr=False, compare=False)  # what an operator knows this pipeline by
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recipe", keep(self, is_checked=self.checks_inputs))
 
     def __call__(
         self,
@@ -131,6 +136,8 @@ class MoEPipeline:
 
     def run(self, call: LayerCall) -> Tensor:
         """One call of the layer, to [T, H] bfloat16."""
+        if is_traced(call.hidden_states):
+            return run_traced(self.recipe, call)
         if failing_calls.FOLDER is not None:
             return failing_calls.watched(self.config, call, self._stage_names, self._run, is_finalized=True)
         return self._run(call)
@@ -164,6 +171,8 @@ class MoEPipeline:
 
     def run_unfinalized(self, call: LayerCall) -> ExpertOutputs:
         """One call of the layer, stopped before finalize."""
+        if is_traced(call.hidden_states):
+            return run_traced_unfinalized(self.recipe, call)
         if failing_calls.FOLDER is not None:
             return failing_calls.watched(
                 self.config, call, self._stage_names, self._run_unfinalized, is_finalized=False

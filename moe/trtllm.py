@@ -5,6 +5,8 @@ Source of names, order, defaults and meaning: flashinfer's documentation page of
 
 from __future__ import annotations
 
+import operator
+from enum import Enum
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from moe.checks import as_float, as_int, expect, plain_number
 from moe.config import NAMES_OF_FIELDS, MoEConfig, stage_fields
 from moe.flow import ExpertOutputs, SwigluParams, TopK
 from moe.gemm.config import BLOCK_MAJOR_K, ActivationType, WeightFormat, WeightLayout
-from moe.operators import is_traced, run_traced, run_traced_unfinalized
+from moe.traced import is_traced, run_traced, run_traced_unfinalized
 from moe.tuning.tuned import TunedPipeline, tuned_pipeline
 from moe.workspace import workspace_of_any_choice
 
@@ -105,7 +107,6 @@ def trtllm_bf16_moe(
         use_shuffled_weight, weight_layout, do_finalize, enable_pdl, tune_max_num_tokens, activation_type,
         norm_topk_prob, is_batch_invariant,
     )  # fmt: skip
-    pipeline = _pipeline(layer)
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
     if not do_finalize:
         _refuse_workspace(workspace_buffer)
@@ -114,7 +115,8 @@ def trtllm_bf16_moe(
         output if do_finalize else None, routing_replay_out, False, workspace_buffer,
     )  # fmt: skip
     if is_traced(hidden_states):
-        return _traced(pipeline, call, do_finalize)
+        return _traced(layer, call)
+    pipeline = _pipeline(layer)
     if do_finalize:
         return pipeline.run(call)
     return _as_list(pipeline.run_unfinalized(call))
@@ -175,14 +177,14 @@ def trtllm_bf16_routed_moe(
         use_shuffled_weight, weight_layout, do_finalize, enable_pdl, tune_max_num_tokens, activation_type, True,
         is_batch_invariant,
     )  # fmt: skip
-    pipeline = _pipeline(layer)
     swiglu = _swiglu(gemm1_alpha, gemm1_beta, gemm1_clamp_limit)
     if not do_finalize:
         _refuse_workspace(workspace_buffer)
     if is_traced(hidden_states):
         topk = _unpacked(topk_ids) if isinstance(topk_ids, Tensor) else TopK(*topk_ids)
         call = LayerCall(topk, hidden_states, gemm1_weights, gemm2_weights, swiglu, output=output, is_chosen=True)
-        return _traced(pipeline, call, do_finalize)
+        return _traced(layer, call)
+    pipeline = _pipeline(layer)
     topk = _unpack(topk_ids, top_k)
     if routing_replay_out is not None:
         pipeline.config.permute.check(topk)
@@ -409,9 +411,47 @@ def _unpacked(topk_ids: Tensor) -> TopK:
     return TopK(halves[..., 1].to(torch.int32), weights)
 
 
-def _traced(pipeline: TunedPipeline, call: LayerCall, do_finalize: bool) -> Tensor | list[Tensor]:
+def _traced(layer: FlatLayer, call: LayerCall) -> Tensor | list[Tensor]:
     """The call as an operator, where only the form of its result is asked for, or a program is recorded."""
-    return run_traced(pipeline, call) if do_finalize else _as_list(run_traced_unfinalized(pipeline, call))
+    recipe = _recorded_recipe(layer) if torch.compiler.is_dynamo_compiling() else _pipeline(layer).recipe
+    return run_traced(recipe, call) if layer.do_finalize else _as_list(run_traced_unfinalized(recipe, call))
+
+
+def _recorded_recipe(layer: FlatLayer) -> str:
+    """The recipe of a layer as dynamo records it, which follows none of the checks."""
+    for name, value in layer._asdict().items():
+        if isinstance(value, Tensor):
+            raise TypeError(
+                f"{name}: expected a plain number under torch.compile, got a tensor; pass an int or a float"
+            )
+    said = _recipe_or_refusal(*map(_as_constant, layer))
+    kind, _, words = said.partition(": ")
+    if kind == "TypeError":
+        raise TypeError(words)
+    if kind == "ValueError":
+        raise ValueError(words)
+    return said
+
+
+def _as_constant(value: Any) -> Any:
+    """A number as one that the graph is guarded by, where dynamo would make a symbol of one that has changed; a float as its digits."""
+    if isinstance(value, bool):
+        return bool(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, int):
+        return operator.index(value)
+    return (value.hex(),) if isinstance(value, float) else value
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _recipe_or_refusal(*constants: Any) -> str:
+    """The recipe, or the error's name and words: dynamo lets no error pass as it is."""
+    plain: Any = [float.fromhex(value[0]) if isinstance(value, tuple) else value for value in constants]
+    try:
+        return _pipeline(FlatLayer(*plain)).recipe
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _as_list(outputs: ExpertOutputs) -> list[Tensor]:

@@ -22,7 +22,7 @@ LEVELS = (
     {"config"},
     {"workspace"},
     {"call"},
-    {"failing_calls", "ready_stages"},
+    {"failing_calls", "ready_stages", "traced"},
     {"pipeline"},
     {"compose"},
     {"tuning"},

@@ -463,10 +463,10 @@ def test_a_pipeline_is_built_where_the_hidden_states_lie(monkeypatch: pytest.Mon
 
     def tuned_pipeline(config: MoEConfig, device: torch.device, *, max_num_tokens: int, **more: Any) -> Any:
         asked.append((device, max_num_tokens))
-        return SimpleNamespace(run=lambda call: None)
+        return SimpleNamespace(run=lambda call: None, recipe="")
 
     monkeypatch.setattr(trtllm, "tuned_pipeline", tuned_pipeline)
-    monkeypatch.setattr(trtllm, "run_traced", lambda pipeline, call: None)
+    monkeypatch.setattr(trtllm, "run_traced", lambda recipe, call: None)
     arguments = flat_arguments(layer(), make_problem(layer(), 3))
     for device in ("cpu", "meta"):
         on_device = arguments | {"hidden_states": arguments["hidden_states"].to(device)}

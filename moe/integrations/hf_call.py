@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from moe.expert_linear import expert_linear
 from moe.gemm.config import WeightLayout
 from moe.integrations.hf_experts import Form, autocasts_to_bfloat16, expect_choice, expect_tensors, weights_of
-from moe.operators import is_traced
 from moe.operators import run_experts as _run_experts
+from moe.traced import is_traced
 
 
 def call_experts(

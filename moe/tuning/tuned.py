@@ -17,6 +17,7 @@ from moe.flow import Added, ExpertOutputs, SwigluParams, TopK
 from moe.permute.added import as_added
 from moe.pipeline import MoEPipeline
 from moe.runtime.device import expect_kernels
+from moe.traced import add_maker, is_traced, keep, recipe_of, run_traced, run_traced_unfinalized
 from moe.tuning.autotune import active, tune_missing
 from moe.tuning.buckets import bucket_of
 from moe.tuning.choice import names_the_chain
@@ -25,7 +26,7 @@ from moe.tuning.lookup import TABLES, look_up
 from moe.tuning.table import warn
 from moe.workspace import Workspace
 
-_REPLACEABLE = frozenset(field.name for field in dataclasses.fields(MoEPipeline)) - {"config"}
+_REPLACEABLE = frozenset(field.name for field in dataclasses.fields(MoEPipeline) if field.init) - {"config"}
 
 
 def tuned_config(config: MoEConfig, num_tokens: int, device: torch.device | str | GpuModel) -> MoEConfig:
@@ -68,7 +69,17 @@ class TunedPipeline:
     gpu: GpuModel | None = None  # whose tables are read; None: the device's
     replaced: tuple[tuple[str, Any], ...] = ()  # MoEPipeline's fields that are swapped in every bucket
     max_num_tokens: int = 8192  # up to where `autotune()` tunes
+    recipe: str = field(init=False, repr=False, compare=False)  # what an operator knows this pipeline by
     _kept: _Kept = field(default_factory=_Kept, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        numbers = {"uses_pdl": self.uses_pdl, "max_num_tokens": self.max_num_tokens}
+        replaced = dict(self.replaced)
+        if replaced or self.gpu is not None:
+            recipe = keep(self, is_checked=replaced.get("checks_inputs", True))
+        else:
+            recipe = recipe_of("tuned", self.config, **numbers)
+        object.__setattr__(self, "recipe", recipe)
 
     def __call__(
         self,
@@ -142,10 +153,14 @@ class TunedPipeline:
 
     def run(self, call: LayerCall) -> Tensor:
         """As `MoEPipeline.run`."""
+        if is_traced(call.hidden_states):
+            return run_traced(self.recipe, call)
         return self._tuned_for(call).run(call)
 
     def run_unfinalized(self, call: LayerCall) -> ExpertOutputs:
         """As `MoEPipeline.run_unfinalized`."""
+        if is_traced(call.hidden_states):
+            return run_traced_unfinalized(self.recipe, call)
         return self._tuned_for(call).run_unfinalized(call)
 
     def workspace_bytes(self, num_tokens: int) -> int:
@@ -238,3 +253,6 @@ def tuned_pipeline(
     if device.type == "cuda":
         expect_kernels(device)
     return TunedPipeline(config, device, uses_pdl, gpu, max_num_tokens=max_num_tokens)
+
+
+add_maker("tuned", tuned_pipeline)
