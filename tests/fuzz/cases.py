@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe.config import MoEConfig
-from moe.flow import SwigluParams, TopK
-from moe.gemm.config import SHUFFLE_ROWS, WeightFormat
-from moe.gemm.weight_format import pack_weights
+from moe.flow import Added, SwigluParams, TopK
+from moe.gemm.config import ACTIVATIONS, PARAMETERS, SHUFFLE_ROWS, ActivationType, WeightFormat
+from moe.gemm.weight_format import pack_bias, pack_weights
 from moe.routing.config import RoutingMethod
 
 LAYOUTS = ("MajorK", "MajorMn", "BlockMajorK")
@@ -31,7 +31,7 @@ class Case:
     topk_group: int = 0
     scale: float = 1.0
     normalises: bool = True
-    is_gated: bool = True
+    activation: str = "Swiglu"
     layout: str = "MajorK"
     is_shuffled: bool = False
     gate_up_order: str = "gate_up"
@@ -40,10 +40,16 @@ class Case:
     tile_rows: int | None = None
     is_batch_invariant: bool = False
     swiglu: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+    expert_bias_dtype: str = "bfloat16"
+    weight_on: str = "output"
+    added: str = ""  # how it is gated; "": nothing is added
+    added_dtype: str = "bfloat16"
     logits_dtype: str = "float32"
     bias_dtype: str | None = None
     weights_dtype: str = "bfloat16"
     gives_output: bool = False
+    gives_workspace: bool = False
     records: bool = False
     seed: int = 0
 
@@ -58,13 +64,18 @@ class Case:
             topk_group=self.topk_group,
             routed_scaling_factor=self.scale,
             norm_topk_prob=self.normalises,
-            activation="Swiglu" if self.is_gated else "Relu2",
+            activation=self.activation,
+            weight_on=self.weight_on,
             weight_format=self.weight_format,
             local_expert_offset=self.first_local,
             num_local_experts=self.num_local,
             tile_rows=self.tile_rows,
             is_batch_invariant=self.is_batch_invariant,
         )
+
+    @property
+    def is_gated(self) -> bool:
+        return ActivationType[self.activation].is_gated
 
     @property
     def weight_format(self) -> WeightFormat:
@@ -76,6 +87,9 @@ class Case:
             self,
             layout="BlockMajorK",
             gate_up_order="up_gate",
+            biases=(),
+            weight_on="output",
+            added="",
             hidden_size=-(-self.hidden_size // 64) * 64,
             intermediate_size=-(-self.intermediate_size // 64) * 64,
             tile_rows=None,
@@ -94,6 +108,9 @@ class Tensors:
     stored_w2: Tensor
     swiglu: SwigluParams | None
     topk: TopK  # of chosen experts, some of them no expert's
+    biases: dict[str, Tensor]  # logical, of w1 and w2
+    stored_biases: dict[str, Tensor]
+    added: Added | None
 
 
 @st.composite
@@ -115,8 +132,14 @@ def cases(draw: st.DrawFn, multiple: int = 8) -> Case:
     layout = draw(st.sampled_from(LAYOUTS))
     step = 64 if layout == "BlockMajorK" else multiple
     hidden_size, intermediate_size = (step * draw(st.integers(1, max(1, 144 // step))) for _ in range(2))
-    is_gated = draw(st.booleans())
+    activation = draw(st.sampled_from([member.name for member in ACTIVATIONS["portable"]]))
+    is_gated = ActivationType[activation].is_gated
+    parameters = PARAMETERS.get(ActivationType[activation], ())
+    is_shuffled = False
     rows = (intermediate_size * (2 if is_gated else 1), hidden_size)
+    if not any(count % SHUFFLE_ROWS for count in rows):
+        is_shuffled = draw(st.booleans())
+    orders = ["gate_up", "up_gate", *([] if is_shuffled else ["interleaved"])]
     num_local = draw(st.integers(1, num_experts))
     return Case(
         num_tokens=draw(st.integers(0, 40)),
@@ -129,19 +152,25 @@ def cases(draw: st.DrawFn, multiple: int = 8) -> Case:
         topk_group=topk_group,
         scale=draw(st.sampled_from([1.0, 2.5, 0.125])) if method in ("DeepSeekV3", "MiniMax2") else 1.0,
         normalises=draw(st.booleans()),
-        is_gated=is_gated,
+        activation=activation,
         layout=layout,
-        is_shuffled=not any(count % SHUFFLE_ROWS for count in rows) and draw(st.booleans()),
-        gate_up_order=draw(st.sampled_from(["gate_up", "up_gate"])),
+        is_shuffled=is_shuffled,
+        gate_up_order=draw(st.sampled_from(orders)),
         first_local=draw(st.integers(0, num_experts - num_local)),
         num_local=num_local,
         tile_rows=draw(st.sampled_from([None, 16, 32, 64, 128])),
         is_batch_invariant=draw(st.booleans()),
-        swiglu=tuple(draw(st.sets(st.sampled_from(["alpha", "beta", "clamp_limit"])))) if is_gated else (),
+        swiglu=tuple(draw(st.sets(st.sampled_from(parameters)))) if parameters else (),
+        biases=tuple(draw(st.sets(st.sampled_from(["w1", "w2"])))),
+        expert_bias_dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+        weight_on=draw(st.sampled_from(["output", "input"])),
+        added=draw(st.sampled_from(["", "alone", "number", "bfloat16", "float32"])),
+        added_dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         logits_dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         bias_dtype=draw(st.sampled_from([None, "float32", "bfloat16"])),
         weights_dtype=draw(st.sampled_from(["bfloat16", "float32"])),
         gives_output=draw(st.booleans()),
+        gives_workspace=draw(st.booleans()),
         records=draw(st.booleans()),
         seed=draw(st.integers(0, 1 << 16)),
     )
@@ -168,6 +197,15 @@ def tensors_of(case: Case, device: torch.device) -> Tensors:
     bias = None if case.bias_dtype is None else torch.randn(case.num_experts, generator=generator) * 0.5
     ids = torch.randint(-2, case.num_experts + 2, shape, generator=generator, dtype=torch.int32)
     numbers = {name: (torch.rand(case.num_local, generator=generator) + 0.5).to(device) for name in sorted(case.swiglu)}
+    widths = {"w1": w1.shape[1], "w2": case.hidden_size}
+    biases = {
+        name: torch.randn(case.num_local, widths[name], generator=generator).to(getattr(torch, case.expert_bias_dtype))
+        for name in sorted(case.biases)
+    }
+    stored_biases = {
+        name: pack_bias(bias, case.weight_format, is_gated=name == "w1" and case.is_gated).to(device)
+        for name, bias in biases.items()
+    }
     return Tensors(
         logits.to(getattr(torch, case.logits_dtype)).to(device),
         None if bias is None else bias.to(getattr(torch, case.bias_dtype)).to(device),
@@ -177,4 +215,17 @@ def tensors_of(case: Case, device: torch.device) -> Tensors:
         *(weights.to(device) for weights in stored),
         SwigluParams(**numbers) if numbers else None,
         TopK(ids.to(device), torch.rand(shape, generator=generator).to(getattr(torch, case.weights_dtype)).to(device)),
+        biases,
+        stored_biases,
+        added_of(case, generator, device),
     )
+
+
+def added_of(case: Case, generator: torch.Generator, device: torch.device) -> Added | None:
+    if not case.added:
+        return None
+    values = torch.randn(case.num_tokens, case.hidden_size, generator=generator)
+    gate: Tensor | float | None = {"alone": None, "number": 0.3}.get(case.added)
+    if case.added in ("bfloat16", "float32"):
+        gate = torch.rand(case.num_tokens, generator=generator).to(device, getattr(torch, case.added))
+    return Added(values.to(device, getattr(torch, case.added_dtype)), gate)

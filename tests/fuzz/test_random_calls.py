@@ -7,8 +7,11 @@ and printed as a Case.
 from __future__ import annotations
 
 import os
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,8 @@ from routing.oracle import assert_weights_are_exact_but_for_one_rounding, select
 from torch import Tensor
 
 import moe
+from moe import failing_calls
+from moe.call import LayerCall
 from moe.expert_ids import ID_DTYPES
 from moe.expert_linear import expert_linear
 from moe.flow import ExpertOutputs
@@ -38,6 +43,7 @@ def logits_call(case: Case, device: torch.device) -> None:
     tensors, config = tensors_of(case, device), case.config()
     output, replay_out = written(case, device)
     pipeline = moe.build_pipeline(config, device)
+    workspace = workspace_of(pipeline, case, device)
     with within(pipeline.workspace_bytes(case.num_tokens), case, device):
         result = pipeline(
             tensors.logits,
@@ -48,6 +54,9 @@ def logits_call(case: Case, device: torch.device) -> None:
             swiglu=tensors.swiglu,
             output=output,
             routing_replay_out=replay_out,
+            workspace=workspace,
+            added=tensors.added,
+            **biases_of(tensors),
         )
     assert output is None or result is output
     expect_routed(result, replay_out, case, tensors)
@@ -64,20 +73,27 @@ def logits_call_stopped_before_finalize(case: Case, device: torch.device) -> Non
         bias=tensors.bias,
         swiglu=tensors.swiglu,
         routing_replay_out=replay_out,
+        **biases_of(tensors),
     )
+    if case.weight_on == "input":
+        assert (outputs.weights == 1).all()
+        expect_routed(summed(outputs), replay_out, case, tensors, is_finalized=False)
+        return
     exact = select_experts_exactly(tensors.logits.cpu(), cpu(tensors.bias), config.routing)
     if exact.margin > MARGIN:
         assert_weights_are_exact_but_for_one_rounding(outputs.weights, exact)
-    expect_routed(summed(outputs), replay_out, case, tensors)
+    expect_routed(summed(outputs), replay_out, case, tensors, is_finalized=False)
 
 
 def chosen_call(case: Case, device: torch.device) -> None:
     tensors, pipeline = tensors_of(case, device), moe.build_pipeline(case.config(), device)
     output, _ = written(case, device)
     weights = (tensors.stored_w1, tensors.stored_w2)
+    workspace = workspace_of(pipeline, case, device)
+    more = {"workspace": workspace, "added": tensors.added, **biases_of(tensors)}
     with within(pipeline.workspace_bytes(case.num_tokens), case, device):
         result = pipeline.run_experts(
-            tensors.topk, tensors.hidden_states, *weights, swiglu=tensors.swiglu, output=output
+            tensors.topk, tensors.hidden_states, *weights, swiglu=tensors.swiglu, output=output, **more
         )
     assert output is None or result is output
     assert_within_roundings(result, tensors.topk.expert_ids, tensors.topk.weights, case, tensors)
@@ -86,14 +102,20 @@ def chosen_call(case: Case, device: torch.device) -> None:
 def chosen_call_stopped_before_finalize(case: Case, device: torch.device) -> None:
     tensors, pipeline = tensors_of(case, device), moe.build_pipeline(case.config(), device)
     weights = (tensors.stored_w1, tensors.stored_w2)
-    outputs = pipeline.run_experts_unfinalized(tensors.topk, tensors.hidden_states, *weights, swiglu=tensors.swiglu)
-    assert outputs.weights is tensors.topk.weights
+    outputs = pipeline.run_experts_unfinalized(
+        tensors.topk, tensors.hidden_states, *weights, swiglu=tensors.swiglu, **biases_of(tensors)
+    )
+    if case.weight_on == "input":
+        assert torch.equal(outputs.weights, torch.ones_like(tensors.topk.weights))
+    else:
+        assert outputs.weights is tensors.topk.weights
     is_local = (tensors.topk.expert_ids >= case.first_local) & (
         tensors.topk.expert_ids < case.first_local + case.num_local
     )
     assert torch.equal(outputs.row_of_slot >= 0, is_local)
     assert outputs.row_of_slot[is_local].unique().numel() == int(is_local.sum())
-    assert_within_roundings(summed(outputs), tensors.topk.expert_ids, tensors.topk.weights, case, tensors)
+    chosen = (tensors.topk.expert_ids, tensors.topk.weights)
+    assert_within_roundings(summed(outputs), *chosen, case, tensors, is_finalized=False)
 
 
 def flat_call(case: Case, device: torch.device) -> None:
@@ -142,21 +164,20 @@ def experts_of_a_model(case: Case, device: torch.device) -> None:
     case = Case(
         **vars(case)
         | {"layout": layout, "is_shuffled": False, "gate_up_order": "gate_up", "swiglu": (), "first_local": 0}
-        | {"num_local": case.num_experts}
+        | {"num_local": case.num_experts, "biases": (), "weight_on": "output", "added": ""}
     )
     tensors = tensors_of(case, device)
     dtype = ID_DTYPES[case.seed % len(ID_DTYPES)]
     ids = tensors.topk.expert_ids.to(
         dtype
     )  # of which -1 is the largest number in an unsigned one, and no expert either
-    activation = ActivationType.Swiglu if case.is_gated else ActivationType.Relu2
     result = run_experts(
         tensors.hidden_states,
         ids,
         tensors.topk.weights,
         tensors.stored_w1,
         tensors.stored_w2,
-        int(activation),
+        int(ActivationType[case.activation]),
         int(WeightLayout[layout]),
         case.is_batch_invariant,
     )
@@ -168,6 +189,7 @@ def matrix_of_experts(case: Case, device: torch.device) -> None:
     case = Case(
         **vars(case)
         | {"layout": layout, "is_shuffled": False, "swiglu": (), "num_local": case.num_experts, "first_local": 0}
+        | {"biases": (), "gate_up_order": "gate_up"}
     )
     tensors = tensors_of(case, device)
     ids = tensors.topk.expert_ids[:, 0].to(ID_DTYPES[case.seed % 2])
@@ -181,6 +203,34 @@ def matrix_of_experts(case: Case, device: torch.device) -> None:
     exact[is_absent.cpu()] = 0.0
     error = (result.cpu().double() - exact).abs()
     assert (error <= 2.0**-8 * exact.abs() + 2.0**-20 * size).all()
+
+
+def kept_call(case: Case, device: torch.device) -> None:
+    """A call of the references, written to a file as one that failed and read again, is the same call."""
+    tensors, config = tensors_of(case, torch.device("cpu")), case.config()
+    is_chosen = case.records
+    entry = tensors.topk if is_chosen else tensors.logits
+    call = LayerCall(
+        entry,
+        tensors.hidden_states,
+        tensors.stored_w1,
+        tensors.stored_w2,
+        tensors.swiglu,
+        None if is_chosen else tensors.bias,
+        is_chosen=is_chosen,
+        added=tensors.added,
+        **biases_of(tensors),
+    )
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), pytest.MonkeyPatch.context() as patched:
+        warnings.simplefilter("ignore")
+        patched.setattr(failing_calls, "FOLDER", folder)
+        patched.setattr(failing_calls, "_NUMBERS", iter([1]))
+        failing_calls._keep(config, call, {}, "none", is_finalized=True)
+        (path,) = Path(folder).iterdir()
+        kept = failing_calls.read_call(path)
+    assert kept.config == config
+    pipeline = moe.reference_pipeline(config)
+    assert torch.equal(pipeline.run(kept.call), pipeline.run(call))
 
 
 def replayed_routing(case: Case, device: torch.device) -> None:
@@ -203,6 +253,7 @@ ENTRIES: list[Callable[[Case, torch.device], None]] = [
     flat_call_of_chosen_experts,
     experts_of_a_model,
     matrix_of_experts,
+    kept_call,
     replayed_routing,
 ]
 
@@ -232,7 +283,20 @@ def written(case: Case, device: torch.device) -> tuple[Tensor | None, Tensor | N
     return (output if case.gives_output else None), (replay_out if case.records else None)
 
 
-def expect_routed(result: Tensor, replay_out: Tensor | None, case: Case, tensors: Tensors) -> None:
+def workspace_of(pipeline: moe.MoEPipeline, case: Case, device: torch.device) -> Tensor | None:
+    """As small as may be, filled with what is NaN as a number and out of bounds as an index."""
+    if not case.gives_workspace:
+        return None
+    return torch.full((pipeline.workspace(case.num_tokens).asked_bytes,), 0x7F, dtype=torch.uint8, device=device)
+
+
+def biases_of(tensors: Tensors) -> dict[str, Tensor]:
+    return {f"{name}_bias": bias for name, bias in tensors.stored_biases.items()}
+
+
+def expect_routed(
+    result: Tensor, replay_out: Tensor | None, case: Case, tensors: Tensors, *, is_finalized: bool = True
+) -> None:
     """Raise unless the experts are those of the rule, recorded where that was asked, and the result is theirs."""
     exact = select_experts_exactly(tensors.logits.cpu(), cpu(tensors.bias), case.config().routing)
     if replay_out is not None:
@@ -243,7 +307,11 @@ def expect_routed(result: Tensor, replay_out: Tensor | None, case: Case, tensors
     weights = torch.tensor(exact.weights, dtype=torch.float64).view(case.num_tokens, case.top_k)
     if replay_out is not None:
         assert torch.equal(replay_out[: case.num_tokens].cpu().long(), ids)
-    assert_within_roundings(result, ids, weights, case, tensors)
+    if case.weight_on == "input":  # what follows is no longer linear in them, so as they were rounded
+        routed = moe.build_pipeline(case.config(), result.device).route(tensors.logits, tensors.bias)
+        assert torch.equal(routed.expert_ids.cpu().long(), ids)
+        weights = routed.weights
+    assert_within_roundings(result, ids, weights, case, tensors, is_finalized=is_finalized)
 
 
 def summed(outputs: ExpertOutputs) -> Tensor:
@@ -267,7 +335,7 @@ def numbers_of(case: Case) -> dict[str, Any]:
         "routed_scaling_factor": case.scale,
         "routing_method_type": RoutingMethodType[case.method],
         "use_shuffled_weight": case.is_shuffled,
-        "activation_type": ActivationType.Swiglu if case.is_gated else ActivationType.Relu2,
+        "activation_type": ActivationType[case.activation],
     }
 
 
