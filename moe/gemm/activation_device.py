@@ -111,7 +111,7 @@ def tanh(x):
 
 
 @triton.jit
-def swiglu_of_expert(pointers, expert, ACTIVATION: tl.constexpr = "Swiglu"):
+def swiglu_of_expert(pointers, expert, ACTIVATION: tl.constexpr = tl.constexpr("Swiglu")):
     """One expert's values; where there is no pointer, the activation's own: SwiGLU's change nothing.
 
     The compiler drops what clamps to infinity.
