@@ -8,7 +8,7 @@ from torch import Tensor
 from moe.checks import expect, expect_separate, expect_type, is_as_expected
 from moe.flow import Added, SwigluParams, TopK
 from moe.fused.few_tokens.config import FewTokenConfig
-from moe.gemm.checks import check_swiglu, check_weights
+from moe.gemm.checks import check_bias, check_swiglu, check_weights
 from moe.permute.added import check_added, tensors_of
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
@@ -23,15 +23,20 @@ def check_experts(
     swiglu: SwigluParams | None,
     output: Tensor | None,
     added: Added | None = None,
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
 ) -> None:
     """Raise unless all tensors fit: hidden_states [T, H], weights of weight_shape, output [T, H] of its own."""
     if swiglu is not None or not _fit(config, topk, hidden_states, w1, w2):
         check_slots(config, topk, hidden_states, w1, swiglu)
         check_weights(config.gemm2, "gemm2_weights", w2, topk.expert_ids.device)
+    check_bias(config.gemm1, "gemm1_bias", w1_bias, topk.expert_ids.device)
+    check_bias(config.gemm2, "gemm2_bias", w2_bias, topk.expert_ids.device)
     if added is not None:
         check_added(added, topk.expert_ids.shape[0], config.gemm2.out_features, topk.expert_ids.device)
     if output is not None:
         read = {"hidden_states": hidden_states, "gemm1_weights": w1, "gemm2_weights": w2, **tensors_of(added)}
+        read |= {"gemm1_bias": w1_bias, "gemm2_bias": w2_bias}
         _check_output(config, topk, output, read)
 
 
@@ -55,7 +60,12 @@ def _fit(config: FewTokenConfig, topk: TopK, hidden_states: Tensor, w1: Tensor, 
 
 
 def check_slots(
-    config: FewTokenConfig, topk: TopK, hidden_states: Tensor, w1: Tensor, swiglu: SwigluParams | None
+    config: FewTokenConfig,
+    topk: TopK,
+    hidden_states: Tensor,
+    w1: Tensor,
+    swiglu: SwigluParams | None,
+    bias: Tensor | None = None,
 ) -> None:
     """Raise unless the tensors fit gemm1 of these slots."""
     dims = _check_topk(config, topk) | {"H": config.gemm1.in_features}
@@ -63,6 +73,7 @@ def check_slots(
     expect("hidden_states", hidden_states, "T H", dims, dtype=torch.bfloat16, device=device)
     check_weights(config.gemm1, "gemm1_weights", w1, device)
     check_swiglu(config.gemm1, swiglu, device)
+    check_bias(config.gemm1, "gemm1_bias", bias, device)
 
 
 def check_tokens(
@@ -72,6 +83,7 @@ def check_tokens(
     w2: Tensor,
     output: Tensor | None,
     added: Added | None = None,
+    bias: Tensor | None = None,
 ) -> None:
     """Raise unless the tensors fit gemm2 of these slots and the sum of its rows: activation [T * K, I] bf16."""
     dims = _check_topk(config, topk)
@@ -81,7 +93,8 @@ def check_tokens(
     device = topk.expert_ids.device
     expect("activation", activation, "slots I", dims, dtype=torch.bfloat16, device=device)
     check_weights(config.gemm2, "gemm2_weights", w2, device)
-    read = {"activation": activation, "gemm2_weights": w2, **tensors_of(added)}
+    check_bias(config.gemm2, "gemm2_bias", bias, device)
+    read = {"activation": activation, "gemm2_weights": w2, "gemm2_bias": bias, **tensors_of(added)}
     _check_output(config, topk, output, read)
 
 

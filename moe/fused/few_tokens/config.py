@@ -7,10 +7,11 @@ import functools
 from pydantic import Field, model_validator
 
 from moe.base_config import Count, CountOrZero, FrozenConfig, PowerOfTwo
-from moe.gemm.config import ActivationType, GemmConfig, WeightLayout
+from moe.gemm.config import ACTIVATIONS as ACTIVATIONS_OF_FAMILIES
+from moe.gemm.config import GemmConfig, WeightLayout
 from moe.permute.config import PermuteConfig
 
-ACTIVATIONS = (ActivationType.Swiglu, ActivationType.Relu2)  # what the few-token gemm1 computes
+ACTIVATIONS = ACTIVATIONS_OF_FAMILIES["portable"]  # what the few-token gemm1 computes, by the same functions
 LAYOUTS = (WeightLayout.MajorK, WeightLayout.BlockMajorK)  # neighbours in the contraction are neighbours in memory
 MAX_COLUMN_BLOCKS = 65535  # the grid's second axis
 # A slot streams its expert's weights by itself, so an expert chosen twice is read twice: from L2 in part, at about a fifth of
@@ -144,10 +145,6 @@ class FewTokenConfig(FrozenConfig):
 
 def takes(gemm1: GemmConfig, gemm2: GemmConfig) -> bool:
     """Whether the few-token kernels compute this activation, and read these weights."""
-    return (
-        gemm1.activation in ACTIVATIONS
-        and not gemm1.is_interleaved
-        and all(
-            gemm.weight_format.layout in LAYOUTS and gemm.out_features <= MAX_COLUMN_BLOCKS for gemm in (gemm1, gemm2)
-        )
+    return gemm1.activation in ACTIVATIONS and all(
+        gemm.weight_format.layout in LAYOUTS and gemm.out_features <= MAX_COLUMN_BLOCKS for gemm in (gemm1, gemm2)
     )

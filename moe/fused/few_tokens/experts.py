@@ -22,6 +22,8 @@ def few_token_experts(
     swiglu: SwigluParams | None = None,
     output: Tensor | None = None,
     added: Added | None = None,
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
 ) -> Tensor:
     """Chosen experts and hidden states -> [T, H] bf16: stands for permute, gemm1, gemm2 and finalize.
 
@@ -35,6 +37,7 @@ def few_token_experts(
         swiglu: parameters of the activation by local expert, [E_local] fp32 each.
         output: [T, H] bf16 to write to, with memory of its own; None allocates.
         added: what a token gets beside its experts.
+        w1_bias, w2_bias: bf16 or float32 [E_local, rows of W1] and [E_local, H], in the order of the weights' rows.
 
     Returns:
         [T, H] bf16: `output` itself where given. A token without local experts gets zeros, and what is added.
@@ -42,9 +45,18 @@ def few_token_experts(
     Raises:
         ValueError: where a tensor does not fit the config, before anything is launched.
     """
-    check_experts(config, topk, hidden_states, w1, w2, swiglu, output, added)
+    check_experts(config, topk, hidden_states, w1, w2, swiglu, output, added, w1_bias, w2_bias)
     return launch_few_token_experts(
-        topk, hidden_states, w1, w2, config=config, swiglu=swiglu, output=output, added=added
+        topk,
+        hidden_states,
+        w1,
+        w2,
+        config=config,
+        swiglu=swiglu,
+        output=output,
+        added=added,
+        w1_bias=w1_bias,
+        w2_bias=w2_bias,
     )
 
 
@@ -58,9 +70,13 @@ def launch_few_token_experts(
     swiglu: SwigluParams | None,
     output: Tensor | None,
     added: Added | None = None,
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
 ) -> Tensor:
     """`few_token_experts` of tensors that were checked."""
-    activation = launch_few_token_gemm1(hidden_states, w1, topk, config=config, swiglu=swiglu)
+    activation = launch_few_token_gemm1(hidden_states, w1, topk, config=config, swiglu=swiglu, bias=w1_bias)
     if output is None:
         output = torch.empty_like(hidden_states)  # quicker than by shape, dtype and device
-    return launch_few_token_gemm2_finalize(activation, w2, topk, config=config, output=output, added=added)
+    return launch_few_token_gemm2_finalize(
+        activation, w2, topk, config=config, output=output, added=added, bias=w2_bias
+    )

@@ -26,8 +26,9 @@ def few_token_gemm1(
     *,
     config: FewTokenConfig,
     swiglu: SwigluParams | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """activation(hidden_states[slot // K] @ W1[expert_ids[slot]]^T), without a permutation.
+    """activation(hidden_states[slot // K] @ W1[expert_ids[slot]]^T + bias), without a permutation.
 
     Every slot reads its expert's weights by itself: for few tokens, whose experts mostly differ.
 
@@ -36,6 +37,7 @@ def few_token_gemm1(
         weights: bf16, config.gemm1.weight_shape.
         topk: expert_ids [T, K] int32; ids that are not local, garbage included, are skipped.
         swiglu: parameters of the activation by local expert, [E_local] fp32 each.
+        bias: [E_local, rows of an expert's weight] bf16 or float32, in the order of those rows.
 
     Returns:
         [T * K, I] bf16, rounded once, from the fp32 activation. Rows of skipped slots are uninitialised memory.
@@ -43,12 +45,18 @@ def few_token_gemm1(
     Raises:
         ValueError: where a tensor does not fit the config.
     """
-    check_slots(config, topk, hidden_states, weights, swiglu)
-    return launch_few_token_gemm1(hidden_states, weights, topk, config=config, swiglu=swiglu)
+    check_slots(config, topk, hidden_states, weights, swiglu, bias)
+    return launch_few_token_gemm1(hidden_states, weights, topk, config=config, swiglu=swiglu, bias=bias)
 
 
 def launch_few_token_gemm1(
-    hidden_states: Tensor, weights: Tensor, topk: TopK, *, config: FewTokenConfig, swiglu: SwigluParams | None
+    hidden_states: Tensor,
+    weights: Tensor,
+    topk: TopK,
+    *,
+    config: FewTokenConfig,
+    swiglu: SwigluParams | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`few_token_gemm1` of tensors that were checked."""
     num_slots = topk.expert_ids.numel()
@@ -57,7 +65,8 @@ def launch_few_token_gemm1(
         return out
     kernel, num_blocks = _kernel_of(config, hidden_states.device)
     alpha, beta, clamp_limit = (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
-    kernel.launch((num_slots, num_blocks, 1), hidden_states, weights, topk.expert_ids, out, alpha, beta, clamp_limit)
+    tensors = (hidden_states, weights, topk.expert_ids, out, alpha, beta, clamp_limit, bias)
+    kernel.launch((num_slots, num_blocks, 1), *tensors)
     return out
 
 
@@ -78,6 +87,7 @@ def _kernel_of(config: FewTokenConfig, device: torch.device) -> tuple[TritonKern
         ACTIVATION=gemm.activation_name,
         IS_GATED=gemm.is_gated,
         IS_GATE_FIRST=gemm.weight_format.is_gate_first,
+        IS_INTERLEAVED=gemm.is_interleaved,
         IS_SHUFFLED=gemm.weight_format.is_shuffled,
         ROW_STRIDE=strides.row,
         BLOCK_STRIDE=strides.block,

@@ -25,6 +25,7 @@ def few_token_gemm1_kernel(
     alpha_ptr,  # [E_local] fp32 or None, as the two that follow
     beta_ptr,
     clamp_limit_ptr,
+    bias_ptr,  # [E_local, rows of the weight] bf16 or fp32, or None
     first_expert,
     num_experts,  # local ones
     IN_FEATURES: tl.constexpr,
@@ -33,6 +34,7 @@ def few_token_gemm1_kernel(
     ACTIVATION: tl.constexpr,
     IS_GATED: tl.constexpr,
     IS_GATE_FIRST: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr,
     IS_SHUFFLED: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     BLOCK_STRIDE: tl.constexpr,
@@ -56,10 +58,17 @@ def few_token_gemm1_kernel(
         return
     lane = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_lanes = lane < OUT_FEATURES
-    row, column = row_and_column_of_lane(lane, IS_GATED, IS_SHUFFLED)
+    SECOND: tl.constexpr = 8 if IS_SHUFFLED else 1 if IS_INTERLEAVED else OUT_FEATURES
+    row, column = row_and_column_of_lane(lane, IS_GATED, IS_SHUFFLED, IS_INTERLEAVED)
+    if bias_ptr is not None:
+        # Before the products, so that nobody waits for it after them.
+        bias_ptrs = bias_ptr + expert * WEIGHT_ROWS + row
+        first_bias = tl.load(bias_ptrs, mask=in_lanes, other=0.0).to(tl.float32)
+        if IS_GATED:
+            second_bias = tl.load(bias_ptrs + SECOND, mask=in_lanes, other=0.0).to(tl.float32)
     first_ptrs = weights_ptr + expert * (WEIGHT_ROWS * IN_FEATURES)
     first_ptrs += first_step(row, ROW_STRIDE, BLOCK_STRIDE, BLOCK_K)
-    second_ptrs = first_ptrs + (8 if IS_SHUFFLED else OUT_FEATURES) * ROW_STRIDE
+    second_ptrs = first_ptrs + SECOND * ROW_STRIDE
     first_rows, second_rows = Rows(first_ptrs, in_lanes), Rows(second_ptrs, in_lanes)
     vector_ptr = hidden_states_ptr + (slot // TOP_K).to(tl.int64) * IN_FEATURES
 
@@ -75,8 +84,12 @@ def few_token_gemm1_kernel(
             second += second_weights.to(tl.float32) * vector
 
     first_product = tl.sum(first, 1)
+    if bias_ptr is not None:
+        first_product += first_bias
     if IS_GATED:
         second_product = tl.sum(second, 1)
+        if bias_ptr is not None:
+            second_product += second_bias
         gate = first_product if IS_GATE_FIRST else second_product
         up = second_product if IS_GATE_FIRST else first_product
         pointers = Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr)

@@ -29,8 +29,9 @@ def few_token_gemm2_finalize(
     config: FewTokenConfig,
     output: Tensor | None = None,
     added: Added | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """out[t] = sum over k of topk.weights[t, k] * bf16(activation[t * K + k] @ W2[expert_ids[t, k]]^T).
+    """out[t] = sum over k of topk.weights[t, k] * bf16(activation[t * K + k] @ W2[expert_ids[t, k]]^T + bias).
 
     Replaces gemm2 and finalize and rounds where they do: each row to bf16, then the sum, in float32 over k ascending.
 
@@ -41,6 +42,7 @@ def few_token_gemm2_finalize(
         config: where uses_pdl, the launch right before this one must be `few_token_gemm1` of the same config and topk.
         output: [T, H] bf16 to write to, with memory of its own; None allocates.
         added: what a token gets beside its rows, after them in the float32 sum. Each number that is its gate compiles a kernel.
+        bias: [E_local, H] bf16 or float32, in the order of the weights' rows.
 
     Returns:
         [T, H] bf16: `output` itself where given. A token without local experts gets zeros.
@@ -48,8 +50,10 @@ def few_token_gemm2_finalize(
     Raises:
         ValueError: where a tensor does not fit the config.
     """
-    check_tokens(config, topk, activation, weights, output, added)
-    return launch_few_token_gemm2_finalize(activation, weights, topk, config=config, output=output, added=added)
+    check_tokens(config, topk, activation, weights, output, added, bias)
+    return launch_few_token_gemm2_finalize(
+        activation, weights, topk, config=config, output=output, added=added, bias=bias
+    )
 
 
 def launch_few_token_gemm2_finalize(
@@ -60,6 +64,7 @@ def launch_few_token_gemm2_finalize(
     config: FewTokenConfig,
     output: Tensor | None,
     added: Added | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`few_token_gemm2_finalize` of tensors that were checked."""
     num_tokens = topk.expert_ids.shape[0]
@@ -69,7 +74,7 @@ def launch_few_token_gemm2_finalize(
         return output
     values, gate, scale = operands_of(added)
     kernel, num_blocks = _kernel_of(config, activation.device, scale)
-    tensors = (activation, weights, topk.expert_ids, topk.weights, output, values, gate)
+    tensors = (activation, weights, topk.expert_ids, topk.weights, output, values, gate, bias)
     kernel.launch((num_tokens, num_blocks, 1), *tensors)
     return output
 

@@ -24,6 +24,7 @@ class Operands(NamedTuple):
     expert_weights_ptr: Any  # [T, TOP_K] bf16 or fp32
     activation_ptr: Any  # [T * TOP_K, IN_FEATURES] bf16
     rows: Any  # Rows of the first local expert's weight
+    bias_ptrs: Any  # [BLOCK_N]: the first local expert's bias of those rows, or None
 
 
 @triton.jit(do_not_specialize=["first_expert", "num_experts"])
@@ -35,6 +36,7 @@ def few_token_gemm2_finalize_kernel(
     out_ptr,  # [T, OUT_FEATURES] bf16
     added_ptr,  # [T, OUT_FEATURES] bf16 or fp32, or None
     added_gate_ptr,  # [T] bf16 or fp32, or None
+    bias_ptr,  # [E_local, OUT_FEATURES] bf16 or fp32, or None
     first_expert,
     num_experts,  # local ones
     IN_FEATURES: tl.constexpr,
@@ -61,7 +63,8 @@ def few_token_gemm2_finalize_kernel(
     row, column = row_and_column_of_lane(lane, False, IS_SHUFFLED)
     choices = Choices(expert_ids_ptr, first_expert, num_experts)
     rows = Rows(weights_ptr + first_step(row, ROW_STRIDE, BLOCK_STRIDE, BLOCK_K), in_lanes)
-    operands = Operands(choices, expert_weights_ptr, activation_ptr, rows)
+    bias_ptrs = None if bias_ptr is None else bias_ptr + row
+    operands = Operands(choices, expert_weights_ptr, activation_ptr, rows, bias_ptrs)
 
     # Before the wait: ids, weights and what is added were complete when gemm1's wait returned, and only then did gemm1 trigger this.
     prefetched = ()
@@ -119,12 +122,16 @@ def _weighted_row(
     expert_weight = tl.load(operands.expert_weights_ptr + slot).to(tl.float32)
     rows = Rows(operands.rows.ptrs + expert * (OUT_FEATURES * IN_FEATURES), operands.rows.in_lanes)
     vector_ptr = operands.activation_ptr + slot.to(tl.int64) * IN_FEATURES
+    if operands.bias_ptrs is not None:
+        bias = tl.load(operands.bias_ptrs + expert * OUT_FEATURES, mask=rows.in_lanes, other=0.0).to(tl.float32)
     if SKIPS_ABSENT:
         row = tl.zeros((rows.ptrs.shape[0],), tl.float32)
         if is_local:
             row = _row(rows, vector_ptr, prefetched, IN_FEATURES, BLOCK_STRIDE, IS_EVEN_N, num_warps)
     else:
         row = _row(rows, vector_ptr, prefetched, IN_FEATURES, BLOCK_STRIDE, IS_EVEN_N, num_warps)
+    if operands.bias_ptrs is not None:
+        row += bias
     # Selected, not multiplied by zero: an absent slot's activation is uninitialised memory.
     return tl.where(is_local, expert_weight * row.to(tl.bfloat16).to(tl.float32), 0.0)
 

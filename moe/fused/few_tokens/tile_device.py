@@ -5,6 +5,7 @@ A program takes BLOCK_N lanes. Lanes follow memory, whatever the WeightFormat, a
     lane l                     stored row, of the first half     second half       column
     not shuffled               l                                 + OUT_FEATURES    l
     gated, shuffled            l in runs of 8, every other run   + 8               l with its runs of 8 interleaved by 2
+    gated, interleaved         2 * l                             + 1               l
     not gated, shuffled        l                                 -                 l with its runs of 8 interleaved by 4
 
 Element k of a row lies at k // 64 * BLOCK_STRIDE + k % 64: MajorK or BlockMajorK (`WeightStrides`).
@@ -43,8 +44,12 @@ def expert_of_slot(choices, slot):
 
 
 @triton.jit
-def row_and_column_of_lane(lane, IS_GATED: tl.constexpr, IS_SHUFFLED: tl.constexpr):
+def row_and_column_of_lane(
+    lane, IS_GATED: tl.constexpr, IS_SHUFFLED: tl.constexpr, IS_INTERLEAVED: tl.constexpr = False
+):
     """Stored row (of the first half where gated) and output column of each lane."""
+    if IS_INTERLEAVED:
+        return 2 * lane, lane
     if not IS_SHUFFLED:
         return lane, lane
     if IS_GATED:

@@ -8,10 +8,10 @@ from fused.few_tokens.cases import DEFAULT_TILES, FORMATS, GARBAGE_IDS, LARGE, a
 from gemm.cases import format_id
 
 from moe.flow import SwigluParams, TopK
-from moe.fused.few_tokens.config import MatvecTile
+from moe.fused.few_tokens.config import ACTIVATIONS, MatvecTile
 from moe.fused.few_tokens.experts import few_token_experts
 from moe.fused.few_tokens.reference import few_token_experts_reference
-from moe.gemm.config import FLASHINFER, WeightFormat
+from moe.gemm.config import FLASHINFER, PARAMETERS, WeightFormat
 
 
 @pytest.mark.parametrize("weight_format", FORMATS, ids=format_id)
@@ -25,6 +25,71 @@ def test_every_weight_format_is_read(triton_device, poisoned_memory, activation,
         device=triton_device,
     )
     assert_kernels_are_close(case)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda activation: activation.name)
+@pytest.mark.parametrize("parametrised", [False, True], ids=["plain", "parametrised"])
+def test_every_activation(triton_device, poisoned_memory, activation, parametrised):
+    values = {"alpha": [1.699, 0.502, 3.004], "beta": [1.004, 2.251, 9.0], "clamp_limit": [0.502, 7.015, 1.004]}
+    names = PARAMETERS.get(activation, ()) if parametrised else ()
+    swiglu = SwigluParams(**{name: torch.tensor(values[name], device=triton_device) for name in names})
+    case = make_case(num_experts=3, num_tokens=3, activation=activation, device=triton_device)
+    assert_kernels_are_close(case, swiglu if names else None)
+
+
+BIASES = [
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, None),
+    (None, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("bias_dtypes", BIASES, ids=str)
+@pytest.mark.parametrize("activation", ["Swiglu", "Relu2"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_biases_are_added_in_fp32(triton_device, poisoned_memory, activation, bias_dtypes, num_tokens):
+    ids = torch.randint(5, (num_tokens, 2), generator=torch.Generator().manual_seed(1))
+    dims = {"hidden_size": 40, "intermediate_size": 72}
+    case = make_case(**dims, activation=activation, expert_ids=ids, bias_dtypes=bias_dtypes, device=triton_device)
+    assert_kernels_are_close(case)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS, ids=format_id)
+@pytest.mark.parametrize("activation", ["Swiglu", "Relu2"])
+def test_biases_go_by_row_of_the_weights_and_by_local_expert(triton_device, poisoned_memory, activation, weight_format):
+    case = make_case(
+        num_experts=8,
+        num_local_experts=3,
+        local_expert_offset=3,
+        expert_ids=[[3, -1], [5, 7], [0, 1], [4, 3]],
+        activation=activation,
+        weight_format=weight_format,
+        bias_dtypes=(torch.bfloat16, torch.bfloat16),
+        device=triton_device,
+    )
+    assert_kernels_are_close(case)
+    out = case.run()
+    assert torch.equal(out[2], torch.zeros_like(out[2])), "a token without local experts gets no bias"
+
+
+def test_a_layer_like_gpt_oss(triton_device, poisoned_memory):
+    case = make_case(
+        num_tokens=3,
+        num_experts=4,
+        weight_format=WeightFormat(gate_up_order="interleaved"),
+        bias_dtypes=(torch.bfloat16, torch.bfloat16),
+        **DEFAULT_TILES,
+        uses_pdl=True,
+        device=triton_device,
+    )
+    alpha, beta, limit = (torch.full((4,), value, device=triton_device) for value in (1.702, 1.0, 7.0))
+    assert_kernels_are_close(case, SwigluParams(alpha, beta, limit))
+
+
+def test_many_choices_with_biases_run_in_a_loop(triton_device, poisoned_memory):
+    arguments = {"num_tokens": 1, "intermediate_size": 192, "num_experts": 30, "top_k": 24}
+    assert_kernels_are_close(make_case(**arguments, bias_dtypes=(torch.float32,) * 2, device=triton_device))
 
 
 @pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(8, 8), (40, 72), (264, 104)])

@@ -37,7 +37,13 @@ VECTOR_LOAD = "ld.global.v4"
 
 
 def compile_layer(
-    arch: int, layer: str, weight_format: WeightFormat = WeightFormat(), *, uses_pdl: bool = False, num_tokens: int = 3
+    arch: int,
+    layer: str,
+    weight_format: WeightFormat = WeightFormat(),
+    *,
+    uses_pdl: bool = False,
+    num_tokens: int = 3,
+    bias_dtype: torch.dtype | None = None,
 ) -> list[Launch]:
     hidden_size, intermediate_size, num_local, num_experts, top_k = LAYERS[layer]
     sizes = {"num_experts": num_local, "weight_format": weight_format}
@@ -47,8 +53,12 @@ def compile_layer(
     config = FewTokenConfig(num_experts=num_experts, top_k=top_k, gemm1=gemm1, gemm2=gemm2, uses_pdl=uses_pdl)
     topk = TopK(unallocated(num_tokens, top_k, dtype=torch.int32), unallocated(num_tokens, top_k))
     weights = unallocated(*gemm1.weight_shape), unallocated(*gemm2.weight_shape)
+    biases = {}
+    if bias_dtype is not None:
+        shapes = {"w1_bias": (num_local, gemm1.weight_rows), "w2_bias": (num_local, hidden_size)}
+        biases = {name: unallocated(*shape, dtype=bias_dtype) for name, shape in shapes.items()}
     with offline_gpu(arch) as gpu:
-        out = few_token_experts(topk, unallocated(num_tokens, hidden_size), *weights, config=config)
+        out = few_token_experts(topk, unallocated(num_tokens, hidden_size), *weights, config=config, **biases)
     assert out.shape == (num_tokens, hidden_size)
     return gpu.launches
 
@@ -77,6 +87,15 @@ def test_weights_load_16_bytes_a_lane_and_nothing_spills(arch, layer, weight_for
         others = report.count("ld.global") - report.count(WEIGHT_LOAD) - report.count(VECTOR_LOAD)
         assert others <= 3 * top_k + 12
         assert launch.options["launch_pdl"] == (arch >= 90)
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("arch", "layer"), [(90, "gpt_oss"), (90, "qwen3_30b"), (90, "nemotron"), (80, "gpt_oss")])
+def test_layers_with_biases_spill_nothing(arch, layer, bias_dtype):
+    weight_format = WeightFormat(gate_up_order="interleaved")
+    for launch in compile_layer(arch, layer, weight_format, uses_pdl=arch >= 90, bias_dtype=bias_dtype):
+        assert launch.report.spill_bytes == 0
+        assert launch.report.count(WEIGHT_LOAD) > 0
 
 
 @pytest.mark.parametrize("weight_format", [WeightFormat(), FLASHINFER], ids=format_id)
