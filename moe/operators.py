@@ -28,6 +28,11 @@ def run_experts(
     alpha: float | None = None,
     beta: float | None = None,
     clamp_limit: float | None = None,
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    is_interleaved: bool = False,
+    weighs_input: bool = False,
+    added: Tensor | None = None,
 ) -> Tensor:
     """Chosen experts whose weights are all here: hidden_states [..., H] bfloat16 -> the same shape.
 
@@ -37,9 +42,14 @@ def run_experts(
         w1, w2: bfloat16, MajorK or MajorMn.
         activation, weight_layout: numbers of ActivationType and WeightLayout.
         alpha, beta, clamp_limit: as in SwigluParams, of all experts alike.
+        w1_bias, w2_bias: [E, N] bfloat16 or float32, in the order of the weights' rows.
+        is_interleaved: gate and up rows of w1 are neighbours.
+        weighs_input: the weights go into the input of experts.
+        added: [..., H] bfloat16 or float32, summed with each token's weighted rows.
     """
     layer = (activation, weight_layout, is_batch_invariant, alpha, beta, clamp_limit)
-    return _run(None, hidden_states, expert_ids, expert_weights, w1, w2, *layer)
+    more = (w1_bias, w2_bias, is_interleaved, weighs_input, added)
+    return _run(None, hidden_states, expert_ids, expert_weights, w1, w2, *layer, *more)
 
 
 def _run(
@@ -55,6 +65,11 @@ def _run(
     alpha: float | None,
     beta: float | None,
     clamp_limit: float | None,
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    is_interleaved: bool = False,
+    weighs_input: bool = False,
+    added: Tensor | None = None,
 ) -> Tensor:
     num_local_experts, hidden_size, intermediate_size = w2.shape
     if weight_layout == WeightLayout.MajorMn:
@@ -69,6 +84,8 @@ def _run(
         weight_layout,
         is_batch_invariant,
         device,
+        is_interleaved,
+        weighs_input,
     )
     if expert_weights.dtype not in (torch.bfloat16, torch.float32):
         expert_weights = expert_weights.float()
@@ -78,7 +95,10 @@ def _run(
         parameters = (_of_all_experts(value, num_local_experts, device) for value in (alpha, beta, clamp_limit))
         swiglu = SwigluParams(*parameters)
     tokens = hidden_states.reshape(-1, hidden_size).contiguous()
-    return pipeline.run_experts(topk, tokens, w1, w2, swiglu=swiglu, output=output).view(hidden_states.shape)
+    if added is not None:
+        added = added.reshape(-1, hidden_size).contiguous()
+    more = {"added": added, "w1_bias": w1_bias, "w2_bias": w2_bias}
+    return pipeline.run_experts(topk, tokens, w1, w2, swiglu=swiglu, output=output, **more).view(hidden_states.shape)
 
 
 def run_experts_into(
@@ -109,6 +129,8 @@ def _pipeline(
     weight_layout: int,
     is_batch_invariant: bool,
     device: torch.device,
+    is_interleaved: bool,
+    weighs_input: bool,
 ) -> TunedPipeline:
     config = MoEConfig.create(
         hidden_size=hidden_size,
@@ -118,8 +140,11 @@ def _pipeline(
         num_local_experts=num_local_experts,
         top_k=top_k,
         activation=activation,
-        weight_format=WeightFormat(layout=WeightLayout(weight_layout)),
+        weight_format=WeightFormat(
+            layout=WeightLayout(weight_layout), gate_up_order="interleaved" if is_interleaved else "gate_up"
+        ),
         is_batch_invariant=is_batch_invariant,
+        weight_on="input" if weighs_input else "output",
     )
     return tuned_pipeline(config, device)
 

@@ -24,6 +24,7 @@ class EngineLayer(NamedTuple):  # a tuple, which torch.compile can follow
     activation: ActivationType = ActivationType.Swiglu
     gate: Gate = Gate()
     is_batch_invariant: bool = False
+    weighs_input: bool = False  # weights go into the input of experts
 
     @property
     def words(self) -> str:
@@ -49,6 +50,7 @@ def why_not(layer: EngineLayer, dtype: torch.dtype, device: torch.device) -> str
             top_k=layer.top_k,
             activation=layer.activation,
             is_batch_invariant=layer.is_batch_invariant,
+            weight_on="input" if layer.weighs_input else "output",
         )
     except ValueError as error:
         return " ".join(str(error).split())
@@ -99,4 +101,8 @@ def call_layer(
         gate.alpha,
         gate.beta,
         gate.clamp_limit,
+        None,
+        None,
+        False,
+        layer.weighs_input,
     )

@@ -24,8 +24,14 @@ def call_experts(
     top_k_weights: Tensor,
     *,
     is_batch_invariant: bool,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
+    weighs_input: bool = False,
+    added: Tensor | None = None,
 ) -> Tensor:
     """Arguments and result as `moe.integrations.huggingface.run_hf_experts`, by the weights in the layout of `form`.
+
+    Args:
+        biases, weighs_input, added: as `moe.operators.run_experts` takes them.
 
     Raises:
         ValueError: a tensor that this package does not take; `path` says of which module.
@@ -51,16 +57,12 @@ def call_experts(
         gate.alpha,
         gate.beta,
         gate.clamp_limit,
+        *biases,
+        form.is_interleaved,
+        weighs_input,
+        added,
     )
     return output.to(dtype)
-
-
-def call_each(
-    path: str, form: Form, weights: tuple[Tensor, Tensor], rows: Tensor, ids: Tensor, *, is_batch_invariant: bool
-) -> Tensor:
-    """What each row's one expert makes of it, without a weight: rows [N, H] and ids [N] -> [N, H]."""
-    ones = torch.ones(len(rows), 1, dtype=torch.float32, device=rows.device)
-    return call_experts(path, form, weights, rows, ids[:, None], ones, is_batch_invariant=is_batch_invariant)
 
 
 def call_normed(
@@ -73,12 +75,16 @@ def call_normed(
     norm: nn.Module,
     *,
     is_batch_invariant: bool,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """`call_experts` with a norm on what each expert returns, before it is weighed. Holds [T, K, H] twice."""
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
     top_k = top_k_index.shape[-1]
-    rows = tokens.repeat_interleave(top_k, dim=0)
-    each = norm(call_each(path, form, weights, rows, top_k_index.flatten(), is_batch_invariant=is_batch_invariant))
+    rows, ids = tokens.repeat_interleave(top_k, dim=0), top_k_index.flatten()[:, None]
+    ones = torch.ones(len(rows), 1, dtype=torch.float32, device=rows.device)
+    each = norm(
+        call_experts(path, form, weights, rows, ids, ones, is_batch_invariant=is_batch_invariant, biases=biases)
+    )
     weighed = each.view(len(tokens), top_k, -1).float() * top_k_weights[..., None].float()
     return weighed.sum(dim=1).to(hidden_states.dtype).view(hidden_states.shape)
 

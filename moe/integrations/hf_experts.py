@@ -38,6 +38,8 @@ class Form(NamedTuple):  # a tuple, which torch.compile can follow
     activation: ActivationType | None  # None: their own code, between two matrices that are multiplied apart
     layout: WeightLayout
     gate: Gate
+    is_interleaved: bool = False  # gate and up rows are neighbours
+    has_bias: bool = False
 
 
 def form_of(experts: nn.Module, path: str) -> Form:
@@ -53,21 +55,20 @@ def form_of(experts: nn.Module, path: str) -> Form:
     ):
         raise ValueError(f"{path}.post_expert_norm: expected a module, got {type(norm).__name__}; {OTHERWISE}")
     layout = WeightLayout.MajorMn if experts.is_transposed else WeightLayout.MajorK
-    if getattr(experts, "has_bias", False):
+    has_bias = getattr(experts, "has_bias", False)
+    if has_bias:
         _expect_tensors_of(experts, path, f"{_first_name(experts)}_bias", "down_proj_bias")
-        return Form(None, layout, Gate())
-    if not getattr(experts, "is_concatenated", True):
-        return Form(None, layout, Gate())
+    is_interleaved = has_gate and not getattr(experts, "is_concatenated", True)
     # By module and not by import: this runs each call, compiled ones included.
     if has_gate and cast(Any, type(experts))._apply_gate.__module__ != "transformers.integrations.moe":
         gate = _known_gate_of(experts, path)
-        return Form(None if gate is None else ActivationType.Swiglu, layout, gate or Gate())
-    activation = getattr(experts, "act_fn", None)
-    if not (_is_silu if has_gate else _is_squared_relu)(activation):
-        if not callable(activation):
-            raise ValueError(f"{path}.act_fn: expected a function, got {type(activation).__name__}; {OTHERWISE}")
+        return Form(None if gate is None else ActivationType.Swiglu, layout, gate or Gate(), is_interleaved, has_bias)
+    if is_interleaved:
         return Form(None, layout, Gate())
-    return Form(ActivationType.Swiglu if has_gate else ActivationType.Relu2, layout, Gate())
+    activation = getattr(experts, "act_fn", None)
+    if not callable(activation):
+        raise ValueError(f"{path}.act_fn: expected a function, got {type(activation).__name__}; {OTHERWISE}")
+    return Form(_known_activation(activation, is_gated=has_gate), layout, Gate(), has_bias=has_bias)
 
 
 def expect_activation(activation: Any, path: str, *, is_gated: bool = True) -> None:
@@ -80,6 +81,12 @@ def expect_activation(activation: Any, path: str, *, is_gated: bool = True) -> N
 
 def weights_of(experts: nn.Module) -> tuple[Tensor, Tensor]:
     return getattr(experts, _first_name(experts)), cast(Tensor, experts.down_proj)
+
+
+def biases_of(experts: nn.Module, form: Form) -> tuple[Tensor | None, Tensor | None]:
+    if not form.has_bias:
+        return None, None
+    return getattr(experts, f"{_first_name(experts)}_bias"), cast(Tensor, experts.down_proj_bias)
 
 
 def _first_name(experts: nn.Module) -> str:
@@ -246,9 +253,11 @@ def _is_gate_of(experts: nn.Module, gate: Gate) -> bool:
     line = torch.linspace(-24, 24, 97)
     pairs = torch.cartesian_prod(line, line)  # [N, 2]
     gates, ups = pairs.T.reshape(2, -1, 97)
+    is_concatenated = getattr(experts, "is_concatenated", True)
+    rows = torch.cat((gates, ups), dim=-1) if is_concatenated else torch.stack((gates, ups), dim=-1).flatten(-2)
     try:
         with torch.no_grad():
-            own = cast(Any, experts)._apply_gate(torch.cat((gates, ups), dim=-1))
+            own = cast(Any, experts)._apply_gate(rows)
     except Exception:  # whatever code of somebody else raises: it is not the function
         return False
     return own.shape == gates.shape and torch.allclose(
@@ -260,6 +269,21 @@ def _gated(gate: Tensor, up: Tensor, numbers: Gate) -> Tensor:
     if numbers.clamp_limit is not None:
         gate, up = gate.clamp(max=numbers.clamp_limit), up.clamp(-numbers.clamp_limit, numbers.clamp_limit)
     return gate * torch.sigmoid((numbers.alpha or 1.0) * gate) * (up + (numbers.beta or 0.0))
+
+
+# By the class of an activation of transformers
+_GATED = {"GELUActivation": ActivationType.Geglu, "GELUTanh": ActivationType.GegluTanh}
+_PLAIN = {
+    "GELUActivation": ActivationType.Gelu,
+    "ReLU": ActivationType.Relu,
+    "ReLUSquaredActivation": ActivationType.Relu2,
+}
+
+
+def _known_activation(activation: Any, *, is_gated: bool) -> ActivationType | None:
+    if _is_silu(activation):
+        return ActivationType.Swiglu if is_gated else ActivationType.Silu
+    return (_GATED if is_gated else _PLAIN).get(type(activation).__name__)
 
 
 def _is_silu(activation: Any) -> bool:

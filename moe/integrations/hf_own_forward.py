@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.gemm.config import ActivationType, WeightLayout
-from moe.integrations.hf_call import Linear, call_between, call_each, call_experts
+from moe.integrations.hf_call import Linear, call_between, call_experts
 from moe.integrations.hf_experts import Form, Gate, expect_activation, expect_plain_weights, own_gate_of, weights_of
 
 _FORM = Form(ActivationType.Swiglu, WeightLayout.MajorK, Gate())
@@ -105,17 +105,21 @@ def _llama4_weights(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _llama4(layer: Any, is_batch_invariant: bool, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """The router's weight goes into an expert's input, so each (token, choice) is a row of its own; with one choice no more than T."""
+    """The router's weight goes into an expert's input. The shared expert's result is added before the one rounding."""
     tokens = hidden_states.reshape(-1, layer.hidden_dim)
     scores, logits = layer.router(tokens)
     ids = logits.topk(layer.top_k, dim=1).indices
-    rows = (tokens[:, None] * scores.gather(1, ids)[..., None]).flatten(0, 1)
     form = Form(ActivationType.Swiglu, WeightLayout.MajorMn, Gate())
-    each = call_each(
-        type(layer).__name__, form, _llama4_weights(layer), rows, ids.flatten(), is_batch_invariant=is_batch_invariant
+    inputs = (_llama4_weights(layer), tokens, ids, scores.gather(1, ids))
+    output = call_experts(
+        type(layer).__name__,
+        form,
+        *inputs,
+        is_batch_invariant=is_batch_invariant,
+        weighs_input=True,
+        added=layer.shared_expert(tokens),
     )
-    routed = each.view(len(tokens), layer.top_k, layer.hidden_dim).float().sum(dim=1)
-    return (layer.shared_expert(tokens).float() + routed).to(hidden_states.dtype), logits
+    return output.to(hidden_states.dtype), logits
 
 
 def _dbrx_weights(experts: Any) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from moe.integrations.hf_call import call_apart, call_experts, call_normed
-from moe.integrations.hf_experts import expect_weights, form_of, weights_of
+from moe.integrations.hf_experts import biases_of, expect_weights, form_of, weights_of
 from moe.integrations.hf_models import experts_of, gathered_dtype, hand_over, stood_for
 from moe.integrations.hf_own_forward import OwnForward, stand_for
 
@@ -120,11 +120,11 @@ def run_hf_experts(
     form, inputs = form_of(experts, path), (hidden_states, top_k_index, top_k_weights)
     if form.activation is None:
         return call_apart(path, form, experts, *inputs, is_batch_invariant=is_batch_invariant)
-    arguments = (path, form, weights_of(experts), *inputs)
+    arguments, biases = (path, form, weights_of(experts), *inputs), biases_of(experts, form)
     if getattr(experts, "has_post_expert_norm", False):
         norm = cast(nn.Module, experts.post_expert_norm)
-        return call_normed(*arguments, norm, is_batch_invariant=is_batch_invariant)
-    return call_experts(*arguments, is_batch_invariant=is_batch_invariant)
+        return call_normed(*arguments, norm, is_batch_invariant=is_batch_invariant, biases=biases)
+    return call_experts(*arguments, is_batch_invariant=is_batch_invariant, biases=biases)
 
 
 def run_hf_experts_batch_invariant(

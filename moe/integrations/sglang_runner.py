@@ -55,14 +55,13 @@ class MoeStagesRunnerCore(DispatchMoeRunnerCore):
         """
         _expect_call(dispatch_output, quant_info, hooks)
         x, (weights, ids, _) = dispatch_output.hidden_states, dispatch_output.topk_output
-        if runner_config.apply_router_weight_on_input:
-            x, weights = x * weights.to(x.dtype), torch.ones_like(weights)
         scale = runner_config.routed_scaling_factor
-        if scale is not None and scale != 1.0:
+        is_scaled = scale is not None and scale != 1.0
+        if is_scaled and not self.layer.weighs_input:
             weights = weights.float() * scale
-        return StandardCombineInput(
-            call_layer(self.layer, x, ids, weights, quant_info.w13_weight, quant_info.w2_weight)
-        )
+        result = call_layer(self.layer, x, ids, weights, quant_info.w13_weight, quant_info.w2_weight)
+        # Where weights go into the input, a scale is the output's all the same.
+        return StandardCombineInput(result.mul_(scale) if is_scaled and self.layer.weighs_input else result)
 
 
 def _expect_call(dispatch_output: Any, quant_info: Any, hooks: Any) -> None:
@@ -90,8 +89,6 @@ def why_not_ours(config: MoeRunnerConfig) -> str | None:
     for name in ("no_combine", "silu_mul_keep_fp32"):
         if getattr(config, name, False):
             return f"{name}: expected False, got True"
-    if config.apply_router_weight_on_input and config.top_k not in (None, 1):
-        return f"apply_router_weight_on_input: expected top_k 1 with it, got {config.top_k}"
     reason = _why_not_gate(config)
     if reason is not None:
         return reason
@@ -129,4 +126,4 @@ def layer_of(config: MoeRunnerConfig) -> EngineLayer:
         gate = Gate(config.gemm1_alpha, 1.0, config.gemm1_clamp_limit)
     activation = _ACTIVATIONS[config.activation, config.is_gated]
     sizes = (config.hidden_size, config.intermediate_size_per_partition, config.num_local_experts, config.top_k or 1)
-    return EngineLayer(*sizes, activation, gate)
+    return EngineLayer(*sizes, activation, gate, weighs_input=bool(config.apply_router_weight_on_input))

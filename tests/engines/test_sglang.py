@@ -189,6 +189,15 @@ def test_weights_on_the_input_are_applied_once():
     assert relative_error(call(layer, x, ids, weights), exact) < 1e-2
 
 
+def test_weights_on_the_input_go_into_each_choice_and_a_scale_onto_the_result():
+    layer = build(top_k=K, apply_router_weight_on_input=True, routed_scaling_factor=2.5)
+    x, ids, weights = inputs(9)
+    slots = [
+        expected(layer, x * weights[:, k : k + 1].bfloat16(), ids[:, k : k + 1], torch.ones(9, 1)) for k in range(K)
+    ]
+    assert relative_error(call(layer, x, ids, weights), 2.5 * sum(slots)) < 1e-2
+
+
 def test_a_limit_of_swiglu_clamps():
     def clamped(rows: Tensor) -> Tensor:
         gate, up = rows.chunk(2)

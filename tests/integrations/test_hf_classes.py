@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe.gemm.config import ActivationType, WeightLayout
+from moe.integrations.hf_experts import Form, Gate, form_of
 from moe.integrations.huggingface import check_model, register, use_moe
 from moe.testing.closeness import relative_error
 
@@ -125,6 +127,22 @@ def test_the_layer_does_what_the_class_does_or_says_why_not(where: str) -> None:
 def test_most_classes_run() -> None:
     names = [where.rpartition(".")[2] for where in CLASSES]
     assert sum(name in REFUSED for name in names) <= 4  # of which two run by the layer around them
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("GptOssExperts", Form(ActivationType.Swiglu, WeightLayout.MajorMn, Gate(1.7, 1.0, 1.5), True, True)),
+        ("OpenAIPrivacyFilterExperts", Form(ActivationType.Swiglu, WeightLayout.MajorMn, Gate(1.7, 1.0, 1.5), False, True)),
+        ("Gemma4TextExperts", Form(ActivationType.GegluTanh, WeightLayout.MajorK, Gate())),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_biases_interleaved_rows_and_gelu_run_fused(name: str, form: Form) -> None:
+    where = [where for where in CLASSES if where.endswith(f".{name}")]
+    if not where:
+        pytest.skip(f"this transformers has no {name}")
+    assert form_of(build(where[0]), "experts") == form
 
 
 def test_an_own_gate_is_tried_before_a_model_is_compiled() -> None:
