@@ -28,8 +28,9 @@ LEVELS = (
     {"tuning"},
     {"parallel", "operators", "expert_linear"},  # run experts as the tuning tables say
     {"training"},
-    {"trtllm", "cli"},
-    {"integrations", "testing"},
+    {"trtllm", "integrations"},
+    {"cli"},
+    {"testing"},
     {"packing"},
     {"__init__", "__main__"},
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from moe.cli.engines import Engine, describe_engines, engines_text
 from moe.cli.text import wrap
 from moe.cli.together import what_does_not_go_together
 from moe.compose import build_pipeline
@@ -45,6 +46,7 @@ class Machine:
     versions: dict[str, str]
     stages: dict[str, str]  # stage -> the function that runs it
     conflicts: list[str]  # a sentence for each thing that does not go together
+    engines: list[Engine]  # serving engines, and what their plug-ins of this package do
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -92,7 +94,7 @@ def describe_machine(device: torch.device) -> Machine:
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         driver_cuda=_cuda_of_driver() if device.type == "cuda" else None,
     )
-    return Machine(str(device), name, details, versions, stages, conflicts)
+    return Machine(str(device), name, details, versions, stages, conflicts, describe_engines())
 
 
 def _cuda_of_driver() -> tuple[int, int] | None:
@@ -137,6 +139,7 @@ def info_text(machine: Machine) -> str:
     lines += ["", "stages on this device"]
     for stage, function in machine.stages.items():
         lines.append(f"  {stage:<9} {'kernel   ' if is_kernel(function) else 'reference'} {function}")
+    lines += ["", "engines", *(wrap(line, indent=" " * 11) for line in engines_text(machine.engines))]
     if machine.conflicts:
         lines += ["", "what does not go together"]
         lines += [wrap(f"  {sentence}", indent=" " * 4) for sentence in machine.conflicts]
