@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from moe.expert_linear import expert_linear
 from moe.gemm.config import WeightLayout
-from moe.integrations.hf_experts import Form, autocasts_to_bfloat16, expect_choice, expect_tensors, weights_of
+from moe.integrations.hf_experts import (
+    Form,
+    autocasts_to_bfloat16,
+    biases_of,
+    expect_choice,
+    expect_tensors,
+    weights_of,
+)
 from moe.operators import run_experts as _run_experts
 from moe.traced import is_traced
 
@@ -37,7 +44,7 @@ def call_experts(
         ValueError: a tensor that this package does not take; `path` says of which module.
     """
     w1, w2 = weights
-    expect_tensors(path, hidden_states, w1, w2)
+    expect_tensors(path, hidden_states, w1, w2, biases)
     expect_choice(path, top_k_index, top_k_weights)
     dtype = hidden_states.dtype
     if autocasts_to_bfloat16(hidden_states.device):
@@ -102,22 +109,20 @@ def call_apart(
     *,
     is_batch_invariant: bool,
 ) -> Tensor:
-    """Experts with biases, or an activation that no kernel has: their two matrices by the layer's GEMMs, their own code between."""
-    weights = weights_of(experts)
-    has_gate, has_bias = getattr(experts, "has_gate", True), getattr(experts, "has_bias", False)
+    """Experts with an activation that no kernel has: their two matrices by the layer's GEMMs, their own code between."""
+    weights, (w1_bias, w2_bias) = weights_of(experts), biases_of(experts, form)
     num_experts = len(weights[1])
     biased = top_k_index.flatten().long().clamp(0, num_experts - 1)
 
     def between(linear: Linear, rows: Tensor) -> Tensor:
         rows = linear(rows, weights[0], form.layout)
-        if has_bias:
-            name = "gate_up_proj_bias" if has_gate else "up_proj_bias"
-            rows = rows + getattr(experts, name)[biased].to(rows.dtype)
-        return experts._apply_gate(rows) if has_gate else experts.act_fn(rows)
+        if w1_bias is not None:
+            rows = rows + w1_bias[biased].to(rows.dtype)
+        return experts._apply_gate(rows) if getattr(experts, "has_gate", True) else experts.act_fn(rows)
 
     def after(rows: Tensor) -> Tensor:
-        if has_bias:
-            rows = rows + experts.down_proj_bias[biased].to(rows.dtype)
+        if w2_bias is not None:
+            rows = rows + w2_bias[biased].to(rows.dtype)
         return experts.post_expert_norm(rows) if getattr(experts, "has_post_expert_norm", False) else rows
 
     inputs = (hidden_states, top_k_index, top_k_weights)

@@ -12,7 +12,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from moe.checks import is_quantised
 from moe.expert_ids import ID_DTYPES
-from moe.gemm.config import DIM_MULTIPLE, ActivationType, WeightLayout
+from moe.flow import SwigluParams
+from moe.gemm.checks import BIAS_DTYPES
+from moe.gemm.config import DIM_MULTIPLE, ActivationType, GemmConfig, WeightLayout
+from moe.gemm.reference import activate_reference
 from moe.runtime.device import expect_kernels
 
 OTHERWISE = "leave this model on another experts_implementation, such as 'grouped_mm'"
@@ -21,11 +24,12 @@ DEQUANTISE = (
     f"is loaded with), or {OTHERWISE}"
 )
 _W1 = "weights (gate_up_proj or up_proj)"
+_B1 = "biases (gate_up_proj_bias or up_proj_bias)"
 _PLAIN_TYPES = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)  # isinstance would let quantised subclasses through
 
 
 class Gate(NamedTuple):
-    """SwiGLU's parameters, of all experts alike; None as in SwigluParams."""
+    """Parameters of SwiGLU and its like, of all experts alike; None as in SwigluParams."""
 
     alpha: float | None = None
     beta: float | None = None
@@ -37,7 +41,7 @@ class Form(NamedTuple):  # a tuple, which torch.compile can follow
 
     activation: ActivationType | None  # None: their own code, between two matrices that are multiplied apart
     layout: WeightLayout
-    gate: Gate
+    gate: Gate = Gate()
     is_interleaved: bool = False  # gate and up rows are neighbours
     has_bias: bool = False
 
@@ -61,22 +65,26 @@ def form_of(experts: nn.Module, path: str) -> Form:
     is_interleaved = has_gate and not getattr(experts, "is_concatenated", True)
     # By module and not by import: this runs each call, compiled ones included.
     if has_gate and cast(Any, type(experts))._apply_gate.__module__ != "transformers.integrations.moe":
-        gate = _known_gate_of(experts, path)
-        return Form(None if gate is None else ActivationType.Swiglu, layout, gate or Gate(), is_interleaved, has_bias)
-    if is_interleaved:
-        return Form(None, layout, Gate())
-    activation = getattr(experts, "act_fn", None)
-    if not callable(activation):
-        raise ValueError(f"{path}.act_fn: expected a function, got {type(activation).__name__}; {OTHERWISE}")
-    return Form(_known_activation(activation, is_gated=has_gate), layout, Gate(), has_bias=has_bias)
+        activation, gate = _known_gate_of(experts, path) or (None, Gate())
+    else:
+        activation, gate = _known_activation(getattr(experts, "act_fn", None), has_gate), Gate()
+        if activation is None and not callable(experts.act_fn):
+            raise ValueError(f"{path}.act_fn: expected a function, got {type(experts.act_fn).__name__}; {OTHERWISE}")
+        if is_interleaved:  # transformers' own gate takes halves, whatever the flag says
+            activation = None
+    return Form(activation, layout, gate, is_interleaved, has_bias)
 
 
-def expect_activation(activation: Any, path: str, *, is_gated: bool = True) -> None:
-    """Raise unless it is the one that the layer has."""
-    is_known = _is_silu if is_gated else _is_squared_relu
-    if not is_known(activation):
-        wanted = "silu" if is_gated else "squared relu"
-        raise ValueError(f"{path}: expected {wanted}, got {_name_of(activation)}; {OTHERWISE}")
+def expect_activation(activation: Any, path: str) -> ActivationType:
+    """The layer's activation for a function of the gate.
+
+    Raises:
+        ValueError: there is none.
+    """
+    known = _known_activation(activation, True)
+    if known is None:
+        raise ValueError(f"{path}: expected silu or gelu, got {_name_of(activation)}; {OTHERWISE}")
+    return known
 
 
 def weights_of(experts: nn.Module) -> tuple[Tensor, Tensor]:
@@ -84,6 +92,7 @@ def weights_of(experts: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def biases_of(experts: nn.Module, form: Form) -> tuple[Tensor | None, Tensor | None]:
+    """[E, rows of the first matrix] and [E, H], where the form says that there are some."""
     if not form.has_bias:
         return None, None
     return getattr(experts, f"{_first_name(experts)}_bias"), cast(Tensor, experts.down_proj_bias)
@@ -145,10 +154,21 @@ def _local_part(weights: Tensor) -> Tensor:
     return weights if to_local is None else to_local()
 
 
-def expect_tensors(path: str, hidden_states: Tensor, w1: Tensor, w2: Tensor) -> None:
-    """Raise unless the tensors are plain, bfloat16, and need no gradient."""
+def expect_tensors(
+    path: str,
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> None:
+    """Raise unless the tensors are plain, bfloat16 but for biases, and need no gradient."""
     tensors = {"hidden_states": hidden_states, _W1: w1, "down_proj": w2}
     _expect_plain(path, tensors)
+    for name, bias in zip((_B1, "down_proj_bias"), biases):
+        if bias is not None:
+            tensors[name] = bias
+            if bias.dtype not in BIAS_DTYPES:
+                raise ValueError(f"{path}: expected {name} in bfloat16 or float32, got {bias.dtype}; {OTHERWISE}")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
         name = next(name for name, tensor in tensors.items() if tensor.requires_grad)
         raise ValueError(
@@ -206,10 +226,10 @@ def autocasts_to_bfloat16(device: torch.device) -> bool:
 
 
 # class, its activation and its numbers -> the gate that it computes; None where the layer has none like it
-_OWN_GATES: dict[tuple[object, ...], Gate | None] = {}
+_OWN_GATES: dict[tuple[object, ...], tuple[ActivationType, Gate] | None] = {}
 
 
-def own_gate_of(experts: nn.Module, path: str) -> Gate:
+def own_gate_of(experts: nn.Module, path: str) -> tuple[ActivationType, Gate]:
     """The layer's gate that does what the module's own `_apply_gate` does.
 
     Raises:
@@ -218,13 +238,13 @@ def own_gate_of(experts: nn.Module, path: str) -> Gate:
     gate = _known_gate_of(experts, path)
     if gate is None:
         raise ValueError(
-            f"{path}._apply_gate: expected silu(gate) * up, or SwiGLU with a limit, alpha and up + 1, got a gate of its "
-            f"own; {OTHERWISE}"
+            f"{path}._apply_gate: expected silu or gelu of the gate times up, or SwiGLU with a limit, alpha and up + 1, got a "
+            f"gate of its own; {OTHERWISE}"
         )
     return gate
 
 
-def _known_gate_of(experts: nn.Module, path: str) -> Gate | None:
+def _known_gate_of(experts: nn.Module, path: str) -> tuple[ActivationType, Gate] | None:
     limit = getattr(experts, "swiglu_limit", getattr(experts, "limit", None))
     alpha = getattr(experts, "swiglu_alpha", getattr(experts, "alpha", None))
     key = (type(experts), _name_of(getattr(experts, "act_fn", None)), limit, alpha)
@@ -233,11 +253,12 @@ def _known_gate_of(experts: nn.Module, path: str) -> Gate | None:
             raise ValueError(
                 f"{path}._apply_gate: expected a gate that was tried before; call check_model, then compile"
             )
-        _OWN_GATES[key] = next((gate for gate in _gates(limit, alpha) if _is_gate_of(experts, gate)), None)
+        _OWN_GATES[key] = next((known for known in _gates(limit, alpha) if _is_gate_of(experts, *known)), None)
     return _OWN_GATES[key]
 
 
-def _gates(limit: object, alpha: object) -> Iterator[Gate]:
+def _gates(limit: object, alpha: object) -> Iterator[tuple[ActivationType, Gate]]:
+    """What a gate may be that knows these numbers, if it uses them."""
     numbers = (
         value if isinstance(value, (int, float)) and not isinstance(value, bool) else None for value in (alpha, limit)
     )
@@ -245,53 +266,60 @@ def _gates(limit: object, alpha: object) -> Iterator[Gate]:
     for clamp_limit in dict.fromkeys((None, limit)):
         for factor in dict.fromkeys((None, alpha)):
             for beta in (None, 1.0):
-                yield Gate(factor, beta, clamp_limit)
+                yield ActivationType.Swiglu, Gate(factor, beta, clamp_limit)
+    yield ActivationType.Geglu, Gate()
+    yield ActivationType.GegluTanh, Gate()
+    if limit is not None:
+        yield ActivationType.SwigluStep, Gate(clamp_limit=limit)
 
 
-def _is_gate_of(experts: nn.Module, gate: Gate) -> bool:
-    """Whether the module's gate does what `gate` does, tried on numbers of all sizes that matter in float32."""
+def _is_gate_of(experts: nn.Module, activation: ActivationType, gate: Gate) -> bool:
+    """Whether the module's gate does what ours does, tried on numbers of all sizes that matter in float32."""
     line = torch.linspace(-24, 24, 97)
     pairs = torch.cartesian_prod(line, line)  # [N, 2]
     gates, ups = pairs.T.reshape(2, -1, 97)
+    rows = torch.cat((gates, ups), dim=-1)
     is_concatenated = getattr(experts, "is_concatenated", True)
-    rows = torch.cat((gates, ups), dim=-1) if is_concatenated else torch.stack((gates, ups), dim=-1).flatten(-2)
+    own_rows = rows if is_concatenated else torch.stack((gates, ups), dim=-1).flatten(-2)
     try:
         with torch.no_grad():
-            own = cast(Any, experts)._apply_gate(rows)
+            own = cast(Any, experts)._apply_gate(own_rows)
     except Exception:  # whatever code of somebody else raises: it is not the function
         return False
-    return own.shape == gates.shape and torch.allclose(
-        own.double(), _gated(gates.double(), ups.double(), gate), 1e-4, 1e-5
-    )
+    config = GemmConfig(num_experts=1, in_features=8, out_features=8, activation=activation)
+    numbers = (None if number is None else torch.tensor([number], dtype=torch.float64) for number in gate)
+    ours = activate_reference(rows.double(), 0, config, SwigluParams(*numbers))
+    return own.shape == gates.shape and torch.allclose(own.double(), ours, 1e-4, 1e-5)
 
 
-def _gated(gate: Tensor, up: Tensor, numbers: Gate) -> Tensor:
-    if numbers.clamp_limit is not None:
-        gate, up = gate.clamp(max=numbers.clamp_limit), up.clamp(-numbers.clamp_limit, numbers.clamp_limit)
-    return gate * torch.sigmoid((numbers.alpha or 1.0) * gate) * (up + (numbers.beta or 0.0))
-
-
-# By the class of an activation of transformers
-_GATED = {"GELUActivation": ActivationType.Geglu, "GELUTanh": ActivationType.GegluTanh}
-_PLAIN = {
+# What a class of transformers or torch computes of the gate, times up, and of a product without a gate.
+_OF_GATE = {
+    "SiLU": ActivationType.Swiglu,
+    "SiLUActivation": ActivationType.Swiglu,
+    "GELUActivation": ActivationType.Geglu,
+    "GELUTanh": ActivationType.GegluTanh,
+    "PytorchGELUTanh": ActivationType.GegluTanh,
+    "NewGELUActivation": ActivationType.GegluTanh,
+}
+_OF_PRODUCT = {
+    "SiLU": ActivationType.Silu,
+    "SiLUActivation": ActivationType.Silu,
     "GELUActivation": ActivationType.Gelu,
     "ReLU": ActivationType.Relu,
     "ReLUSquaredActivation": ActivationType.Relu2,
+    "Identity": ActivationType.Identity,
+    "LinearActivation": ActivationType.Identity,
 }
 
 
-def _known_activation(activation: Any, *, is_gated: bool) -> ActivationType | None:
-    if _is_silu(activation):
-        return ActivationType.Swiglu if is_gated else ActivationType.Silu
-    return (_GATED if is_gated else _PLAIN).get(type(activation).__name__)
-
-
-def _is_silu(activation: Any) -> bool:
-    return activation is nn.functional.silu or type(activation).__name__ in ("SiLU", "SiLUActivation")
-
-
-def _is_squared_relu(activation: Any) -> bool:
-    return type(activation).__name__ == "ReLUSquaredActivation"
+def _known_activation(activation: Any, has_gate: bool) -> ActivationType | None:
+    """The layer's for a module or a function, by its name; None where the layer has none like it."""
+    if activation is nn.functional.silu:
+        return ActivationType.Swiglu if has_gate else ActivationType.Silu
+    name = type(activation).__name__
+    if name == "GELU":  # torch's, of two kinds
+        name = {"none": "GELUActivation", "tanh": "GELUTanh"}.get(getattr(activation, "approximate", ""), name)
+    return (_OF_GATE if has_gate else _OF_PRODUCT).get(name)
 
 
 def _name_of(function: Callable[..., Any] | None) -> str:

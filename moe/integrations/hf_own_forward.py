@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.gemm.config import ActivationType, WeightLayout
+from moe.gemm.config import WeightLayout
 from moe.integrations.hf_call import Linear, call_between, call_experts
-from moe.integrations.hf_experts import Form, Gate, expect_activation, expect_plain_weights, own_gate_of, weights_of
-
-_FORM = Form(ActivationType.Swiglu, WeightLayout.MajorK, Gate())
+from moe.integrations.hf_experts import Form, expect_activation, expect_plain_weights, own_gate_of, weights_of
 
 
 @dataclass
@@ -64,7 +62,7 @@ def _longcat(
     """Ids from num_routed_experts on stand for experts that return their input."""
     routed = call_experts(
         type(experts).__name__,
-        _FORM,
+        Form(expect_activation(experts.act_fn, "act_fn"), WeightLayout.MajorK),
         _longcat_weights(experts),
         hidden_states,
         top_k_index,
@@ -85,8 +83,10 @@ def _jetmoe(layer: Any, is_batch_invariant: bool, layer_input: Tensor) -> Tensor
     tokens = layer_input.reshape(-1, layer_input.shape[-1])
     logits, ids = layer.router.layer(tokens).float().topk(layer.router.top_k, dim=1)
     weights = torch.softmax(logits, dim=1).type_as(tokens)
+    form = Form(expect_activation(layer.activation, "activation"), WeightLayout.MajorK)
+    inputs = (tokens, ids, weights)
     routed = call_experts(
-        type(layer).__name__, _FORM, _jetmoe_weights(layer), tokens, ids, weights, is_batch_invariant=is_batch_invariant
+        type(layer).__name__, form, _jetmoe_weights(layer), *inputs, is_batch_invariant=is_batch_invariant
     )
     return (routed + layer.bias).view(layer_input.shape)
 
@@ -95,7 +95,8 @@ def _step(
     experts: Any, is_batch_invariant: bool, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     path = type(experts).__name__
-    form = Form(ActivationType.Swiglu, WeightLayout.MajorK, own_gate_of(experts, path))
+    activation, gate = own_gate_of(experts, path)
+    form = Form(activation, WeightLayout.MajorK, gate)
     inputs = (hidden_states, top_k_index, top_k_weights)
     return call_experts(path, form, weights_of(experts), *inputs, is_batch_invariant=is_batch_invariant)
 
@@ -109,7 +110,7 @@ def _llama4(layer: Any, is_batch_invariant: bool, hidden_states: Tensor) -> tupl
     tokens = hidden_states.reshape(-1, layer.hidden_dim)
     scores, logits = layer.router(tokens)
     ids = logits.topk(layer.top_k, dim=1).indices
-    form = Form(ActivationType.Swiglu, WeightLayout.MajorMn, Gate())
+    form = Form(expect_activation(layer.experts.act_fn, "experts.act_fn"), WeightLayout.MajorMn)
     inputs = (_llama4_weights(layer), tokens, ids, scores.gather(1, ids))
     output = call_experts(
         type(layer).__name__,

@@ -103,7 +103,8 @@ def run_hf_experts(
     Args:
         experts: the experts module. Its weights are read where they lie: gate_up_proj [E, 2I, H] and
             down_proj [E, H, I], the last two axes swapped where `experts.is_transposed`; up_proj [E, I, H] in place of
-            gate_up_proj where the experts have no gate. E counts the experts that lie here.
+            gate_up_proj where the experts have no gate. Where `experts.has_bias`, [E, 2I] and [E, H] in bfloat16 or float32 are
+            added to the float32 products. E counts the experts that lie here.
         hidden_states: [..., H] bfloat16, T tokens. Under torch.autocast to bfloat16 also float32, as the weights may be:
             they are converted in each call, as matrix products do it there.
         top_k_index: [T, K] of any integer dtype, ids of experts that lie here. Any other id is skipped: expert

@@ -145,6 +145,16 @@ def test_biases_interleaved_rows_and_gelu_run_fused(name: str, form: Form) -> No
     assert form_of(build(where[0]), "experts") == form
 
 
+def test_all_but_these_run_on_the_layers_kernels() -> None:
+    apart = set()
+    for where in CLASSES:
+        name = where.rpartition(".")[2]
+        if name not in REFUSED | dict.fromkeys(("DbrxExperts", "LongcatFlashExperts", "Step3p7Experts")):
+            form = form_of(build(where), name)
+            apart |= {name} if form.activation is None else set()
+    assert apart <= {"Inkling2Experts", "Inkling2LoopExperts"}, "with DbrxExperts, whose gate and up lie apart"
+
+
 def test_an_own_gate_is_tried_before_a_model_is_compiled() -> None:
     register()
     where = [where for where in CLASSES if where.endswith("DeepseekV4Experts")]

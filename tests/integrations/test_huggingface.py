@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -221,8 +222,11 @@ def make_experts(device: torch.device = torch.device("cpu"), **flags: bool) -> n
             super().__init__()
             self.num_experts = 5
             self.act_fn = nn.SiLU()
-            shapes = ((5, 32, 48), (5, 24, 32)) if is_transposed else ((5, 48, 32), (5, 32, 24))
-            self.gate_up_proj, self.down_proj = (nn.Parameter(torch.empty(shape)) for shape in shapes)
+            has_gate = flags.get("has_gate", True)
+            rows = 48 if has_gate else 24
+            shapes = ((5, 32, rows), (5, 24, 32)) if is_transposed else ((5, rows, 32), (5, 32, 24))
+            first, self.down_proj = (nn.Parameter(torch.empty(shape)) for shape in shapes)
+            setattr(self, "gate_up_proj" if has_gate else "up_proj", first)
 
         def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             raise AssertionError("the eager experts ran")
@@ -436,19 +440,125 @@ def test_biases_and_a_gate_that_no_kernel_has_run_between_two_matrices(
     assert torch.equal(compiled(hidden_states, ids, weights), output)
 
 
+def experts_one_by_one(experts: nn.Module, between: Any, *inputs: Tensor) -> Tensor:
+    """The sum of chosen experts in float64; `between` makes of what the first matrix gives what the second one takes."""
+    hidden_states, ids, weights = inputs
+    w1 = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    w1, w2 = (w1.mT, experts.down_proj.mT) if experts.is_transposed else (w1, experts.down_proj)
+    exact = torch.zeros(hidden_states.shape, dtype=torch.float64, device=hidden_states.device)
+    for token, choice in ((t, k) for t in range(len(ids)) for k in range(ids.shape[1])):
+        e = ids[token, choice]
+        row = between(w1[e].double() @ hidden_states[token].double(), e)
+        exact[token] += weights[token, choice].double() * (w2[e].double() @ row)
+    return exact
+
+
 @torch.no_grad()
-def test_a_gelu_runs_between_two_matrices(device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("act_fn", "is_fused"),
+    [
+        (nn.GELU(approximate="tanh"), True),
+        (nn.GELU(), True),
+        (ACT2FN["gelu"], True),
+        (ACT2FN["gelu_pytorch_tanh"], True),
+        (ACT2FN["gelu_new"], True),
+        (nn.Mish(), False),
+        (nn.functional.relu, False),
+        (ACT2FN["quick_gelu"], False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_gates_that_the_kernels_have_run_on_them_and_others_between_two_matrices(
+    device: torch.device, our_calls: list[Tensor], act_fn: Any, is_fused: bool
+) -> None:
     experts = make_experts(device)
-    experts.act_fn = nn.GELU(approximate="tanh")
+    del experts.act_fn
+    experts.act_fn = act_fn
     inputs = routed_tokens(experts, 9)
     output = use_moe(experts)(*inputs)
-    hidden_states, ids, weights = inputs
-    exact = torch.zeros(9, 32, dtype=torch.float64, device=device)
-    for token, choice in ((t, k) for t in range(9) for k in range(2)):
-        e = ids[token, choice]
-        gate, up = (experts.gate_up_proj[e].double() @ hidden_states[token].double()).chunk(2)
-        exact[token] += weights[token, choice].double() * (experts.down_proj[e].double() @ (experts.act_fn(gate) * up))
+
+    def between(product: Tensor, _: Tensor) -> Tensor:
+        gate, up = product.chunk(2)
+        return act_fn(gate) * up
+
+    assert relative_error(output, experts_one_by_one(experts, between, *inputs)) <= 1e-2
+    assert len(our_calls) == is_fused
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("act_fn", "is_fused"),
+    [
+        (nn.SiLU(), True),
+        (nn.GELU(), True),
+        (nn.GELU(approximate="tanh"), False),
+        (nn.ReLU(), True),
+        (ACT2FN["relu2"], True),
+        (nn.Identity(), True),
+        (nn.Tanh(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_experts_without_a_gate(device: torch.device, our_calls: list[Tensor], act_fn: Any, is_fused: bool) -> None:
+    experts = make_experts(device, has_gate=False)
+    del experts.act_fn
+    experts.act_fn = act_fn
+    inputs = routed_tokens(experts, 9)
+    output = use_moe(experts)(*inputs)
+    exact = experts_one_by_one(experts, lambda product, _: act_fn(product), *inputs)
     assert relative_error(output, exact) <= 1e-2
+    assert len(our_calls) == is_fused
+
+
+def clamped(self: nn.Module, gate_up: Tensor) -> Tensor:
+    """As gpt-oss."""
+    gate, up = gate_up[..., ::2].clamp(max=self.limit), gate_up[..., 1::2].clamp(-self.limit, self.limit)
+    return gate * torch.sigmoid(self.alpha * gate) * (up + 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("is_batch_invariant", [False, True])
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["rows", "transposed"])
+def test_biases_and_interleaved_gates_run_on_the_kernels(
+    device: torch.device, our_calls: list[Tensor], is_transposed: bool, is_batch_invariant: bool, dtype: torch.dtype
+) -> None:
+    experts = make_experts(device, is_transposed=is_transposed, has_bias=True, is_concatenated=False)
+    type(experts)._apply_gate = clamped
+    experts.limit, experts.alpha = 1.5, 1.7
+    for name, size in (("gate_up_proj_bias", 48), ("down_proj_bias", 32)):
+        bias = torch.randn(5, size, generator=torch.Generator().manual_seed(size)) * 0.7
+        setattr(experts, name, nn.Parameter(bias.to(device, dtype), requires_grad=False))
+    hidden_states, ids, weights = routed_tokens(experts, 9)
+
+    def between(product: Tensor, expert: Tensor) -> Tensor:
+        return clamped(experts, product + experts.gate_up_proj_bias[expert].double())
+
+    exact = experts_one_by_one(experts, between, hidden_states, ids, weights)
+    exact += (weights[..., None].double() * experts.down_proj_bias[ids].double()).sum(1)
+    use_moe(experts, f"moe-biases-{is_batch_invariant}", is_batch_invariant=is_batch_invariant)
+    output = experts(hidden_states, ids, weights)
+    assert relative_error(output, exact) <= 1e-2
+    assert len(our_calls) == 1
+    torch.compiler.reset()  # each class whose gate is tried is another program
+    compiled = torch.compile(experts, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(hidden_states, ids, weights), output)
+    ids[3] = 5
+    assert not experts(hidden_states, ids, weights)[3].any(), "what is skipped gets no bias"
+
+
+def test_biases_that_need_a_gradient_are_refused() -> None:
+    experts = make_experts(has_bias=True)
+    experts.gate_up_proj_bias = nn.Parameter(torch.zeros(5, 48).bfloat16())
+    experts.down_proj_bias = nn.Parameter(torch.zeros(5, 32).bfloat16(), requires_grad=False)
+    use_moe(experts)
+    with pytest.raises(ValueError, match=r"but biases \(gate_up_proj_bias or up_proj_bias\) asks for one"):
+        experts(*routed_tokens(experts, 3))
+    with torch.no_grad():
+        assert experts(*routed_tokens(experts, 3)).shape == (3, 32)
+        experts.down_proj_bias.data = experts.down_proj_bias.data.half()
+        with pytest.raises(ValueError, match=r"down_proj_bias in bfloat16 or float32, got torch\.float16"):
+            experts(*routed_tokens(experts, 3))
 
 
 @pytest.mark.parametrize("model", [None, "Qwen/Qwen3-30B-A3B"])
@@ -528,7 +638,7 @@ def test_a_model_without_experts_is_refused() -> None:
 
 
 @torch.no_grad()
-def test_gpt_oss_gives_the_logits_of_its_own_experts(device: torch.device) -> None:
+def test_gpt_oss_gives_the_logits_of_its_own_experts(device: torch.device, our_calls: list[Tensor]) -> None:
     settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48, "head_dim": 16}
     model, tokens = build_model("gpt_oss", device, **settings), tokens_for(device)
     exact_model = copy.deepcopy(model).double()
@@ -540,6 +650,7 @@ def test_gpt_oss_gives_the_logits_of_its_own_experts(device: torch.device) -> No
     with routed_as(model, calls):
         ours = model(tokens).logits
     assert relative_error(ours, exact) <= 1.2 * relative_error(eager, exact)
+    assert len(our_calls) == 2, "by the layer's kernels"
 
 
 @pytest.mark.parametrize("check", [use_moe, check_model])
