@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,3 +262,19 @@ def test_a_pipeline_that_checks_nothing_gives_a_form_for_other_tensors() -> None
         tuned_pipeline(CONFIG, "cpu").replace(checks_inputs=False),
     ):
         assert loose(logits, x, *others).shape == (3, 64)
+
+
+def test_a_saved_program_runs_in_a_process_that_imports_the_operators(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer, inputs = OfPipeline(PIPELINES["tuned"](), *weights()), (torch.randn(5, 6), torch.randn(5, 64).bfloat16())
+    with torch.no_grad():
+        torch.export.save(torch.export.export(layer, inputs), tmp_path / "layer.pt2")
+        torch.save((*inputs, layer(*inputs)), tmp_path / "tensors.pt")
+    code = (
+        "import torch, moe.operators\n"
+        "*inputs, expected = torch.load('tensors.pt')\n"
+        "assert torch.equal(torch.export.load('layer.pt2').module()(*inputs), expected)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
