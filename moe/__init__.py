@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from moe.compose import build_pipeline, reference_pipeline
     from moe.config import MoEConfig
     from moe.flow import Added, ExpertOutputs, Permutation, SwigluParams, TopK
-    from moe.gemm.config import FLASHINFER, ActivationType, GemmConfig, GemmTile, WeightFormat, WeightLayout
+    from moe.gemm.config import (
+        FLASHINFER,
+        ActivationType,
+        GemmConfig,
+        GemmTile,
+        SwigluNumbers,
+        WeightFormat,
+        WeightLayout,
+    )
     from moe.packing.flat import FlatWeights, flat_weights
     from moe.packing.mistakes import check_packing
     from moe.permute.config import FinalizeConfig, PermuteConfig
@@ -44,6 +52,7 @@ __all__ = [
     "RoutingConfig",
     "RoutingMethod",
     "RoutingMethodType",
+    "SwigluNumbers",
     "SwigluParams",
     "TopK",
     "TrainingPipeline",
@@ -78,6 +87,7 @@ _NAMES_OF_MODULE = {
         "FLASHINFER",
         "GemmConfig",
         "GemmTile",
+        "SwigluNumbers",
         "WeightFormat",
         "WeightLayout",
     ),

@@ -68,7 +68,7 @@ def plain_error(error: ValidationError, names: Names) -> ValueError:
     """What pydantic found in a config of several stages: a line by the caller's names, with what came."""
     found = []
     for detail in error.errors():
-        stage, *fields = (str(part) for part in detail["loc"])
+        stage, *fields = [str(part) for part in detail["loc"]] or [""]  # no place: stages that disagree
         name, words = names.get((stage, fields[-1]), (fields[-1], "")) if fields else ("", "")
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "value_error":  # ours, which says what came

@@ -10,7 +10,7 @@ from pydantic import ValidationError, model_validator
 from moe.base_config import FrozenConfig, Names, plain_error
 from moe.checks import no_case
 from moe.fused.few_tokens.config import FewTokenTiles
-from moe.gemm.config import ActivationType, GemmConfig, WeightFormat, named_activations
+from moe.gemm.config import PARAMETERS, ActivationType, GemmConfig, SwigluNumbers, WeightFormat, named_activations
 from moe.hf_config import layer_fields
 from moe.permute.config import MIN_TILE_ROWS, FinalizeConfig, PermuteConfig
 from moe.routing.config import RoutingConfig, RoutingMethod
@@ -27,9 +27,9 @@ class MoEConfig(FrozenConfig):
     gemm2: GemmConfig
     finalize: FinalizeConfig = FinalizeConfig()
     few_tokens: FewTokenTiles = FewTokenTiles()  # what may stand for permute to finalize
-    weight_on: WeightOn = (
-        "output"  # what of an expert a routing weight is multiplied with: bf16(w * x) goes in, as in Llama 4
-    )
+    swiglu: SwigluNumbers | None = None  # the activation's numbers in calls that give none
+    # What of an expert a routing weight is multiplied with: with its input, bf16(w * x) goes in, as in Llama 4.
+    weight_on: WeightOn = "output"
 
     @classmethod
     def create(
@@ -50,6 +50,7 @@ class MoEConfig(FrozenConfig):
         num_local_experts: int | None = None,
         tile_rows: int | None = None,
         is_batch_invariant: bool = False,
+        swiglu: SwigluNumbers | None = None,
         weight_on: WeightOn = "output",
     ) -> MoEConfig:
         """The config of a layer: H=hidden_size, I=intermediate_size an expert, E=num_experts, K=top_k.
@@ -58,6 +59,7 @@ class MoEConfig(FrozenConfig):
             is_batch_invariant: on a GPU, a token alone has the bits that it has in any batch: one kind of kernel with one
                 tile for every number of tokens, so slower with few tokens and with very many. The references sum as
                 torch's matmul does, on a CPU in an order that may follow the number of rows.
+            swiglu: alpha, beta and clamp_limit of all experts, in calls that give no `SwigluParams`.
             weight_on: "input" multiplies each routing weight into its expert's input, rounded to bfloat16, and weighs no result:
                 Llama 4, and what engines call apply_router_weight_on_input.
 
@@ -81,7 +83,7 @@ class MoEConfig(FrozenConfig):
             tile_rows=tile_rows,
             is_batch_invariant=is_batch_invariant,
         )
-        fields["weight_on"] = weight_on
+        fields |= {"swiglu": swiglu, "weight_on": weight_on}
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
@@ -144,6 +146,12 @@ class MoEConfig(FrozenConfig):
                 )
         if self.gemm1.activation is None:
             raise ValueError(f"gemm1.activation: expected {named_activations()}, got None; name the activation")
+        taken, given = PARAMETERS.get(self.gemm1.activation, ()), self.swiglu.given if self.swiglu else ()
+        if any(name not in taken for name in given):
+            raise ValueError(
+                f"swiglu: expected {' and '.join(taken) or 'none'} with {self.gemm1.activation.name}, got {' and '.join(given)}; "
+                "leave out what the activation does not take"
+            )
         if self.gemm2.activation is not None:
             raise ValueError(
                 f"gemm2.activation: expected None, got {self.gemm2.activation.name}; gemm2 has no activation"

@@ -10,8 +10,9 @@ from torch import Tensor, library
 
 from moe.config import MoEConfig
 from moe.expert_ids import as_int32_ids
-from moe.flow import SwigluParams, TopK
+from moe.flow import TopK
 from moe.gemm.config import WeightFormat, WeightLayout
+from moe.gemm.numbers import numbers_by_expert
 from moe.traced import is_traced
 from moe.tuning.tuned import TunedPipeline, tuned_pipeline
 
@@ -90,10 +91,7 @@ def _run(
     if expert_weights.dtype not in (torch.bfloat16, torch.float32):
         expert_weights = expert_weights.float()
     topk = TopK(as_int32_ids(expert_ids, num_local_experts), expert_weights.contiguous())
-    swiglu = None
-    if alpha is not None or beta is not None or clamp_limit is not None:
-        parameters = (_of_all_experts(value, num_local_experts, device) for value in (alpha, beta, clamp_limit))
-        swiglu = SwigluParams(*parameters)
+    swiglu = numbers_by_expert(alpha, beta, clamp_limit, num_local_experts, device)
     tokens = hidden_states.reshape(-1, hidden_size).contiguous()
     if added is not None:
         added = added.reshape(-1, hidden_size).contiguous()
@@ -147,18 +145,3 @@ def _pipeline(
         weight_on="input" if weighs_input else "output",
     )
     return tuned_pipeline(config, device)
-
-
-def _of_all_experts(value: float | None, num_experts: int, device: torch.device) -> Tensor | None:
-    """[E] float32, kept, unless a CUDA graph is captured: it would own the memory."""
-    if value is None:
-        return None
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _filled.__wrapped__(value, num_experts, device)
-    return _filled(value, num_experts, device)
-
-
-@cache
-def _filled(value: float, num_experts: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it may be read under any mode
-        return torch.full((num_experts,), value, dtype=torch.float32, device=device)

@@ -12,6 +12,7 @@ from moe import failing_calls
 from moe.call import LayerCall, check_call
 from moe.config import MoEConfig
 from moe.flow import Added, ExpertOutputs, Permutation, SwigluParams, TopK
+from moe.gemm.numbers import numbers_by_expert
 from moe.permute.added import as_added
 from moe.ready_stages import ReadyStages, ready_stages
 from moe.runtime.scratch import scratch_from
@@ -143,11 +144,26 @@ class MoEPipeline:
         return self._run(call)
 
     def _run(self, call: LayerCall) -> Tensor:
+        call = self._with_numbers(call)
         self._check(call)
         if call.workspace is None:
             return self._chain(call)
         with scratch_from(call.workspace):
             return self._chain(call)
+
+    def _with_numbers(self, call: LayerCall) -> LayerCall:
+        """The call with the activation's numbers of the config, where there are any and it brings none."""
+        numbers = self.config.swiglu
+        if numbers is None or call.swiglu is not None or not isinstance(call.hidden_states, Tensor):
+            return call
+        swiglu = numbers_by_expert(
+            numbers.alpha,
+            numbers.beta,
+            numbers.clamp_limit,
+            self.config.gemm1.num_experts,
+            call.hidden_states.device,
+        )
+        return call._replace(swiglu=swiglu)
 
     def _check(self, call: LayerCall) -> None:
         if self.checks_inputs:
@@ -182,6 +198,7 @@ class MoEPipeline:
     def _run_unfinalized(self, call: LayerCall) -> ExpertOutputs:
         if call.added is not None:
             raise ValueError("added: expected None before finalize, got a value; add it where the rows are summed")
+        call = self._with_numbers(call)
         self._check(call)
         topk, hidden_states = self._routed(call)
         rows, permutation = self._rows(topk, hidden_states, call)

@@ -84,6 +84,18 @@ PARAMETERS: dict[ActivationType, tuple[str, ...]] = {
 }
 
 
+class SwigluNumbers(FrozenConfig):
+    """`moe.SwigluParams` of all experts alike; None as there."""
+
+    alpha: float | None = Field(default=None, allow_inf_nan=False)
+    beta: float | None = Field(default=None, allow_inf_nan=False)
+    clamp_limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        return tuple(name for name in ("alpha", "beta", "clamp_limit") if getattr(self, name) is not None)
+
+
 def named_activations(form: str = "{name}", family: GemmKernel = "portable") -> str:
     """Those of a family, each written as `form` with its name and value: "Swiglu or Relu2"."""
     return " or ".join(form.format(name=member.name, value=member.value) for member in ACTIVATIONS[family])
@@ -177,7 +189,9 @@ class GemmConfig(FrozenConfig):
                 names = named_activations("'{name}'")
                 raise ValueError(f"expected {names}, got {value!r}")
             return of_name[value.lower()]
-        if isinstance(value, int) and not isinstance(value, bool) and value not in list(ActivationType):
+        if isinstance(value, bool):  # which equals a number
+            raise ValueError(f"expected {named_activations()}, got {value!r}")
+        if isinstance(value, int) and value not in list(ActivationType):
             raise ValueError(f"Invalid activation type: {value}; expected {named_activations('{value} ({name})')}")
         return value
 

@@ -64,6 +64,23 @@ def _axk2(keys: Keys) -> dict[str, Any]:
     return fields
 
 
+def _clamped_deepseek_v3(keys: Keys) -> dict[str, Any]:
+    return _deepseek_v3(keys) | {"swiglu": {"clamp_limit": keys.positive("swiglu_limit")}}
+
+
+def _minimax_m3(keys: Keys) -> dict[str, Any]:
+    numbers = {"alpha": keys.positive("swiglu_alpha"), "beta": 1.0, "clamp_limit": keys.positive("swiglu_limit")}
+    return _scaled_minimax_m2(keys) | {"swiglu": numbers}
+
+
+def _step3(keys: Keys) -> dict[str, Any]:
+    """A limit clamps silu(gate) and up; a layer without one, or with 0, clamps nothing."""
+    fields = _scaled_minimax_m2(keys)
+    if not keys.config.get("swiglu_limits"):
+        return fields
+    return fields | {"activation": "SwigluStep", "swiglu": {"clamp_limit": keys.positive("swiglu_limits")}}
+
+
 def _minimax_m2(keys: Keys) -> dict[str, Any]:
     return {"method": "MiniMax2"}
 
@@ -121,6 +138,7 @@ FAMILIES = {
     "glm4_moe": Family(_deepseek_v3),
     "glm4_moe_lite": Family(_deepseek_v3),
     "glm4v_moe": Family(_deepseek_v3),
+    "glm5_next": Family(_clamped_deepseek_v3),
     "glm_moe_dsa": Family(_deepseek_v3),
     "granitemoe": Family(_softmax_normalised, _PLAIN_SIZE),
     "granitemoe_swa": Family(_softmax_normalised, _PLAIN_SIZE),
@@ -129,6 +147,8 @@ FAMILIES = {
     # transformers reads the first of its two sizes, other engines the second: both must say the same.
     "hunyuan_v1_moe": Family(_softmax_normalised, ("intermediate_size", "moe_intermediate_size")),
     "hy_v3": Family(_scaled_minimax_m2),
+    "hy_v4": Family(_clamped_deepseek_v3),
+    "hy_v4_vl": Family(_clamped_deepseek_v3),
     "jamba": Family(_softmax, _PLAIN_SIZE),
     "jetmoe": Family(_softmax_normalised, _PLAIN_SIZE),
     "kimi_k2": Family(_deepseek_v3),  # the checkpoint names DeepseekV3ForCausalLM as its architecture
@@ -141,6 +161,7 @@ FAMILIES = {
     "mimo_v2_flash": Family(_deepseek_v3),
     "minimax": Family(_softmax_normalised, _PLAIN_SIZE),
     "minimax_m2": Family(_minimax_m2, _PLAIN_SIZE),
+    "minimax_m3_vl": Family(_minimax_m3, _PLAIN_SIZE),
     "mistral4": Family(_mistral4),
     "mistral_large4": Family(_mistral_large4),
     "mixtral": Family(_softmax_normalised, _PLAIN_SIZE),
@@ -158,16 +179,14 @@ FAMILIES = {
     "sarvam_mla": Family(_deepseek_v3),
     "sarvam_moe": Family(_deepseek_v3),
     "solar_open": Family(_deepseek_v3),
-    "step3p5": Family(_scaled_minimax_m2),
-    "step3p7": Family(_scaled_minimax_m2),
+    "step3p5": Family(_step3),
+    "step3p7": Family(_step3),
     "unlimited_ocr": Family(_deepseek_v2),
 }
 
 _BIASED_SOFTMAX = "it chooses experts by softmax plus a bias, a rule that is not implemented"
-_CLAMPED = (
-    "its experts clamp gate and up (swiglu_limit), which a layer takes with its tensors and not from a config; "
-    + BY_HAND
-    + " and pass swiglu=SwigluParams(clamp_limit=...) in each call"
+_WITH_BIASES = "its experts have biases, which go in with each call and not into a config; " + BY_HAND.replace(
+    "method=...", "{}"
 )
 _OWN_SCALES = "it multiplies each expert's weight by a number of the checkpoint, and its experts have a GELU, which are not implemented"
 _SOFT_CAPPED = "its experts cap gate and up with tanh, which is not implemented"
@@ -181,10 +200,11 @@ REFUSED = {
     "ernie4_5_moe": _BIASED_SOFTMAX,
     "ernie4_5_vl_moe": f"{_BIASED_SOFTMAX}, and it has one set of experts for text and one for images",
     "gemma4": _OWN_SCALES,
-    "glm5_next": _CLAMPED,
-    "gpt_oss": "its experts have biases and interleaved, clamped gates, which are not implemented",
-    "hy_v4": _CLAMPED,
-    "hy_v4_vl": _CLAMPED,
+    "gpt_oss": _WITH_BIASES.format(
+        "swiglu=SwigluNumbers(alpha=swiglu_alpha, beta=1, clamp_limit=swiglu_limit), "
+        "weight_format=WeightFormat(layout='MajorMn', gate_up_order='interleaved')"
+    )
+    + " and pass w1_bias=gate_up_proj_bias, w2_bias=down_proj_bias in each call",
     "inkling": "it normalises the weights of routed and shared experts together, which is not implemented",
     "inkling2": _SOFT_CAPPED,
     "inkling2_loop": _SOFT_CAPPED,
@@ -192,10 +212,9 @@ REFUSED = {
     "kolibri1": "it adds its correction bias to the logit rather than to its sigmoid, a rule that is not implemented",
     "lfm2_moe": "it normalises sigmoid scores with an epsilon of 1e-6, which is not implemented (MiniMax2 has 1e-20)",
     "longcat_flash": f"{_BIASED_SOFTMAX}, and some of its experts return their input, which is not implemented",
-    "minimax_m3_vl": _CLAMPED.replace("clamp_limit=...", "alpha=..., beta=..., clamp_limit=..."),
     "muse_spark": "it normalises what each expert returns, which is not implemented",
     "nllb-moe": "its experts have biases and no gate, and take only so many tokens each, which is not implemented",
-    "openai_privacy_filter": "its experts have biases, which are not implemented",
+    "openai_privacy_filter": "its experts have biases, and its weights are divided by top_k, which is not implemented",
     "phimoe": "it chooses its two experts one after the other, each by a softmax of its own (sparsemixer), "
     "a rule that is not implemented",
     "switch_transformers": "its experts have no gate, and take only so many tokens each, which is not implemented",

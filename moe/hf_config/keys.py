@@ -67,8 +67,9 @@ class Keys:
 
     def scale(self, *names: str) -> float:
         """1 for a null; a key that is absent is an error."""
-        if self._is_null(names):
-            return 1.0
+        return 1.0 if self._is_null(names) else self.positive(*names)
+
+    def positive(self, *names: str) -> float:
         value = self.value(*names)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.refusal(f"expected a number for {' or '.join(names)}, got {value!r}")

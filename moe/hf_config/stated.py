@@ -24,7 +24,7 @@ OFF_KEYS = {
     "zero_expert_num": "experts that return their input are not implemented",
     "router_bias": "the router's bias is part of the logits that the layer is given: add it there",
 } | dict.fromkeys(
-    LIMIT_KEYS, "the experts clamp gate and up: pass swiglu=SwigluParams(clamp_limit=...) to a layer built by hand"
+    LIMIT_KEYS, "the experts clamp gate and up: pass swiglu=SwigluNumbers(clamp_limit=...) to a layer built by hand"
 )
 
 # method -> what an expert's score is, and whether weights are divided by their sum
@@ -67,8 +67,9 @@ def expect_nothing_else(keys: Keys, fields: Mapping[str, Any], family: Family) -
         _expect(keys, TOPK_GROUP_KEYS, (fields.get("topk_group", 0), *((0, 1) if not is_grouped else ())), reason)
     if is_grouped:
         _expect(keys, ("use_grouped_topk",), (True,), "the groups that it names are used")
+    limit = fields.get("swiglu", {}).get("clamp_limit", 0)
     for name, reason in OFF_KEYS.items():
-        _expect(keys, (name,), (0,), reason)
+        _expect(keys, (name,), (limit if name in LIMIT_KEYS else 0,), reason)
 
 
 def _expect(keys: Keys, names: tuple[str, ...], allowed: tuple[Any, ...], reason: str) -> None:

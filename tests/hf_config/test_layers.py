@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe.config import MoEConfig
+from moe.gemm.config import SwigluNumbers
 
 QWEN3 = {
     "model_type": "qwen3_moe",
@@ -162,10 +163,10 @@ def test_overrides_that_are_no_mapping_of_layers_are_refused(overrides) -> None:
 
 
 def test_step_clamps_in_some_layers_only() -> None:
-    assert MoEConfig.from_hf_config(STEP, layer=1).routing.routed_scaling_factor == 3.0
-    with pytest.raises(ValueError, match=r"expected swiglu_limits 0, got 7\.0: the experts clamp gate and up"):
-        MoEConfig.from_hf_config(STEP, layer=2)
-    with pytest.raises(ValueError, match=r"expected swiglu_limits 0, got 7\.0"):
+    plain, clamped = (MoEConfig.from_hf_config(STEP, layer=layer) for layer in (1, 2))
+    assert (plain.routing.routed_scaling_factor, plain.gemm1.activation_name, plain.swiglu) == (3.0, "Swiglu", None)
+    assert (clamped.gemm1.activation_name, clamped.swiglu) == ("SwigluStep", SwigluNumbers(clamp_limit=7.0))
+    with pytest.raises(ValueError, match=r"its layers differ: .*activation is 'Swiglu' in layers 0 to 1 and 3"):
         MoEConfig.from_hf_config(STEP)
 
 

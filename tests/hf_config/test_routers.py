@@ -97,6 +97,10 @@ ROUTERS = {
     "step3p5": Router(
         "step3p5", {"moe_router_scaling_factor": 1.7}, of="step3p7", block_scale="moe_router_scaling_factor"
     ),
+    "glm5_next": Router("glm5_next_text", GROUPED),
+    "hy_v4": Router("hy_v4", GROUPED),
+    "hy_v4_vl": Router("hy_v4_vl_text", GROUPED),
+    "minimax_m3_vl": Router("minimax_m3_vl_text", {"routed_scaling_factor": 1.7}, block_scale="routed_scaling_factor"),
     "llama4-of_one": Router("llama4_text", {"num_experts_per_tok": 1}, name="Llama4Router$"),
     "llama4-of_four": Router("llama4_text", name="Llama4Router$"),
     "cohere2_moe-softmax": Router("cohere2_moe", {"expert_selection_fn": "softmax"}),
@@ -148,7 +152,9 @@ def test_axk2_with_groups_chooses_masked_experts_and_is_refused() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["flint-renorm", "laguna", "minimax_m2", "step3p5", "cohere2_moe-sigmoid-renorm"])
+@pytest.mark.parametrize(
+    "name", ["flint-renorm", "laguna", "minimax_m2", "minimax_m3_vl", "step3p5", "cohere2_moe-sigmoid-renorm"]
+)
 def test_where_all_sigmoids_underflow_these_routers_divide_0_by_0_and_ours_gives_0(name: str) -> None:
     config = small_config(ROUTERS[name].model_type, ROUTERS[name].settings)
     gate = build_router(ROUTERS[name], config)

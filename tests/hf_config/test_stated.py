@@ -22,6 +22,15 @@ KEYS_OF_RULE = {
     "_mistral4": {"norm_topk_prob": True, "routed_scaling_factor": 1.0},
     "_mistral_large4": {"routed_scaling_factor": 1.0},
     "_scaled_minimax_m2": {"routed_scaling_factor": 1.0},
+    "_clamped_deepseek_v3": {
+        "norm_topk_prob": True,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "swiglu_limit": 10.0,
+    },
+    "_minimax_m3": {"routed_scaling_factor": 1.0, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+    "_step3": {"routed_scaling_factor": 1.0},
     "_cohere2_moe": {"expert_selection_fn": "softmax"},
     "_flint": {"norm_topk_prob": True},
     "_softmax_normalised_if_asked": {"norm_topk_prob": True},
@@ -45,6 +54,7 @@ OTHER_VALUES = {
     "moe_router_scaling_factor": [2.5, True],
     "route_scale": [2.5, True],
     "swiglu_limit": [7.0],
+    "swiglu_limits": [7.0],
     "moe_router_logit_softcapping": [30.0],
     "moe_apply_router_weight_on_input": [True],
     "zero_expert_num": [4],
@@ -82,6 +92,8 @@ def says_the_same(layer: MoEConfig, family: str, key: str, value: object) -> boo
         )  # whose greedy has no groups
     if key == "topk_group":
         return routing.topk_group == value or FAMILIES[family].routing.__name__ == "_deepseek_v2"
+    if key in ("swiglu_limit", "swiglu_limits"):
+        return layer.swiglu is not None and layer.swiglu.clamp_limit == value
     if "scal" in key:
         return not isinstance(value, (bool, str)) and routing.routed_scaling_factor == value
     return False
