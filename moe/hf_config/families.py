@@ -73,6 +73,11 @@ def _minimax_m3(keys: Keys) -> dict[str, Any]:
     return _scaled_minimax_m2(keys) | {"swiglu": numbers}
 
 
+def _inkling2(keys: Keys) -> dict[str, Any]:
+    numbers = {"alpha": keys.positive("mlp_gate_softcap"), "beta": keys.positive("mlp_up_softcap")}
+    return _scaled_minimax_m2(keys) | {"activation": "Situ", "swiglu": numbers}
+
+
 def _step3(keys: Keys) -> dict[str, Any]:
     """A limit clamps silu(gate) and up; a layer without one, or with 0, clamps nothing."""
     fields = _scaled_minimax_m2(keys)
@@ -149,6 +154,8 @@ FAMILIES = {
     "hy_v3": Family(_scaled_minimax_m2),
     "hy_v4": Family(_clamped_deepseek_v3),
     "hy_v4_vl": Family(_clamped_deepseek_v3),
+    "inkling2": Family(_inkling2),
+    "inkling2_loop": Family(_inkling2),
     "jamba": Family(_softmax, _PLAIN_SIZE),
     "jetmoe": Family(_softmax_normalised, _PLAIN_SIZE),
     "kimi_k2": Family(_deepseek_v3),  # the checkpoint names DeepseekV3ForCausalLM as its architecture
@@ -189,7 +196,6 @@ _WITH_BIASES = "its experts have biases, which go in with each call and not into
     "method=...", "{}"
 )
 _OWN_SCALES = "it multiplies each expert's weight by a number of the checkpoint, and its experts have a GELU, which are not implemented"
-_SOFT_CAPPED = "its experts cap gate and up with tanh, which is not implemented"
 
 REFUSED = {
     "dbrx": "its experts keep gate, up and down in matrices of their own, a format that is not implemented",
@@ -206,8 +212,6 @@ REFUSED = {
     )
     + " and pass w1_bias=gate_up_proj_bias, w2_bias=down_proj_bias in each call",
     "inkling": "it normalises the weights of routed and shared experts together, which is not implemented",
-    "inkling2": _SOFT_CAPPED,
-    "inkling2_loop": _SOFT_CAPPED,
     "inkling_mm_model": "it normalises the weights of routed and shared experts together, which is not implemented",
     "kolibri1": "it adds its correction bias to the logit rather than to its sigmoid, a rule that is not implemented",
     "lfm2_moe": "it normalises sigmoid scores with an epsilon of 1e-6, which is not implemented (MiniMax2 has 1e-20)",

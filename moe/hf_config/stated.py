@@ -18,6 +18,7 @@ SCORE_KEYS = (
     "expert_selection_fn",
 )
 LIMIT_KEYS = ("swiglu_limit", "swiglu_limits")  # the second a list by layer; null and 0 mean none
+SOFTCAP_KEYS = {"mlp_gate_softcap": "alpha", "mlp_up_softcap": "beta"}
 OFF_KEYS = {
     "moe_router_logit_softcapping": "capping logits is not implemented",
     "moe_apply_router_weight_on_input": "the router's weight is multiplied into the output",
@@ -67,7 +68,11 @@ def expect_nothing_else(keys: Keys, fields: Mapping[str, Any], family: Family) -
         _expect(keys, TOPK_GROUP_KEYS, (fields.get("topk_group", 0), *((0, 1) if not is_grouped else ())), reason)
     if is_grouped:
         _expect(keys, ("use_grouped_topk",), (True,), "the groups that it names are used")
-    limit = fields.get("swiglu", {}).get("clamp_limit", 0)
+    numbers = fields.get("swiglu", {})
+    limit = numbers.get("clamp_limit", 0)
+    for name, number in SOFTCAP_KEYS.items():
+        allowed = numbers.get(number, 0) if fields.get("activation") == "Situ" else 0
+        _expect(keys, (name,), (allowed,), f"{method} experts of another family cap neither gate nor up")
     for name, reason in OFF_KEYS.items():
         _expect(keys, (name,), (limit if name in LIMIT_KEYS else 0,), reason)
 

@@ -247,22 +247,22 @@ def own_gate_of(experts: nn.Module, path: str) -> tuple[ActivationType, Gate]:
 def _known_gate_of(experts: nn.Module, path: str) -> tuple[ActivationType, Gate] | None:
     limit = getattr(experts, "swiglu_limit", getattr(experts, "limit", None))
     alpha = getattr(experts, "swiglu_alpha", getattr(experts, "alpha", None))
-    key = (type(experts), _name_of(getattr(experts, "act_fn", None)), limit, alpha)
+    activation = getattr(experts, "act_fn", None)
+    caps = [getattr(getattr(activation, name, None), "softcap", None) for name in ("gate_softcap", "up_softcap")]
+    key = (type(experts), _name_of(activation), limit, alpha, *caps)
     if key not in _OWN_GATES:
         if torch.compiler.is_compiling():
             raise ValueError(
                 f"{path}._apply_gate: expected a gate that was tried before; call check_model, then compile"
             )
-        _OWN_GATES[key] = next((known for known in _gates(limit, alpha) if _is_gate_of(experts, *known)), None)
+        _OWN_GATES[key] = next((known for known in _gates(limit, alpha, *caps) if _is_gate_of(experts, *known)), None)
     return _OWN_GATES[key]
 
 
-def _gates(limit: object, alpha: object) -> Iterator[tuple[ActivationType, Gate]]:
-    """What a gate may be that knows these numbers, if it uses them."""
-    numbers = (
-        value if isinstance(value, (int, float)) and not isinstance(value, bool) else None for value in (alpha, limit)
-    )
-    alpha, limit = next(numbers), next(numbers)
+def _gates(*known: object) -> Iterator[tuple[ActivationType, Gate]]:
+    """What a gate may be that knows these numbers, if it uses them: a limit, alpha, and soft caps of gate and up."""
+    numbers = [value if isinstance(value, (int, float)) and not isinstance(value, bool) else None for value in known]
+    limit, alpha, gate_cap, up_cap = numbers
     for clamp_limit in dict.fromkeys((None, limit)):
         for factor in dict.fromkeys((None, alpha)):
             for beta in (None, 1.0):
@@ -271,6 +271,8 @@ def _gates(limit: object, alpha: object) -> Iterator[tuple[ActivationType, Gate]
     yield ActivationType.GegluTanh, Gate()
     if limit is not None:
         yield ActivationType.SwigluStep, Gate(clamp_limit=limit)
+    if gate_cap is not None and up_cap is not None:
+        yield ActivationType.Situ, Gate(gate_cap, up_cap)
 
 
 def _is_gate_of(experts: nn.Module, activation: ActivationType, gate: Gate) -> bool:

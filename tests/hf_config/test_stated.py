@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe.config import MoEConfig
+from moe.gemm.config import SwigluNumbers
 from moe.hf_config import FAMILIES
 
 BASE = {
@@ -31,6 +32,7 @@ KEYS_OF_RULE = {
     },
     "_minimax_m3": {"routed_scaling_factor": 1.0, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     "_step3": {"routed_scaling_factor": 1.0},
+    "_inkling2": {"routed_scaling_factor": 1.0, "mlp_gate_softcap": 4.0, "mlp_up_softcap": 25.0},
     "_cohere2_moe": {"expert_selection_fn": "softmax"},
     "_flint": {"norm_topk_prob": True},
     "_softmax_normalised_if_asked": {"norm_topk_prob": True},
@@ -55,6 +57,8 @@ OTHER_VALUES = {
     "route_scale": [2.5, True],
     "swiglu_limit": [7.0],
     "swiglu_limits": [7.0],
+    "mlp_gate_softcap": [3.0],
+    "mlp_up_softcap": [3.0],
     "moe_router_logit_softcapping": [30.0],
     "moe_apply_router_weight_on_input": [True],
     "zero_expert_num": [4],
@@ -92,6 +96,9 @@ def says_the_same(layer: MoEConfig, family: str, key: str, value: object) -> boo
         )  # whose greedy has no groups
     if key == "topk_group":
         return routing.topk_group == value or FAMILIES[family].routing.__name__ == "_deepseek_v2"
+    if key in ("mlp_gate_softcap", "mlp_up_softcap"):
+        numbers = layer.swiglu or SwigluNumbers()
+        return (numbers.alpha if key == "mlp_gate_softcap" else numbers.beta) == value
     if key in ("swiglu_limit", "swiglu_limits"):
         return layer.swiglu is not None and layer.swiglu.clamp_limit == value
     if "scal" in key:
