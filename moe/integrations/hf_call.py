@@ -15,9 +15,11 @@ from moe.integrations.hf_experts import (
     autocasts_to_bfloat16,
     biases_of,
     expect_choice,
+    expect_no_gradients,
     expect_tensors,
     weights_of,
 )
+from moe.integrations.hf_training import is_trained, train_experts, wants_gradients
 from moe.operators import run_experts as _run_experts
 from moe.traced import is_traced
 
@@ -37,6 +39,9 @@ def call_experts(
 ) -> Tensor:
     """Arguments and result as `moe.integrations.huggingface.run_hf_experts`, by the weights in the layout of `form`.
 
+    Where a gradient is wanted, the same by operators that autograd can differentiate: with the same bits, but where the input
+    is weighed or something added.
+
     Args:
         biases, weighs_input, added: as `moe.operators.run_experts` takes them.
 
@@ -49,6 +54,15 @@ def call_experts(
     dtype = hidden_states.dtype
     if autocasts_to_bfloat16(hidden_states.device):
         hidden_states, w1, w2 = hidden_states.bfloat16(), w1.bfloat16(), w2.bfloat16()
+    if wants_gradients(hidden_states, top_k_weights, w1, w2, *biases, added):
+        if not is_trained(form):
+            expect_no_gradients(path, hidden_states, w1, w2, biases)
+        more: dict[str, Any] = {
+            "is_batch_invariant": is_batch_invariant,
+            "weighs_input": weighs_input,
+            "added": added,
+        }
+        return train_experts(form, hidden_states, top_k_index, top_k_weights, w1, w2, **more).to(dtype)
     gate = form.gate
     assert form.activation is not None  # else call_apart
     run = torch.ops.moe.run_experts if is_traced(hidden_states) else _run_experts
@@ -152,6 +166,7 @@ def call_between(
         after: of the last matrix's rows, before they are weighed.
     """
     expect_tensors(path, hidden_states, *weights)
+    expect_no_gradients(path, hidden_states, *weights)
     expect_choice(path, top_k_index, top_k_weights)
     top_k, num_experts = top_k_index.shape[-1], len(weights[1])
     run = torch.ops.moe.expert_linear if is_traced(hidden_states) else expert_linear

@@ -161,20 +161,29 @@ def expect_tensors(
     w2: Tensor,
     biases: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
-    """Raise unless the tensors are plain, bfloat16 but for biases, and need no gradient."""
-    tensors = {"hidden_states": hidden_states, _W1: w1, "down_proj": w2}
-    _expect_plain(path, tensors)
+    """Raise unless the tensors are plain, and bfloat16 but for biases."""
+    _expect_plain(path, {"hidden_states": hidden_states, _W1: w1, "down_proj": w2})
     for name, bias in zip((_B1, "down_proj_bias"), biases):
-        if bias is not None:
-            tensors[name] = bias
-            if bias.dtype not in BIAS_DTYPES:
-                raise ValueError(f"{path}: expected {name} in bfloat16 or float32, got {bias.dtype}; {OTHERWISE}")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
-        name = next(name for name, tensor in tensors.items() if tensor.requires_grad)
+        if bias is not None and bias.dtype not in BIAS_DTYPES:
+            raise ValueError(f"{path}: expected {name} in bfloat16 or float32, got {bias.dtype}; {OTHERWISE}")
+
+
+def expect_no_gradients(
+    path: str,
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> None:
+    """Raise where a gradient is wanted of experts that have none: those with biases, interleaved rows or other activations."""
+    tensors = {"hidden_states": hidden_states, _W1: w1, "down_proj": w2, _B1: biases[0], "down_proj_bias": biases[1]}
+    name = next((name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad), None)
+    if name is not None and torch.is_grad_enabled():
         raise ValueError(
             f"{path}: forward only: expected no gradient, but {name} asks for one and gradients are enabled (the "
             "parameters of every freshly loaded model do); run the model under torch.no_grad() or "
-            "torch.inference_mode(), and train with experts_implementation='grouped_mm'"
+            "torch.inference_mode(), and train with experts_implementation='grouped_mm'. Experts of SwiGLU or squared relu, "
+            "without biases and with gate rows before up rows, do train here: by moe.build_training_pipeline"
         )
 
 

@@ -47,10 +47,6 @@ def build_training_pipeline(
     if not isinstance(config, MoEConfig):
         raise TypeError(f"config: expected a MoEConfig, got {type(config).__name__}; MoEConfig.create makes one")
     check_trained(config.gemm1, config.gemm2)
-    if config.swiglu is not None:
-        raise ValueError(
-            f"swiglu: expected numbers with each call, got {config.swiglu!r} in the config; pass swiglu=SwigluParams(..) there"
-        )
     if config.weighs_input:
         raise ValueError(
             'weight_on: expected "output", got "input", which has no gradient here; train with torch\'s own operators'

@@ -10,6 +10,8 @@ from torch import Tensor, library
 
 from moe.call import LayerCall
 from moe.flow import Permutation, TopK
+from moe.gemm.numbers import numbers_by_expert
+from moe.traced import is_traced
 from moe.training.experts import (
     ExpertGradients,
     GradBuffers,
@@ -22,7 +24,7 @@ from moe.training.experts import (
 from moe.training.known import pipeline_of
 
 _MAPS = ("row_of_slot", "token_of_row", "expert_of_tile", "row_limit_of_tile", "num_rows", "num_tiles")
-_Parameters = tuple[Tensor | None, Tensor | None, Tensor | None]
+Parameters = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def run_experts(
@@ -30,7 +32,7 @@ def run_experts(
     topk: TopK,
     w1: Tensor,
     w2: Tensor,
-    swiglu: _Parameters,
+    swiglu: Parameters,
     buffers: GradBuffers,
     pipeline: str,
 ) -> Tensor:
@@ -41,6 +43,19 @@ def run_experts(
         hidden_states, topk.expert_ids, topk.weights, w1, w2, *swiglu, *buffers, pipeline, keeps
     )
     return outputs[0]
+
+
+def parameters_of_all(
+    alpha: float | None, beta: float | None, clamp_limit: float | None, num_experts: int, like: Tensor
+) -> Parameters:
+    """The activation's numbers as `run_experts` takes them; in a traced call made by the program."""
+    if is_traced(like):
+        return tuple(  # type: ignore[return-value]  # three of them
+            None if value is None else torch.full((num_experts,), value, dtype=torch.float32, device=like.device)
+            for value in (alpha, beta, clamp_limit)
+        )
+    swiglu = numbers_by_expert(alpha, beta, clamp_limit, num_experts, like.device)
+    return (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
 
 
 def _experts(

@@ -15,13 +15,13 @@ from moe.config import MoEConfig
 from moe.flow import SwigluParams, TopK
 from moe.gemm.config import GemmConfig
 from moe.gemm.reference import gather_gemm_reference
-from moe.operators import is_traced
 from moe.pipeline import MoEPipeline
 from moe.routing.reference import weigh_experts
 from moe.stages import CheckedStage, Finalizer
+from moe.traced import is_traced
 from moe.training import known
 from moe.training.experts import GradBuffers
-from moe.training.experts_operator import run_experts
+from moe.training.experts_operator import parameters_of_all, run_experts
 from moe.training.route_operator import route
 from moe.training.stages import (
     Gemm1Dgrad,
@@ -159,7 +159,12 @@ class TrainingPipeline:
         swiglu: SwigluParams | None,
         grad_buffers: GradBuffers | None,
     ) -> Tensor:
-        parameters = (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
+        numbers = self.config.swiglu
+        if swiglu is None and numbers is not None:
+            values = (numbers.alpha, numbers.beta, numbers.clamp_limit)
+            parameters = parameters_of_all(*values, self.config.gemm1.num_experts, hidden_states)
+        else:
+            parameters = (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
         buffers = grad_buffers or GradBuffers()
         return run_experts(hidden_states, topk, w1, w2, parameters, buffers, self.key)
 
