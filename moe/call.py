@@ -67,6 +67,8 @@ def check_call(config: MoEConfig, call: LayerCall, *, has_experts: bool = True) 
         check_swiglu(config.gemm1, call.swiglu, device)
     if call.added is not None:
         check_added(call.added, num_tokens, config.hidden_size, device)
+    if config.has_biases and has_experts:
+        _expect_biases(call)
     if call.w1_bias is not None:
         check_bias(config.gemm1, "gemm1_bias", call.w1_bias, device)
     if call.w2_bias is not None:
@@ -77,6 +79,14 @@ def check_call(config: MoEConfig, call: LayerCall, *, has_experts: bool = True) 
         _check_workspace(config, call, first_name, device)
     if torch.is_grad_enabled():
         _refuse_gradients(call, first_name)
+
+
+def _expect_biases(call: LayerCall) -> None:
+    for name, argument, bias in (("gemm1_bias", "w1_bias", call.w1_bias), ("gemm2_bias", "w2_bias", call.w2_bias)):
+        if bias is None:
+            raise ValueError(
+                f"{name}: expected a tensor, since the config has_biases, got None; pass the experts' biases as {argument}"
+            )
 
 
 def _refuse_hidden_states(config: MoEConfig, call: LayerCall, first: Tensor, first_name: str) -> None:

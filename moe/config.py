@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from moe.base_config import FrozenConfig, Names, plain_error
 from moe.checks import no_case
@@ -28,6 +28,7 @@ class MoEConfig(FrozenConfig):
     finalize: FinalizeConfig = FinalizeConfig()
     few_tokens: FewTokenTiles = FewTokenTiles()  # what may stand for permute to finalize
     swiglu: SwigluNumbers | None = None  # the activation's numbers in calls that give none
+    has_biases: bool = Field(default=False, strict=True)  # whether a call without biases of both GEMMs is refused
     # What of an expert a routing weight is multiplied with: with its input, bf16(w * x) goes in, as in Llama 4.
     weight_on: WeightOn = "output"
 
@@ -51,6 +52,7 @@ class MoEConfig(FrozenConfig):
         tile_rows: int | None = None,
         is_batch_invariant: bool = False,
         swiglu: SwigluNumbers | None = None,
+        has_biases: bool = False,
         weight_on: WeightOn = "output",
     ) -> MoEConfig:
         """The config of a layer: H=hidden_size, I=intermediate_size an expert, E=num_experts, K=top_k.
@@ -60,6 +62,7 @@ class MoEConfig(FrozenConfig):
                 tile for every number of tokens, so slower with few tokens and with very many. The references sum as
                 torch's matmul does, on a CPU in an order that may follow the number of rows.
             swiglu: alpha, beta and clamp_limit of all experts, in calls that give no `SwigluParams`.
+            has_biases: refuse calls that leave a bias out. Without it a call may bring biases or none.
             weight_on: "input" multiplies each routing weight into its expert's input, rounded to bfloat16, and weighs no result:
                 Llama 4, and what engines call apply_router_weight_on_input.
 
@@ -83,7 +86,7 @@ class MoEConfig(FrozenConfig):
             tile_rows=tile_rows,
             is_batch_invariant=is_batch_invariant,
         )
-        fields |= {"swiglu": swiglu, "weight_on": weight_on}
+        fields |= {"swiglu": swiglu, "has_biases": has_biases, "weight_on": weight_on}
         try:
             return cls.model_validate(fields)
         except ValidationError as error:

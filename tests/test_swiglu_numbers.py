@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_layer import SMALL
 
-from moe import MoEConfig, SwigluNumbers, SwigluParams, WeightFormat, build_pipeline, reference_pipeline
+from moe import MoEConfig, SwigluNumbers, SwigluParams, build_pipeline, reference_pipeline
 from moe.cli.layer import layers_of
 from moe.parallel import build_layer
 from moe.testing.closeness import relative_error
@@ -72,7 +72,7 @@ def test_commands_that_run_stages_one_by_one_say_that_they_leave_them_out(tmp_pa
     assert layer.config.swiglu is None
 
 
-def test_gpt_oss_by_hand_as_the_refusal_says_it_is_the_class_of_transformers(device: torch.device) -> None:
+def test_the_layer_of_gpt_oss_is_its_class_of_transformers(device: torch.device) -> None:
     modeling = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
     configs = pytest.importorskip("transformers.models.gpt_oss.configuration_gpt_oss")
     theirs = configs.GptOssConfig(hidden_size=64, intermediate_size=48, num_local_experts=8, num_experts_per_tok=2)
@@ -80,15 +80,11 @@ def test_gpt_oss_by_hand_as_the_refusal_says_it_is_the_class_of_transformers(dev
     experts = modeling.GptOssExperts(theirs)
     for parameter in experts.parameters():
         parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.3).bfloat16()
-    alpha, limit = getattr(theirs, "swiglu_alpha", 1.702), getattr(theirs, "swiglu_limit", 7.0)
-    config = MoEConfig.create(
-        hidden_size=64,
-        intermediate_size=48,
-        num_experts=8,
-        top_k=2,
-        swiglu=SwigluNumbers(alpha=alpha, beta=1, clamp_limit=limit),
-        weight_format=WeightFormat(layout="MajorMn", gate_up_order="interleaved"),
-    )
+    config = MoEConfig.from_hf_config(theirs)
+    assert config.has_biases
+    assert config.swiglu == SwigluNumbers(alpha=1.702, beta=1, clamp_limit=7)
+    released = {key: value for key, value in theirs.to_dict().items() if key != "swiglu_alpha"}
+    assert MoEConfig.from_hf_config(released) == config
     problem = make_problem(config, 17, device=device)
     topk = reference_pipeline(config).route(problem.logits)
     with torch.no_grad():
@@ -97,6 +93,12 @@ def test_gpt_oss_by_hand_as_the_refusal_says_it_is_the_class_of_transformers(dev
         biases = {"w1_bias": experts.gate_up_proj_bias, "w2_bias": experts.down_proj_bias}
         output = build_pipeline(config, device).run_experts(topk, problem.hidden_states, *arguments, **biases)
         ids, weights = topk.expert_ids.long(), topk.weights.double()
+        for missing in biases:
+            left = {name: bias for name, bias in biases.items() if name != missing}
+            with pytest.raises(
+                ValueError, match=f"{missing.replace('w', 'gemm', 1)}: expected a tensor, since the config"
+            ):
+                build_pipeline(config, device).run_experts(topk, problem.hidden_states, *arguments, **left)
         exact = experts.double()(problem.hidden_states.double(), ids, weights)
     assert relative_error(output, exact) < 1e-2
 

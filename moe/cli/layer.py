@@ -98,6 +98,8 @@ def layers_of(
         config = _read_config(file, weight_format, number)
         if config.weighs_input:  # stages are run one by one here, and none of the five weighs inputs
             name, config = f"{name}, weighed on the output", config.model_copy(update={"weight_on": "output"})
+        if config.has_biases:
+            name, config = f"{name}, without biases", config.model_copy(update={"has_biases": False})
         if config.swiglu is not None:
             name, config = (
                 f"{name}, without its {' and '.join(config.swiglu.given)}",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from moe.hf_config.keys import BY_HAND, N_GROUP_KEYS, NORM_KEYS, SCALE_KEYS, TOP_K_KEYS, TOPK_GROUP_KEYS, Keys
+from moe.hf_config.keys import N_GROUP_KEYS, NORM_KEYS, SCALE_KEYS, TOP_K_KEYS, TOPK_GROUP_KEYS, Keys
 
 
 def _softmax_normalised_if_asked(keys: Keys) -> dict[str, Any]:
@@ -71,6 +71,17 @@ def _clamped_deepseek_v3(keys: Keys) -> dict[str, Any]:
 def _minimax_m3(keys: Keys) -> dict[str, Any]:
     numbers = {"alpha": keys.positive("swiglu_alpha"), "beta": 1.0, "clamp_limit": keys.positive("swiglu_limit")}
     return _scaled_minimax_m2(keys) | {"swiglu": numbers}
+
+
+def _gpt_oss(keys: Keys) -> dict[str, Any]:
+    # Released configs are older than the key of alpha, which was a number of the code.
+    alpha = keys.positive("swiglu_alpha") if keys.given(["swiglu_alpha"]) else 1.702
+    return {
+        "method": "Renormalize",
+        "swiglu": {"alpha": alpha, "beta": 1.0, "clamp_limit": keys.positive("swiglu_limit")},
+        "has_biases": True,
+        "weight_format": {"layout": "MajorMn", "gate_up_order": "interleaved"},
+    }
 
 
 def _inkling2(keys: Keys) -> dict[str, Any]:
@@ -145,6 +156,7 @@ FAMILIES = {
     "glm4v_moe": Family(_deepseek_v3),
     "glm5_next": Family(_clamped_deepseek_v3),
     "glm_moe_dsa": Family(_deepseek_v3),
+    "gpt_oss": Family(_gpt_oss, _PLAIN_SIZE),
     "granitemoe": Family(_softmax_normalised, _PLAIN_SIZE),
     "granitemoe_swa": Family(_softmax_normalised, _PLAIN_SIZE),
     "granitemoehybrid": Family(_softmax_normalised, _PLAIN_SIZE),
@@ -192,9 +204,6 @@ FAMILIES = {
 }
 
 _BIASED_SOFTMAX = "it chooses experts by softmax plus a bias, a rule that is not implemented"
-_WITH_BIASES = "its experts have biases, which go in with each call and not into a config; " + BY_HAND.replace(
-    "method=...", "{}"
-)
 _OWN_SCALES = "it multiplies each expert's weight by a number of the checkpoint, and its experts have a GELU, which are not implemented"
 
 REFUSED = {
@@ -206,11 +215,6 @@ REFUSED = {
     "ernie4_5_moe": _BIASED_SOFTMAX,
     "ernie4_5_vl_moe": f"{_BIASED_SOFTMAX}, and it has one set of experts for text and one for images",
     "gemma4": _OWN_SCALES,
-    "gpt_oss": _WITH_BIASES.format(
-        "swiglu=SwigluNumbers(alpha=swiglu_alpha, beta=1, clamp_limit=swiglu_limit), "
-        "weight_format=WeightFormat(layout='MajorMn', gate_up_order='interleaved')"
-    )
-    + " and pass w1_bias=gate_up_proj_bias, w2_bias=down_proj_bias in each call",
     "inkling": "it normalises the weights of routed and shared experts together, which is not implemented",
     "inkling_mm_model": "it normalises the weights of routed and shared experts together, which is not implemented",
     "kolibri1": "it adds its correction bias to the logit rather than to its sigmoid, a rule that is not implemented",

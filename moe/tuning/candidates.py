@@ -134,12 +134,14 @@ class Candidates:
 
 
 def left_to_the_model(config: MoEConfig) -> MoEConfig:
-    """The same layer with nothing of what a tuner chooses named, its weights on the output and no numbers of its activation."""
+    """The same layer with nothing of what a tuner chooses named, its weights on the output without biases and numbers of its activation."""
     fields = config.model_dump()
     fields["permute"]["tile_rows"] = None
     for stage in ("gemm1", "gemm2"):
         fields[stage] |= {"kernel": None, "tile": None}
-    return MoEConfig(**fields | {"finalize": {}, "few_tokens": {}, "weight_on": "output", "swiglu": None})
+    return MoEConfig(
+        **fields | {"finalize": {}, "few_tokens": {}, "weight_on": "output", "swiglu": None, "has_biases": False}
+    )
 
 
 def kernels_of_hopper(gemm: GemmConfig, tile_rows: int) -> tuple[GemmKernel, ...]:

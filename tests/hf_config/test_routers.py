@@ -101,6 +101,7 @@ ROUTERS = {
     "hy_v4": Router("hy_v4", GROUPED),
     "hy_v4_vl": Router("hy_v4_vl_text", GROUPED),
     "minimax_m3_vl": Router("minimax_m3_vl_text", {"routed_scaling_factor": 1.7}, block_scale="routed_scaling_factor"),
+    "gpt_oss": Router("gpt_oss"),
     "inkling2": Router("inkling2_text", {"route_scale": 1.7}),
     "inkling2_loop": Router("inkling2_loop_text", {"route_scale": 1.7}),
     "llama4-of_one": Router("llama4_text", {"num_experts_per_tok": 1}, name="Llama4Router$"),

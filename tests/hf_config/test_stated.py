@@ -32,6 +32,7 @@ KEYS_OF_RULE = {
     },
     "_minimax_m3": {"routed_scaling_factor": 1.0, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     "_step3": {"routed_scaling_factor": 1.0},
+    "_gpt_oss": {"swiglu_limit": 7.0},
     "_inkling2": {"routed_scaling_factor": 1.0, "mlp_gate_softcap": 4.0, "mlp_up_softcap": 25.0},
     "_cohere2_moe": {"expert_selection_fn": "softmax"},
     "_flint": {"norm_topk_prob": True},
