@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def check_call(config: MoEConfig, call: LayerCall, *, has_experts: bool = True) 
     if call.workspace is not None:
         _check_workspace(config, call, first_name, device)
     if torch.is_grad_enabled():
-        _refuse_gradients(call, first_name)
+        refuse_gradients_of(call)
 
 
 def _expect_biases(call: LayerCall) -> None:
@@ -140,7 +141,8 @@ def _read_tensors(call: LayerCall, first_name: str) -> dict[str, Tensor | None]:
     return tensors | tensors_of(call.added)
 
 
-def _refuse_gradients(call: LayerCall, first_name: str) -> None:
+def refuse_gradients_of(call: LayerCall) -> None:
+    """Raise ValueError where a tensor of the call asks for a gradient: none is recorded."""
     chosen, swiglu = call.entry if call.is_chosen else None, call.swiglu
     first = chosen.weights if chosen else call.entry
     tensors: tuple[Tensor | None, ...] = (first, call.hidden_states, call.w1, call.w2, call.bias, call.output)
@@ -154,7 +156,13 @@ def _refuse_gradients(call: LayerCall, first_name: str) -> None:
             break
     else:
         return
-    for name, tensor in (_read_tensors(call, first_name) | {"output": call.output}).items():
+    first_name = "expert_indices" if call.is_chosen else "routing_logits"
+    refuse_gradients(_read_tensors(call, first_name) | {"output": call.output})
+
+
+def refuse_gradients(tensors: Mapping[str, Tensor | None]) -> None:
+    """The same of tensors by the names that callers know."""
+    for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
                 f"{name}: expected a tensor that needs no gradient, got requires_grad=True; the layer is forward only: "

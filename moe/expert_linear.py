@@ -17,6 +17,7 @@ from moe.gemm.weight_format import matrix_shape
 from moe.permute.config import MIN_TILE_ROWS, FinalizeConfig, PermuteConfig
 from moe.permute.kernels import finalizer_for, permuter_for
 from moe.runtime.device import expect_kernels
+from moe.traced import define
 
 
 def expert_linear(
@@ -47,12 +48,13 @@ def expert_linear(
     return finalize(gemm(rows[source], weights, permutation), topk, permutation)
 
 
-_operator = library.custom_op("moe::expert_linear", expert_linear, mutates_args=())
-
-
-@_operator.register_fake
-def _(rows: Tensor, expert_ids: Tensor, weights: Tensor, weight_layout: int, is_batch_invariant: bool) -> Tensor:
+def _fake_linear(
+    rows: Tensor, expert_ids: Tensor, weights: Tensor, weight_layout: int, is_batch_invariant: bool
+) -> Tensor:
     return rows.new_empty(rows.shape[0], matrix_shape(weights, WeightLayout(weight_layout))[0])
+
+
+define("expert_linear", library.infer_schema(expert_linear, mutates_args=()), expert_linear, _fake_linear)
 
 
 @cache

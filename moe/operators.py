@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from moe.call import refuse_gradients
 from moe.config import MoEConfig
 from moe.expert_ids import as_int32_ids
 from moe.flow import TopK
 from moe.gemm.config import WeightFormat, WeightLayout
 from moe.gemm.numbers import numbers_by_expert
-from moe.traced import is_traced
+from moe.traced import define, is_traced
 from moe.tuning.tuned import TunedPipeline, tuned_pipeline
 
 
@@ -105,16 +106,19 @@ def run_experts_into(
     """`run_experts` into memory of its own [T, H] bfloat16, where given; traced as the operator and a copy."""
     if not is_traced(hidden_states):
         return _run(output, hidden_states, expert_ids, expert_weights, *others)
+    if torch.is_grad_enabled():
+        refuse_gradients(
+            {"hidden_states": hidden_states, "expert_weights": expert_weights, "w1": others[0], "w2": others[1]}
+        )
     result = torch.ops.moe.run_experts(hidden_states, expert_ids, expert_weights, *others)
     return result if output is None else output.copy_(result)
 
 
-_run_experts_operator = library.custom_op("moe::run_experts", run_experts, mutates_args=())
-
-
-@_run_experts_operator.register_fake
-def _(hidden_states: Tensor, *_others: object) -> Tensor:
+def _fake_experts(hidden_states: Tensor, *_others: object) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape)
+
+
+define("run_experts", library.infer_schema(run_experts, mutates_args=()), run_experts, _fake_experts)
 
 
 @cache

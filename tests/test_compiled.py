@@ -296,6 +296,14 @@ def test_a_mistake_is_told_in_the_same_words(change: dict[str, Any], error: type
         torch.compile(step, backend="eager")(given)
 
 
+@pytest.mark.parametrize("name", ["flat", "built, run_experts", "built, expert_outputs"])
+def test_gradients_are_refused_when_the_program_is_traced(name: str) -> None:
+    given = Inputs.of(4)
+    given.x.requires_grad_()
+    with torch.enable_grad(), pytest.raises(Exception, match="hidden_states: expected a tensor that needs no gradient"):
+        torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")(given)
+
+
 def test_a_number_in_a_tensor_is_refused_as_dynamo_cannot_read_it() -> None:
     def step(given: Inputs, top_k: Tensor) -> Any:
         return trtllm_bf16_moe(given.logits, None, given.x, FLAT_W1, FLAT_W2, **NUMBERS | {"top_k": top_k})
