@@ -60,12 +60,11 @@ def check_route_backward(config: RoutingConfig, grad_weights: Tensor, logits: Te
 
 def _by_chosen(g: Tensor, x: Tensor, config: RoutingConfig) -> Tensor:
     """The gradient of the chosen experts' logits x [T, K], -inf where there is no expert, from that of their weights."""
-    match config.method:
-        case RoutingMethod.RENORMALIZE | RoutingMethod.RENORMALIZE_NAIVE:
-            shares = torch.softmax(x, dim=1)
-            return shares * (g - (g * shares).sum(dim=1, keepdim=True))
-        case RoutingMethod.TOPK:
-            return g
+    if config.method in (RoutingMethod.RENORMALIZE, RoutingMethod.RENORMALIZE_NAIVE):
+        shares = torch.softmax(x, dim=1)
+        return shares * (g - (g * shares).sum(dim=1, keepdim=True))
+    if config.method is RoutingMethod.TOPK:
+        return g
     terms = sigmoid(x)
     slope = terms * (1 - terms)
     total = terms.sum(dim=1, keepdim=True)
