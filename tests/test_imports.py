@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each unit is a file or a folder of the package; it imports units of lower levels, and itself.
 LEVELS = (
     # leaves import one another as they need
-    {"flow", "base_config", "checks", "expert_ids", "stages", "hf_config", "runtime"},
+    {"flow", "base_config", "checks", "expert_ids", "expert_ids_kernel", "stages", "hf_config", "runtime"},
     {"routing", "permute", "gemm"},  # a stage never imports another stage
     {"fused", "shapes"},
     {"config"},

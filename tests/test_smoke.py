@@ -31,6 +31,7 @@ RUN = {
         "plan_units_kernel",
         "route_backward_kernel",
         "weigh_kernel",
+        "map_ids_kernel",
     ),
     *("portable_gemm2_dgrad_kernel", "portable_wgrad_kernel"),
     *("rows_of_experts_kernel", "weigh_rows_kernel", "sum_of_slots_kernel"),
@@ -83,6 +84,14 @@ def test_slots_are_weighed(triton_device, poisoned_memory):
     weighed = weigh_tokens(problem.hidden_states, topk, config=LAYER.permute)
     product = problem.hidden_states.float()[:, None] * topk.weights.float()[..., None]
     assert torch.equal(weighed.hidden_states, product.bfloat16().flatten(0, 1))
+
+
+def test_ids_are_mapped(triton_device, poisoned_memory):
+    from moe.expert_ids import launch_map_ids
+
+    ids = torch.tensor([[0, 3], [1 << 40, -1]], device=triton_device)
+    expert_map = torch.tensor([1, 0, -1, 2], dtype=torch.int32, device=triton_device)
+    assert launch_map_ids(ids, expert_map, 4).tolist() == [[1, 2], [-1, -1]]
 
 
 def test_the_few_token_kernels_give_the_layer(triton_device, poisoned_memory):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.config import MoEConfig
+from moe.expert_ids import mapped_ids
 from moe.gemm.config import ActivationType
 from moe.integrations.hf_experts import Gate
 from moe.operators import run_experts_into
@@ -66,8 +67,7 @@ def local_ids(expert_ids: Tensor, expert_map: Tensor | None) -> Tensor:
     """
     if expert_map is None:
         return expert_ids
-    known = expert_ids.clamp(0, expert_map.shape[0] - 1)
-    return torch.where(known == expert_ids, expert_map[known], -1)
+    return mapped_ids(expert_ids, expert_map)
 
 
 def call_layer(
