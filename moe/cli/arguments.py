@@ -50,6 +50,7 @@ examples:
   python -m moe bench --model sonic-7b olmoe-1b-7b --tokens 1 128 2048
   python -m moe bench --model olmoe-1b-7b --json bench.json --plot bench.svg
   python -m moe bench --stage gemm2=mine.py:my_gemm2 --model sonic-7b
+  python -m moe bench --training --model sonic-7b --tokens 8192 32768
   torchrun --nproc-per-node=2 -m moe bench --parallel --json two.json"""
 LAUNCHES_EXAMPLES = """\
 example:
@@ -102,6 +103,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--parallel",
         action="store_true",
         help="under torchrun: the layer over all ranks, exchange and experts apart, as JSON",
+    )
+    bench.add_argument(
+        "--training",
+        action="store_true",
+        help="forward and backward under autograd, beside torch's grouped_mm, eager and compiled",
     )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write all values to this file as well")
     bench.add_argument(

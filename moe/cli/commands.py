@@ -25,13 +25,14 @@ from moe.cli.progress import Progress
 from moe.cli.replay import read_kept, replay
 from moe.cli.result_file import ResultFile, expect_writable, today
 from moe.cli.run import measure_layer, report_json, report_text
-from moe.cli.text import wrap
+from moe.cli.text import Unit, wrap
 from moe.shapes import NAMED_SHAPES
 from moe.tuning.measure import Peaks, measure_peaks
 
 DEFAULT_MODEL = "qwen3-30b-a3b"
 CPU_TOKENS, CUDA_TOKENS = 64, 2048
 BENCH_TOKENS = (1, 128, 2048, 8192)
+TRAINING_TOKENS = (8192, 32768)
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -57,6 +58,8 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def bench_command(options: argparse.Namespace) -> int:
+    if options.training:
+        return _bench_training(options)
     if options.parallel:
         return _bench_parallel(options)
     layers = layers_of(options.model or [], options.config, options.format, options.layer)
@@ -130,6 +133,39 @@ def _bench_parallel(options: argparse.Namespace) -> int:
         print(json.dumps(report, indent=1))
         is_good &= json_file is None or json_file.is_written(progress)
     return 0 if is_good else 1
+
+
+def _bench_training(options: argparse.Namespace) -> int:
+    """A table a layer, forward and backward."""
+    from moe.cli.training import measure_training, training_table  # the other commands need no autograd
+
+    for name in ("stage", "plot", "html", "parallel"):
+        if getattr(options, name):
+            raise UnfitMachine(f"--{name}: not with --training; leave one of them out")
+    layers = layers_of(options.model or [], options.config, options.format, options.layer)
+    json_file = None if options.json is None else ResultFile("--json", options.json)
+    device, results, is_good = pick_device(options.device), [], True
+    machine = info_json(describe_machine(device))
+    unit = Unit("ms", 1e3)
+    with Progress(shows_details=False) as progress:
+        peaks = _measure_peaks(device, progress)
+        for named in layers or layers_of([DEFAULT_MODEL], None, options.format):
+            token_counts = fitting_tokens(named, options.tokens or TRAINING_TOKENS, device, progress)
+            chance = {"routing": options.routing, "seed": options.seed}
+            lines = []
+            with torch.inference_mode(False):
+                for line in measure_training(
+                    named, token_counts, device, **chance, num_turns=options.turns, progress=progress
+                ):
+                    lines.append(line)
+                    is_good &= line.is_good
+                    results.append(line.report(peaks))
+                    if json_file is not None:
+                        json_file.write({"machine": machine, "date": today(), "results": results})
+            progress.result(f"\n{named.name}, forward and backward of its experts, {unit.name}")
+            progress.result(training_table(lines, peaks, unit))
+    is_written = json_file is None or json_file.is_written(progress)
+    return 0 if is_good and is_written else 1
 
 
 def _bench_stage(
