@@ -9,7 +9,7 @@ import torch
 from emulation.offline_driver import OfflineGpu, offline_gpu
 from routing.test_topk_compile import resources
 
-from moe.flow import TopK
+from moe.flow import Added, TopK
 from moe.gemm.swapped.tile import SWAPPED_UNITS
 from moe.gemm.wide.tile import WIDE_UNITS
 from moe.permute.config import FinalizeConfig, PermuteConfig
@@ -30,7 +30,14 @@ def launches_of_plan(num_tokens: int, num_experts: int, arch: int) -> OfflineGpu
 
 
 def launches_of_finalize(
-    num_tokens: int, hidden_size: int, weights: torch.dtype, arch: int, top_k: int = 8
+    num_tokens: int,
+    hidden_size: int,
+    weights: torch.dtype,
+    arch: int,
+    top_k: int = 8,
+    added: Added | None = None,
+    *,
+    uses_pdl: bool = False,
 ) -> OfflineGpu:
     from moe.permute.finalize import finalize_tokens
     from moe.permute.reference import plan_permutation_reference
@@ -40,7 +47,7 @@ def launches_of_finalize(
     permutation = plan_permutation_reference(topk, config=config)
     rows = torch.empty(permutation.max_rows, hidden_size, dtype=torch.bfloat16)
     with offline_gpu(arch) as gpu:
-        finalize_tokens(rows, topk, permutation, config=FinalizeConfig())
+        finalize_tokens(rows, topk, permutation, config=FinalizeConfig(), added=added, uses_pdl=uses_pdl)
     return gpu
 
 
@@ -137,6 +144,33 @@ def test_finalize_reads_and_writes_sixteen_bytes_at_once(hidden_size, weights, a
     assert launch.report.spill_bytes == 0
     assert launch.report.count("ld.global.v4") == 8
     assert launch.report.count("st.global.v4") == 1
+
+
+@pytest.mark.parametrize(
+    "gate", [None, 0.5, torch.empty(32), torch.empty(32).bfloat16()], ids=["", "0.5", "fp32", "bf16"]
+)
+def test_what_is_added_takes_one_load_more_ahead_of_the_wait(gate) -> None:
+    added = Added(torch.empty(32, 2048, dtype=torch.bfloat16), gate)
+    (launch,) = launches_of_finalize(32, 2048, torch.bfloat16, 90, added=added, uses_pdl=True).launches
+    assert launch.report.spill_bytes == 0
+    assert launch.report.count("ld.global.v4") == 9
+    before_wait = launch.report.ptx.split("griddepcontrol.wait")[0]
+    assert before_wait.count("ld.global.v4") == 1
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("hidden_size", "blocks"), [(2056, 3), (7168, 7)])
+def test_weighing_reads_and_writes_sixteen_bytes_at_once(hidden_size, blocks, arch) -> None:
+    from moe.permute.weigh import weigh_tokens
+
+    config = PermuteConfig(num_experts=64, num_local_experts=16, top_k=4)
+    topk = TopK(torch.zeros(9, 4, dtype=torch.int32), torch.zeros(9, 4))
+    with offline_gpu(arch) as gpu:
+        weigh_tokens(torch.empty(9, hidden_size, dtype=torch.bfloat16), topk, config=config)
+    (launch,) = gpu.launches
+    assert launch.grid == (36 * blocks, 1, 1)
+    assert launch.report.spill_bytes == 0
+    assert launch.report.count("ld.global.v4") == launch.report.count("st.global.v4") == 1
 
 
 def test_code_of_finalize_does_not_grow_with_very_many_choices():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gemm.cases import format_id
 
-from moe.flow import TopK
+from moe.flow import Added, TopK
 from moe.fused.few_tokens.config import FewTokenConfig
 from moe.gemm.config import FLASHINFER, GemmConfig, WeightFormat
 
@@ -44,6 +44,7 @@ def compile_layer(
     uses_pdl: bool = False,
     num_tokens: int = 3,
     bias_dtype: torch.dtype | None = None,
+    has_added: bool = False,
 ) -> list[Launch]:
     hidden_size, intermediate_size, num_local, num_experts, top_k = LAYERS[layer]
     sizes = {"num_experts": num_local, "weight_format": weight_format}
@@ -57,8 +58,10 @@ def compile_layer(
     if bias_dtype is not None:
         shapes = {"w1_bias": (num_local, gemm1.weight_rows), "w2_bias": (num_local, hidden_size)}
         biases = {name: unallocated(*shape, dtype=bias_dtype) for name, shape in shapes.items()}
+    added = Added(unallocated(num_tokens, hidden_size), unallocated(num_tokens)) if has_added else None
+    x = unallocated(num_tokens, hidden_size)
     with offline_gpu(arch) as gpu:
-        out = few_token_experts(topk, unallocated(num_tokens, hidden_size), *weights, config=config, **biases)
+        out = few_token_experts(topk, x, *weights, config=config, added=added, **biases)
     assert out.shape == (num_tokens, hidden_size)
     return gpu.launches
 
@@ -87,6 +90,14 @@ def test_weights_load_16_bytes_a_lane_and_nothing_spills(arch, layer, weight_for
         others = report.count("ld.global") - report.count(WEIGHT_LOAD) - report.count(VECTOR_LOAD)
         assert others <= 3 * top_k + 12
         assert launch.options["launch_pdl"] == (arch >= 90)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_what_is_added_spills_nothing_and_is_read_ahead_of_the_wait(layer):
+    plain, added = (compile_layer(90, layer, uses_pdl=True, has_added=has)[-1].report for has in (False, True))
+    assert added.spill_bytes == 0
+    before = [report.ptx.split("griddepcontrol.wait")[0].count("ld.global") for report in (plain, added)]
+    assert before[1] >= before[0] + 2  # values, of several columns in several loads, and the gate
 
 
 @pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32], ids=str)
