@@ -19,7 +19,13 @@ from moe.testing.problems import experts_in_float64, make_problem, random_topk
 LAYER = MoEConfig.create(hidden_size=128, intermediate_size=64, num_experts=8, top_k=2)
 IS_SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-COMPILED_ONLY = {"swapped_gemm1_kernel", "swapped_gemm2_kernel", "wide_gemm1_kernel", "wide_gemm2_kernel"}
+COMPILED_ONLY = {
+    "swapped_gemm1_kernel",
+    "swapped_gemm2_kernel",
+    "wide_gemm1_kernel",
+    "wide_gemm2_kernel",
+    "hopper_wgrad_kernel",
+}
 RUN = {
     *(
         "plan_kernel",
@@ -34,7 +40,7 @@ RUN = {
         "map_ids_kernel",
     ),
     *("portable_gemm2_dgrad_kernel", "portable_wgrad_kernel"),
-    *("rows_of_experts_kernel", "weigh_rows_kernel", "sum_of_slots_kernel"),
+    *("rows_of_experts_kernel", "clear_experts_kernel", "weigh_rows_kernel", "sum_of_slots_kernel"),
     *("portable_gemm1_kernel", "portable_gemm2_kernel", "few_token_gemm1_kernel", "few_token_gemm2_finalize_kernel"),
 }
 
@@ -181,6 +187,22 @@ def test_the_hopper_gemms_compile(family):
         gemm2(rows, empty(*layer.gemm2.weight_shape), permutation, config=layer.gemm2)
     names = [launch.report.name for launch in gpu.launches]
     assert [name for name in names if family in name] == [f"{family}_gemm1_kernel", f"{family}_gemm2_kernel"]
+    assert all(launch.report.spill_bytes == 0 for launch in gpu.launches)
+
+
+@pytest.mark.skipif(IS_SIMULATED or IS_INTERPRETED, reason="an emulation compiles nothing")
+def test_hoppers_weight_gradient_compiles():
+    from emulation.offline_driver import offline_gpu
+    from gemm.hopper.cases import permutation_of_counts
+    from gemm.hopper.offline import empty
+
+    from moe.gemm.backward.hopper_wgrad import launch_hopper_gemm2_wgrad
+
+    layer = MoEConfig.create(hidden_size=256, intermediate_size=128, num_experts=4, top_k=2)
+    permutation = permutation_of_counts([70, 0, 9, 64], 64, 80)
+    with offline_gpu(arch=90) as gpu:
+        launch_hopper_gemm2_wgrad(empty(80, 256), empty(permutation.max_rows, 128), permutation, config=layer.gemm2)
+    assert gpu.launches[-1].name == "hopper_wgrad_kernel"
     assert all(launch.report.spill_bytes == 0 for launch in gpu.launches)
 
 

@@ -20,23 +20,35 @@ def differentiate(product, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def differentiate_gated(gate, up, parameters, ACTIVATION: tl.constexpr):
-    """An activation with a gate: its value, and its derivatives by gate and by up. parameters: the expert's."""
+def differentiate_gated(gate, up, parameters, ACTIVATION: tl.constexpr, IS_CLAMPED: tl.constexpr):
+    """An activation with a gate: its value, and its derivatives by gate and by up.
+
+    parameters: the expert's. IS_CLAMPED: whether there is a limit.
+    """
     if ACTIVATION == "Swiglu":
-        return differentiate_swiglu(gate, up, parameters)
+        gate_in, up_in = gate, up
+        if IS_CLAMPED:
+            gate, up = clamp(gate, up, parameters.clamp_limit)
+        share = 1.0 / (1.0 + tl.exp2(gate * (parameters.alpha * MINUS_LOG2_E)))
+        value, by_gate, by_up = differentiate_swiglu(gate, up, share, parameters)
+        if IS_CLAMPED:
+            by_gate, by_up = without_clamped(gate_in, up_in, by_gate, by_up, parameters.clamp_limit)
+        return value, by_gate, by_up
     else:
         tl.static_assert(False, "no derivatives of this activation in moe/gemm/backward/activation_device.py")
 
 
 @triton.jit
-def differentiate_swiglu(gate, up, parameters):
-    """Of gate' sigmoid(alpha gate') (up' + beta): by gate' it is sigmoid (1 + alpha gate' (1 - sigmoid)) (up' + beta)."""
-    alpha, beta, limit = parameters
-    is_gate_free = gate <= limit
-    is_up_free = (up <= limit) & (up >= -limit)
-    gate, up = clamp(gate, up, limit)
-    share = 1.0 / (1.0 + tl.exp2(gate * (alpha * MINUS_LOG2_E)))
+def differentiate_swiglu(gate, up, share, parameters):
+    """gate share (up + beta) with share = sigmoid(alpha gate), and its derivatives by what was clamped already."""
     gated = gate * share
-    shifted = up + beta
-    by_gate = (share + alpha * gated * (1.0 - share)) * shifted
-    return gated * shifted, tl.where(is_gate_free, by_gate, 0.0), tl.where(is_up_free, gated, 0.0)
+    shifted = up + parameters.beta
+    by_gate = (share + parameters.alpha * gated * (1.0 - share)) * shifted
+    return gated * shifted, by_gate, gated
+
+
+@triton.jit
+def without_clamped(gate, up, by_gate, by_up, limit):
+    """Derivatives by what was not clamped yet."""
+    is_up_free = (up <= limit) & (up >= -limit)
+    return tl.where(gate <= limit, by_gate, 0.0), tl.where(is_up_free, by_up, 0.0)

@@ -1,15 +1,33 @@
-"""The backward stages that run in a forward GEMM's kernels: by the one that is fastest for the GPU, the problem and the load."""
+"""The backward stages by the kernel that is fastest for the GPU, the problem and the load."""
 
 from __future__ import annotations
+
+import functools
+from types import ModuleType
 
 from torch import Tensor
 
 from moe.flow import KeptGemm1, Permutation, SwigluParams
-from moe.gemm.backward.checks import check_gemm1_dgrad, check_gemm1_keeping
+from moe.gemm.backward.checks import check_gemm1_dgrad, check_gemm1_keeping, check_gemm1_wgrad, check_gemm2_wgrad
 from moe.gemm.backward.keeping import launch_portable_gemm1_keeping
 from moe.gemm.backward.transposed import transposed
+from moe.gemm.backward.wgrad import launch_portable_gemm1_wgrad, launch_portable_gemm2_wgrad
 from moe.gemm.config import GemmConfig
 from moe.gemm.kernels import kernel_for, launch_gemm2
+from moe.runtime import triton_versions
+
+
+@functools.cache
+def _hopper_wgrad() -> ModuleType | None:
+    """The kernel in Gluon, where this Triton's Gluon is one that it was written in."""
+    if not triton_versions.has_known_gluon():
+        return None
+    try:
+        from moe.gemm.backward import hopper_wgrad
+    except (ImportError, AttributeError) as error:
+        triton_versions.warn_that_hopper_steps_aside(missing=str(error))
+        return None
+    return hopper_wgrad
 
 
 def run_gemm1_keeping(
@@ -58,3 +76,63 @@ def launch_gemm1_dgrad(
 ) -> Tensor:
     """`run_gemm1_dgrad` of tensors that were checked: a gemm2 by the transposed weight."""
     return launch_gemm2(grad_gate_up, weights, permutation, config=transposed(config))
+
+
+def run_gemm1_wgrad(
+    grad_gate_up: Tensor,
+    hidden_states: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient of W1; arguments, result and errors as `gemm1_wgrad_reference`."""
+    check_gemm1_wgrad(config, grad_gate_up, hidden_states, permutation, out)
+    return launch_gemm1_wgrad(grad_gate_up, hidden_states, permutation, config=config, out=out)
+
+
+def launch_gemm1_wgrad(
+    grad_gate_up: Tensor,
+    hidden_states: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`run_gemm1_wgrad` of tensors that were checked."""
+    hopper = _hopper_wgrad()
+    if hopper is not None and hopper.takes(config, permutation.tile_rows, grad_gate_up.device):
+        launch = hopper.launch_hopper_gemm1_wgrad
+    else:
+        launch = launch_portable_gemm1_wgrad
+    return launch(grad_gate_up, hidden_states, permutation, config=config, out=out)
+
+
+def run_gemm2_wgrad(
+    grad_output: Tensor,
+    weighted_activation: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient of W2; arguments, result and errors as `gemm2_wgrad_reference`."""
+    check_gemm2_wgrad(config, grad_output, weighted_activation, permutation, out)
+    return launch_gemm2_wgrad(grad_output, weighted_activation, permutation, config=config, out=out)
+
+
+def launch_gemm2_wgrad(
+    grad_output: Tensor,
+    weighted_activation: Tensor,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`run_gemm2_wgrad` of tensors that were checked."""
+    hopper = _hopper_wgrad()
+    if hopper is not None and hopper.takes(config, permutation.tile_rows, grad_output.device):
+        launch = hopper.launch_hopper_gemm2_wgrad
+    else:
+        launch = launch_portable_gemm2_wgrad
+    return launch(grad_output, weighted_activation, permutation, config=config, out=out)

@@ -75,11 +75,31 @@ def portable_gemm2_dgrad_kernel(
     left, right = grad.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
     first_column = tile.column_block * BLOCK_N
     sums = finish_columns(
-        arrays, left, weight, parameters, tile, first_column, OUT_FEATURES, ACTIVATION, IS_GATED, IS_GATE_FIRST
+        arrays,
+        left,
+        weight,
+        parameters,
+        tile,
+        first_column,
+        OUT_FEATURES,
+        ACTIVATION,
+        IS_GATED,
+        IS_GATE_FIRST,
+        clamp_limit_ptr is not None,
     )
     first_column += BLOCK_N // 2
     sums += finish_columns(
-        arrays, right, weight, parameters, tile, first_column, OUT_FEATURES, ACTIVATION, IS_GATED, IS_GATE_FIRST
+        arrays,
+        right,
+        weight,
+        parameters,
+        tile,
+        first_column,
+        OUT_FEATURES,
+        ACTIVATION,
+        IS_GATED,
+        IS_GATE_FIRST,
+        clamp_limit_ptr is not None,
     )
     row_sums_ptr += tile.column_block.to(tl.int64) * max_rows
     tl.store(row_sums_ptr + tile.row, sums, mask=tile.in_rows)
@@ -105,6 +125,7 @@ def finish_columns(
     ACTIVATION: tl.constexpr,
     IS_GATED: tl.constexpr,
     IS_GATE_FIRST: tl.constexpr,
+    IS_CLAMPED: tl.constexpr,
 ):
     """Write some columns' gradients and weighted activations; [BLOCK_M] of grad times activation, summed over them."""
     ROW_STRIDE: tl.constexpr = 2 * OUT_FEATURES if IS_GATED else OUT_FEATURES
@@ -121,7 +142,7 @@ def finish_columns(
         second = tl.load(arrays.gate_up_ptr + OUT_FEATURES + offsets, mask=mask, other=0.0).to(tl.float32)
         gate = first if IS_GATE_FIRST else second
         up = second if IS_GATE_FIRST else first
-        value, by_gate, by_up = differentiate_gated(gate, up, parameters, ACTIVATION)
+        value, by_gate, by_up = differentiate_gated(gate, up, parameters, ACTIVATION, IS_CLAMPED)
         by_first = by_gate if IS_GATE_FIRST else by_up
         by_second = by_up if IS_GATE_FIRST else by_gate
         store_or_zeros(arrays.grad_gate_up_ptr + offsets, weighted_grad * by_first, tile.in_rows, in_columns)

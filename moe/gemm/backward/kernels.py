@@ -40,14 +40,14 @@ def kernels_on(stage: str, device: torch.device) -> tuple[StageKernel, ...]:
     if device.type != "cuda" or stage == "swiglu_gradients":
         return (reference,)
     # Here and not above: on a CPU nobody needs triton.
-    from moe.gemm.backward import chosen, dgrad, wgrad
+    from moe.gemm.backward import chosen, dgrad
 
     of_stage: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "gemm1_keeping": (chosen.run_gemm1_keeping, chosen.launch_gemm1_keeping),
         "gemm2_dgrad": (dgrad.portable_gemm2_dgrad, dgrad.launch_portable_gemm2_dgrad),
         "gemm1_dgrad": (chosen.run_gemm1_dgrad, chosen.launch_gemm1_dgrad),
-        "gemm1_wgrad": (wgrad.portable_gemm1_wgrad, wgrad.launch_portable_gemm1_wgrad),
-        "gemm2_wgrad": (wgrad.portable_gemm2_wgrad, wgrad.launch_portable_gemm2_wgrad),
+        "gemm1_wgrad": (chosen.run_gemm1_wgrad, chosen.launch_gemm1_wgrad),
+        "gemm2_wgrad": (chosen.run_gemm2_wgrad, chosen.launch_gemm2_wgrad),
     }
     return (StageKernel("triton", takes_all, *of_stage[stage]),)
 

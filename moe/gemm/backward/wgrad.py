@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe.flow import Permutation
 from moe.gemm.backward.checks import check_gemm1_wgrad, check_gemm2_wgrad
-from moe.gemm.backward.wgrad_kernel import portable_wgrad_kernel, rows_of_experts_kernel
+from moe.gemm.backward.wgrad_kernel import clear_experts_kernel, portable_wgrad_kernel, rows_of_experts_kernel
 from moe.gemm.config import GemmConfig, WeightLayout
 from moe.gemm.portable.tile import BARRIER_BYTES, BYTES_PER_ELEMENT
 from moe.runtime.device import HOPPER_SHARED_BYTES, shared_memory_limit
@@ -22,6 +22,8 @@ MAX_CHUNK = 1024  # tiles that `rows_of_experts` takes at a time
 BLOCK_K = 64  # rows of an expert
 STAGES_OF_TOKENS = 2  # of the pipeline, in which no rows are there yet: tokens are loaded before their rows can be
 MAX_STAGES = 6
+CLEARING_PROGRAMS = 8  # an expert
+CLEARED_AT_ONCE = 4096  # elements
 
 
 class WgradTile(NamedTuple):
@@ -118,13 +120,29 @@ def _launch(sides: Sides, permutation: Permutation, config: GemmConfig, out: Ten
 
 
 def rows_of_experts(permutation: Permutation, num_experts: int) -> Tensor:
-    """[2, E_local] int32 on the device: each expert's first row, and one past its last real one; 0 and 0 where it has none."""
-    rows = new_scratch(permutation.expert_of_tile, (2, num_experts))
+    """[2 E_local + 1] int32 on the device: each expert's first row, one past each one's last real one (0 and 0 where it has none).
+
+    Then a 0, for a kernel to count with.
+    """
+    rows = new_scratch(permutation.expert_of_tile, (2 * num_experts + 1,))
     chunk = min(MAX_CHUNK, triton.next_power_of_2(max(permutation.max_tiles, num_experts, 1)))
     _finder_of(num_experts, permutation.tile_rows, chunk).launch(
         (1, 1, 1), permutation.expert_of_tile, permutation.row_limit_of_tile, permutation.num_tiles, rows
     )
     return rows
+
+
+def clear_experts_without_rows(grad: Tensor, rows_of_expert: Tensor) -> None:
+    """Write zeros to the gradients [E_local, ..] of experts without rows, of what `rows_of_experts` gives."""
+    size = grad[0].numel()
+    programs = min(CLEARING_PROGRAMS, -(-size // CLEARED_AT_ONCE))
+    _clearing(len(grad), size, programs).launch((len(grad) * programs, 1, 1), grad, rows_of_expert)
+
+
+@functools.cache
+def _clearing(num_experts: int, size: int, programs: int) -> TritonKernel:
+    fixed = {"NUM_EXPERTS": num_experts, "SIZE": size, "PROGRAMS": programs, "BLOCK": CLEARED_AT_ONCE}
+    return TritonKernel(clear_experts_kernel, **fixed, num_warps=4)
 
 
 @functools.cache

@@ -64,12 +64,13 @@ def rows_of_experts_kernel(
     expert_of_tile_ptr,  # [P / TILE_ROWS] int32
     row_limit_of_tile_ptr,  # [P / TILE_ROWS] int32
     num_tiles_ptr,  # [1] int32
-    rows_of_expert_ptr,  # [2, NUM_EXPERTS] int32
+    rows_of_expert_ptr,  # [2, NUM_EXPERTS] int32, and one more
     NUM_EXPERTS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program: each expert's first row and one past its last real row; 0 and 0 where it has none."""
+    """One program: each expert's first row and one past its last real row; 0 and 0 where it has none. Then a 0."""
+    tl.store(rows_of_expert_ptr + 2 * NUM_EXPERTS, 0)
     for first in range(0, NUM_EXPERTS, CHUNK):
         expert = first + tl.arange(0, CHUNK)
         tl.store(rows_of_expert_ptr + expert, 0, mask=expert < NUM_EXPERTS)
@@ -85,3 +86,22 @@ def rows_of_experts_kernel(
         is_first = in_list & (expert != before)
         tl.store(rows_of_expert_ptr + expert, tile * TILE_ROWS, mask=is_first)
         tl.store(rows_of_expert_ptr + NUM_EXPERTS + expert, limit, mask=is_first)
+
+
+@triton.jit
+def clear_experts_kernel(
+    out_ptr,  # [NUM_EXPERTS, SIZE] bf16
+    rows_of_expert_ptr,  # [2, NUM_EXPERTS] int32: first row, one past the last real row
+    NUM_EXPERTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PROGRAMS: tl.constexpr,  # an expert
+    BLOCK: tl.constexpr,
+):
+    """Zeros for experts without rows."""
+    expert = tl.program_id(0) // PROGRAMS
+    if tl.load(rows_of_expert_ptr + expert) < tl.load(rows_of_expert_ptr + NUM_EXPERTS + expert):
+        return
+    out_ptr += expert.to(tl.int64) * SIZE  # all experts' elements pass 2^31
+    for first in range(tl.program_id(0) % PROGRAMS * BLOCK, SIZE, PROGRAMS * BLOCK):
+        element = first + tl.arange(0, BLOCK)
+        tl.store(out_ptr + element, 0.0, mask=element < SIZE)

@@ -14,7 +14,12 @@ from gemm.backward.stage_tests import assert_is_close, make_inputs, rows_of_slot
 
 from moe.gemm.backward.dgrad import portable_gemm1_dgrad, portable_gemm2_dgrad
 from moe.gemm.backward.keeping import portable_gemm1_keeping
-from moe.gemm.backward.wgrad import portable_gemm1_wgrad, portable_gemm2_wgrad
+from moe.gemm.backward.wgrad import (
+    clear_experts_without_rows,
+    portable_gemm1_wgrad,
+    portable_gemm2_wgrad,
+    rows_of_experts,
+)
 from moe.gemm.portable.gemm1 import portable_gemm1
 
 STAGES = {
@@ -66,3 +71,12 @@ def test_padding_rows_are_not_read(triton_device, poisoned_memory, name):
     inputs.grad_gate_up[~is_real] = torch.nan
     inputs.weighted[~is_real] = torch.nan
     assert_is_close(STAGES, name, inputs)
+
+
+def test_experts_without_rows_are_cleared_and_no_other(triton_device, poisoned_memory):
+    permutation = make_inputs([37, 0, 20, 0], triton_device, **DIMS[0]).case.permutation
+    grad = torch.full((4, 72, 136), 7.0, dtype=torch.bfloat16, device=triton_device)
+    rows = rows_of_experts(permutation, 4)
+    assert rows.tolist() == [0, 0, 48, 0, 37, 0, 68, 0, 0]
+    clear_experts_without_rows(grad, rows)
+    assert [expert.unique().tolist() for expert in grad] == [[7.0], [0.0], [7.0], [0.0]]
