@@ -11,7 +11,7 @@ from torch import Tensor, library
 from moe.call import LayerCall
 from moe.flow import Permutation, TopK
 from moe.gemm.numbers import numbers_by_expert
-from moe.traced import is_traced
+from moe.traced import define, is_traced
 from moe.training.experts import (
     ExpertGradients,
     GradBuffers,
@@ -22,6 +22,7 @@ from moe.training.experts import (
     swiglu_of,
 )
 from moe.training.known import pipeline_of
+from moe.training.route_operator import refuse_second_derivative
 
 _MAPS = ("row_of_slot", "token_of_row", "expert_of_tile", "row_limit_of_tile", "num_rows", "num_tiles")
 Parameters = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -106,11 +107,7 @@ def _no_maps(expert_ids: Tensor) -> list[Tensor]:
     return [expert_ids.new_empty(0, top_k), *(expert_ids.new_empty(0) for _ in _MAPS[1:])]
 
 
-_experts_operator = library.custom_op("moe::training_experts", _experts, mutates_args=())
-
-
-@_experts_operator.register_fake
-def _(
+def _fake_experts(
     hidden_states: Tensor,
     expert_ids: Tensor,
     expert_weights: Tensor,
@@ -221,19 +218,11 @@ def _experts_backward_into(
     return _with_empties(grads, grad_output)
 
 
-_backward_operator = library.custom_op("moe::training_experts_backward", _experts_backward, mutates_args=())
-_backward_into_operator = library.custom_op(
-    "moe::training_experts_backward_into", _experts_backward_into, mutates_args=("buffer_w1", "buffer_w2")
-)
-
-
-@_backward_operator.register_fake
-def _(grad_output: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def _fake_backward(grad_output: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return _empty_gradients(grad_output, others[:8], others[-2], others[-1], (None, None))
 
 
-@_backward_into_operator.register_fake
-def _(grad_output: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def _fake_backward_into(grad_output: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return _empty_gradients(grad_output, others[:8], others[-2], others[-1], others[-4:-2])
 
 
@@ -294,4 +283,18 @@ def _backward_of_experts(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple
     return x, None, weights, w1, w2, *parameters, None, None, None, None
 
 
-_experts_operator.register_autograd(_backward_of_experts, setup_context=_keep_for_experts)
+define("training_experts", library.infer_schema(_experts, mutates_args=()), _experts, _fake_experts)
+define(
+    "training_experts_backward",
+    library.infer_schema(_experts_backward, mutates_args=()),
+    _experts_backward,
+    _fake_backward,
+)
+define(
+    "training_experts_backward_into",
+    library.infer_schema(_experts_backward_into, mutates_args=("buffer_w1", "buffer_w2")),
+    _experts_backward_into,
+    _fake_backward_into,
+)
+library.register_autograd("moe::training_experts", _backward_of_experts, setup_context=_keep_for_experts)
+library.register_autograd("moe::training_experts_backward", refuse_second_derivative)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from moe.traced import define
 from moe.training.experts import launch_of
 from moe.training.known import pipeline_of
 
@@ -29,18 +30,12 @@ def _route_backward(grad_weights: Tensor, logits: Tensor, expert_ids: Tensor, pi
     return stage(grad_weights.float().contiguous(), logits, expert_ids)
 
 
-_route_operator = library.custom_op("moe::training_route", _route, mutates_args=())
-_route_backward_operator = library.custom_op("moe::training_route_backward", _route_backward, mutates_args=())
-
-
-@_route_operator.register_fake
-def _(logits: Tensor, bias: Tensor | None, pipeline: str) -> tuple[Tensor, Tensor]:
+def _fake_route(logits: Tensor, bias: Tensor | None, pipeline: str) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], pipeline_of(pipeline, logits.device).config.top_k)
     return logits.new_empty(shape, dtype=torch.bfloat16), logits.new_empty(shape, dtype=torch.int32)
 
 
-@_route_backward_operator.register_fake
-def _(grad_weights: Tensor, logits: Tensor, expert_ids: Tensor, pipeline: str) -> Tensor:
+def _fake_route_backward(grad_weights: Tensor, logits: Tensor, expert_ids: Tensor, pipeline: str) -> Tensor:
     return torch.empty_like(logits)
 
 
@@ -58,4 +53,18 @@ def _backward_of_route(ctx: Any, grad_weights: Tensor | None, _: Tensor | None) 
     return torch.ops.moe.training_route_backward(grad_weights, logits, expert_ids, ctx.pipeline), None, None
 
 
-_route_operator.register_autograd(_backward_of_route, setup_context=_keep_for_route)
+def refuse_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "second derivative: expected a first one, got the gradient of a gradient of the layer; it has none (create_graph=True)"
+    )
+
+
+define("training_route", library.infer_schema(_route, mutates_args=()), _route, _fake_route)
+define(
+    "training_route_backward",
+    library.infer_schema(_route_backward, mutates_args=()),
+    _route_backward,
+    _fake_route_backward,
+)
+library.register_autograd("moe::training_route", _backward_of_route, setup_context=_keep_for_route)
+library.register_autograd("moe::training_route_backward", refuse_second_derivative)
