@@ -16,7 +16,7 @@ from moe.runtime.device import expect_kernels
 
 
 class EngineLayer(NamedTuple):  # a tuple, which torch.compile can follow
-    """The experts of one layer that are on this rank. Their weights lie as Hugging Face's: MajorK, gate rows first."""
+    """The experts of one layer that are on this rank. Their weights lie as Hugging Face's: MajorK, and mostly gate rows first."""
 
     hidden_size: int
     intermediate_size: int  # this rank's part
@@ -26,6 +26,7 @@ class EngineLayer(NamedTuple):  # a tuple, which torch.compile can follow
     gate: Gate = Gate()
     is_batch_invariant: bool = False
     weighs_input: bool = False  # weights go into the input of experts
+    is_interleaved: bool = False  # gate and up rows are neighbours
 
     @property
     def words(self) -> str:
@@ -78,6 +79,7 @@ def call_layer(
     w1: Tensor,
     w2: Tensor,
     output: Tensor | None = None,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """The weighted sum of the chosen experts that are here: hidden_states [T, H] bfloat16 -> [T, H], in `output` where given.
 
@@ -86,6 +88,7 @@ def call_layer(
     Args:
         expert_ids: [T, K] of any integer dtype, of this rank; others are skipped.
         expert_weights: [T, K] of any floating dtype.
+        biases: [E, rows of w1] and [E, H] bfloat16 or float32, in the order of the weights' rows.
     """
     gate = layer.gate
     return run_experts_into(
@@ -101,8 +104,7 @@ def call_layer(
         gate.alpha,
         gate.beta,
         gate.clamp_limit,
-        None,
-        None,
-        False,
+        *biases,
+        layer.is_interleaved,
         layer.weighs_input,
     )

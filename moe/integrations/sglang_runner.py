@@ -17,7 +17,15 @@ from moe.integrations.hf_experts import Gate
 
 logger = logging.getLogger(__name__)
 _NAME = "moe_stages"
-_ACTIVATIONS = {("silu", True): ActivationType.Swiglu, ("relu2", False): ActivationType.Relu2}
+_ACTIVATIONS = {  # by name and is_gated
+    ("silu", True): ActivationType.Swiglu,
+    ("gelu", True): ActivationType.Geglu,
+    ("gelu_tanh", True): ActivationType.GegluTanh,
+    ("situ", True): ActivationType.Situ,
+    ("silu", False): ActivationType.Silu,
+    ("gelu", False): ActivationType.Gelu,
+    ("relu2", False): ActivationType.Relu2,
+}
 _SAID: set[str] = set()
 
 
@@ -51,7 +59,7 @@ class MoeStagesRunnerCore(DispatchMoeRunnerCore):
         """The sum of this rank's experts for each token [T, H]; ids are this rank's, -1 for padding and another rank's.
 
         Raises:
-            NotImplementedError: what only a call shows: biases, interleaved rows, an adapter, another form of dispatch.
+            NotImplementedError: what only a call shows: rows that SGLang has put in turns itself, an adapter, another form of dispatch.
         """
         _expect_call(dispatch_output, quant_info, hooks)
         x, (weights, ids, _) = dispatch_output.hidden_states, dispatch_output.topk_output
@@ -59,7 +67,9 @@ class MoeStagesRunnerCore(DispatchMoeRunnerCore):
         is_scaled = scale is not None and scale != 1.0
         if is_scaled and not self.layer.weighs_input:
             weights = weights.float() * scale
-        result = call_layer(self.layer, x, ids, weights, quant_info.w13_weight, quant_info.w2_weight)
+        matrices = (quant_info.w13_weight, quant_info.w2_weight)
+        biases = (getattr(quant_info, "b13", None), getattr(quant_info, "b2", None))
+        result = call_layer(self.layer, x, ids, weights, *matrices, biases=biases)
         # Where weights go into the input, a scale is the output's all the same.
         return StandardCombineInput(result.mul_(scale) if is_scaled and self.layer.weighs_input else result)
 
@@ -71,11 +81,6 @@ def _expect_call(dispatch_output: Any, quant_info: Any, hooks: Any) -> None:
         )
     if hooks is not None and any(getattr(hooks, name, None) is not None for name in ("after_gate_up", "after_down")):
         raise NotImplementedError("moe_stages: expected no adapters of experts (LoRA), got one; serve without them")
-    for name in ("b13", "b2"):
-        if getattr(quant_info, name, None) is not None:
-            raise NotImplementedError(
-                f"moe_stages: {name}: expected no biases of experts, got some; use another backend"
-            )
     if getattr(quant_info, "fuse_swiglu_interleaved", False):
         raise NotImplementedError(
             "moe_stages: fuse_swiglu_interleaved: expected False, got True; unset SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"
@@ -85,7 +90,10 @@ def _expect_call(dispatch_output: Any, quant_info: Any, hooks: Any) -> None:
 def why_not_ours(config: MoeRunnerConfig) -> str | None:
     """The field of a layer that this package does not compute, what was wanted and what came; None for a layer of ours."""
     if (config.activation, config.is_gated) not in _ACTIVATIONS:
-        return f"activation: expected silu with is_gated or relu2 without, got {config.activation}, is_gated={config.is_gated}"
+        return (
+            "activation: expected silu, gelu, gelu_tanh or situ with is_gated, or silu, gelu or relu2 without, got "
+            f"{config.activation}, is_gated={config.is_gated}"
+        )
     for name in ("no_combine", "silu_mul_keep_fp32"):
         if getattr(config, name, False):
             return f"{name}: expected False, got True"
@@ -100,18 +108,25 @@ def why_not_ours(config: MoeRunnerConfig) -> str | None:
 
 
 def _why_not_gate(config: MoeRunnerConfig) -> str | None:
-    """SGLang's words: alpha comes with a limit, and up + 1; a limit alone clamps after silu; swiglu_limit clamps before it."""
+    """SGLang's words: alpha comes with a limit, and up + 1; a limit alone clamps after silu; swiglu_limit clamps before it.
+
+    Of situ alpha is the gate's number, 4 where there is none, and the limit is up's.
+    """
     numbers = {"gemm1_alpha": config.gemm1_alpha, "gemm1_clamp_limit": config.gemm1_clamp_limit}
     numbers["swiglu_limit"] = config.swiglu_limit
-    if not config.is_gated:
+    if config.activation == "situ" and config.gemm1_clamp_limit is None:
+        return "gemm1_clamp_limit: expected a number with situ, got None"
+    if config.activation == "situ":
+        return (
+            None if config.swiglu_limit is None else f"swiglu_limit: expected None with situ, got {config.swiglu_limit}"
+        )
+    if not config.is_gated or config.activation != "silu":
         given = [name for name, value in numbers.items() if value is not None]
-        return f"{given[0]}: expected None without a gate, got {numbers[given[0]]}" if given else None
+        return f"{given[0]}: expected None but for silu with a gate, got {numbers[given[0]]}" if given else None
     if config.gemm1_alpha is None:
-        if config.gemm1_clamp_limit is not None:
-            return f"gemm1_clamp_limit: expected gemm1_alpha with it, got {config.gemm1_clamp_limit} alone, a clamp after silu"
+        if config.gemm1_clamp_limit is not None and config.swiglu_limit is not None:
+            return "swiglu_limit: expected None with gemm1_clamp_limit, got both"
         return None
-    if config.gate_up_interleaved:
-        return "gate_up_interleaved: expected False with gemm1_alpha, got True"
     if config.gemm1_clamp_limit is None or config.swiglu_limit is not None:
         return "gemm1_alpha: expected gemm1_clamp_limit with it, and no swiglu_limit"
     if getattr(config, "gemm1_beta", None) not in (None, 1.0):
@@ -121,9 +136,17 @@ def _why_not_gate(config: MoeRunnerConfig) -> str | None:
 
 def layer_of(config: MoeRunnerConfig) -> EngineLayer:
     """The layer of experts that SGLang describes, by our names."""
-    gate = Gate(clamp_limit=config.swiglu_limit)
-    if config.gemm1_alpha is not None:
+    activation, gate = _ACTIVATIONS[config.activation, config.is_gated], Gate(clamp_limit=config.swiglu_limit)
+    has_alpha = config.gemm1_alpha is not None
+    if activation is ActivationType.Situ:
+        gate = Gate(config.gemm1_alpha, config.gemm1_clamp_limit)
+    elif has_alpha:
         gate = Gate(config.gemm1_alpha, 1.0, config.gemm1_clamp_limit)
-    activation = _ACTIVATIONS[config.activation, config.is_gated]
+    elif config.gemm1_clamp_limit is not None:
+        activation, gate = ActivationType.SwigluStep, Gate(clamp_limit=config.gemm1_clamp_limit)
+    more = {
+        "weighs_input": bool(config.apply_router_weight_on_input),
+        "is_interleaved": activation is ActivationType.Swiglu and has_alpha and bool(config.gate_up_interleaved),
+    }
     sizes = (config.hidden_size, config.intermediate_size_per_partition, config.num_local_experts, config.top_k or 1)
-    return EngineLayer(*sizes, activation, gate, weighs_input=bool(config.apply_router_weight_on_input))
+    return EngineLayer(*sizes, activation, gate, **more)

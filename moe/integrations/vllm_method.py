@@ -26,9 +26,18 @@ from moe.integrations.vllm import refuses_others
 logger = init_logger("vllm.moe_stages")  # below vllm's own, whose handler prints
 _ACTIVATIONS = {
     MoEActivation.SILU: ActivationType.Swiglu,
+    MoEActivation.SWIGLUOAI: ActivationType.Swiglu,
     MoEActivation.SWIGLUOAI_UNINTERLEAVE: ActivationType.Swiglu,
+    MoEActivation.SWIGLUSTEP: ActivationType.SwigluStep,
+    MoEActivation.SITU: ActivationType.Situ,
+    MoEActivation.GELU: ActivationType.Geglu,
+    MoEActivation.GELU_TANH: ActivationType.GegluTanh,
+    MoEActivation.SILU_NO_MUL: ActivationType.Silu,
+    MoEActivation.GELU_NO_MUL: ActivationType.Gelu,
     MoEActivation.RELU2_NO_MUL: ActivationType.Relu2,
 }
+# Numbers that vLLM's kernels have, whatever a layer says.
+_FIXED = {MoEActivation.SWIGLUOAI: Gate(1.702, 1.0, 7.0), MoEActivation.SWIGLUSTEP: Gate(clamp_limit=7.0)}
 _SAID: set[tuple[str, str]] = set()
 
 
@@ -94,8 +103,6 @@ def why_not_ours(moe: FusedMoEConfig) -> str | None:
         return f"moe_backend: expected auto, got {moe.moe_backend}, which was asked for"
     if moe.is_lora_enabled:
         return "is_lora_enabled: expected False, got True; adapters of experts are vLLM's"
-    if moe.has_bias:
-        return "has_bias: expected False, got True"
     if moe.activation not in _ACTIVATIONS:
         wanted = ", ".join(activation.value for activation in _ACTIVATIONS)
         return f"activation: expected one of {wanted}, got {moe.activation.value}"
@@ -103,8 +110,12 @@ def why_not_ours(moe: FusedMoEConfig) -> str | None:
         for name, plain in (("swiglu_alpha", 1.0), ("swiglu_beta", 0.0)):
             if getattr(moe, name) not in (None, plain):
                 return f"{name}: expected None with {moe.activation.value}, got {getattr(moe, name)}"
-    if moe.activation is MoEActivation.RELU2_NO_MUL and moe.swiglu_limit is not None:
+    takes_limit = (MoEActivation.SILU, MoEActivation.SWIGLUOAI_UNINTERLEAVE)
+    if moe.activation not in takes_limit and moe.swiglu_limit is not None:
         return f"swiglu_limit: expected None with {moe.activation.value}, got {moe.swiglu_limit}"
+    for name in ("activation_situ_beta", "activation_situ_linear_beta"):
+        if moe.activation is MoEActivation.SITU and getattr(moe, name) is None:
+            return f"{name}: expected a number with situ, got None"
     form = mk.FusedMoEActivationFormat.Standard
     is_supported, reason = MoeStagesExperts.is_supported_config(MoeStagesExperts, moe, None, None, form)
     if not is_supported:
@@ -122,7 +133,17 @@ def layer_of(moe: FusedMoEConfig, gate: Gate = Gate()) -> EngineLayer:
         _ACTIVATIONS[moe.activation],
         gate,
         bool(envs.VLLM_BATCH_INVARIANT),
+        is_interleaved=moe.activation is MoEActivation.SWIGLUOAI,
     )
+
+
+def gate_of(activation: MoEActivation, numbers: Any) -> Gate:
+    """What vLLM's ApplyMoEActivationConfig says of a gate."""
+    if activation is MoEActivation.SWIGLUOAI_UNINTERLEAVE:
+        return Gate(numbers.alpha, numbers.beta, numbers.clamp_limit)
+    if activation is MoEActivation.SITU:
+        return Gate(numbers.activation_situ_beta, numbers.activation_situ_linear_beta)
+    return _FIXED.get(activation, Gate(clamp_limit=numbers.clamp_limit))
 
 
 class MoeStagesExperts(mk.FusedMoEExpertsModular):
@@ -130,13 +151,7 @@ class MoeStagesExperts(mk.FusedMoEExpertsModular):
 
     def __init__(self, moe_config: FusedMoEConfig, quant_config: Any) -> None:
         super().__init__(moe_config, quant_config)
-        if quant_config.w1_bias is not None or quant_config.w2_bias is not None:
-            raise NotImplementedError("w13_bias, w2_bias: expected None, got tensors; unset MOE_VLLM for this model")
-        numbers = self.activation_config
-        gate = Gate(clamp_limit=numbers.clamp_limit)
-        if moe_config.activation is MoEActivation.SWIGLUOAI_UNINTERLEAVE:
-            gate = Gate(numbers.alpha, numbers.beta, numbers.clamp_limit)
-        self.layer = layer_of(moe_config, gate)
+        self.layer = layer_of(moe_config, gate_of(moe_config.activation, self.activation_config))
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -214,4 +229,5 @@ class MoeStagesExperts(mk.FusedMoEExpertsModular):
         if apply_router_weight_on_input:  # vLLM's prepare has multiplied the tokens
             topk_weights = torch.ones_like(topk_weights)
         ids = local_ids(topk_ids, expert_map)
-        call_layer(self.layer, hidden_states, ids, topk_weights, w1, w2, output)
+        biases = (self.quant_config.w1_bias, self.quant_config.w2_bias)
+        call_layer(self.layer, hidden_states, ids, topk_weights, w1, w2, output, biases)

@@ -83,6 +83,9 @@ def build(**more: Any) -> Any:
         for name, scale in (("w13_weight", 8), ("w2_weight", 7)):
             weight = getattr(layer, name)
             weight.copy_(torch.randn(weight.shape) / scale)
+        if more.get("with_bias"):
+            for bias in (layer.w13_weight_bias, layer.w2_weight_bias):
+                bias.copy_(torch.randn(bias.shape))
     layer.quant_method.process_weights_after_loading(layer)
     return layer
 
@@ -95,11 +98,15 @@ def silu(rows: Tensor) -> Tensor:
 def expected(layer: Any, x: Tensor, ids: Tensor, weights: Tensor, first: int = 0, act: Any = silu) -> Tensor:
     """In float64, expert by expert, of the experts from `first` on that are here."""
     w1, w2 = layer.w13_weight.double(), layer.w2_weight.double()
+    names = ("w13_weight_bias", "w2_weight_bias")
+    b1, b2 = (getattr(layer, name, torch.zeros(len(w1), 1)).double() for name in names)
     result = torch.zeros(x.shape, dtype=torch.float64)
     for token in range(len(x)):
         for expert, weight in zip(ids[token].tolist(), weights[token].double()):
             if 0 <= expert - first < len(w1):
-                result[token] += weight * (w2[expert - first] @ act(w1[expert - first] @ x[token].double()))
+                here = expert - first
+                row = w2[here] @ act(w1[here] @ x[token].double() + b1[here]) + b2[here]
+                result[token] += weight * row
     return result
 
 
@@ -219,6 +226,48 @@ def test_swiglu_with_alpha_on_halves_is_right():
     assert relative_error(call(layer, x, ids, weights), expected(layer, x, ids, weights, act=with_alpha)) < 1e-2
 
 
+def gpt_oss(rows: Tensor) -> Tensor:
+    gate, up = rows[::2].clamp(max=7), rows[1::2].clamp(-7, 7)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+def test_a_layer_of_gpt_oss_is_right():
+    layer = build(with_bias=True, gemm1_alpha=1.702, gemm1_clamp_limit=7.0)
+    x, ids, weights = inputs(9)
+    ids[3] = -1
+    output = call(layer, x, ids, weights)
+    assert relative_error(output, expected(layer, x, ids, weights, act=gpt_oss)) < 1e-2
+    assert not output[3].any()
+
+
+def halves(function: Any) -> Any:
+    return lambda rows: function(*rows.chunk(2))
+
+
+F = torch.nn.functional
+GATES = {
+    "gelu": ({"activation": "gelu"}, halves(lambda gate, up: F.gelu(gate) * up)),
+    "gelu_tanh": ({"activation": "gelu_tanh"}, halves(lambda gate, up: F.gelu(gate, approximate="tanh") * up)),
+    "a clamp after silu": (
+        {"gemm1_clamp_limit": 0.5},
+        halves(lambda gate, up: F.silu(gate).clamp(max=0.5) * up.clamp(-0.5, 0.5)),
+    ),
+    "situ": (
+        {"activation": "situ", "gemm1_clamp_limit": 2.0},
+        halves(lambda gate, up: 4 * torch.tanh(gate / 4) * torch.sigmoid(gate) * 2 * torch.tanh(up / 2)),
+    ),
+    "gelu without a gate": ({"activation": "gelu", "is_gated": False}, F.gelu),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_other_activations_are_right(name: str):
+    arguments, act = GATES[name]
+    layer = build(**arguments)
+    x, ids, weights = inputs(9)
+    assert relative_error(call(layer, x, ids, weights), expected(layer, x, ids, weights, act=act)) < 1e-2
+
+
 def test_squared_relu_without_a_gate_is_right():
     layer = build(activation="relu2", is_gated=False)
     x, ids, weights = inputs(9)
@@ -236,10 +285,14 @@ def test_weights_rewritten_in_place_are_read():
 
 
 REFUSED = {
-    "activation": ({"activation": "gelu"}, "activation: expected silu with is_gated"),
-    "biases": ({"with_bias": True}, "with_bias: expected False, got True"),
-    "gpt-oss": ({"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0}, "gate_up_interleaved: expected False"),
-    "a clamp after silu": ({"gemm1_clamp_limit": 7.0}, "gemm1_clamp_limit: expected gemm1_alpha with it"),
+    "activation": ({"activation": "silu_rounded"}, "activation: expected silu, gelu, .* with is_gated"),
+    "alpha alone": ({"gemm1_alpha": 1.702}, "gemm1_alpha: expected gemm1_clamp_limit with it"),
+    "alpha of gelu": ({"activation": "gelu", "gemm1_alpha": 1.702}, "gemm1_alpha: expected None but for silu"),
+    "situ without up's number": ({"activation": "situ"}, "gemm1_clamp_limit: expected a number with situ, got None"),
+    "two limits": (
+        {"gemm1_clamp_limit": 7.0, "swiglu_limit": 7.0},
+        "swiglu_limit: expected None with gemm1_clamp_limit",
+    ),
     "unsummed": ({"no_combine": True}, "no_combine: expected False, got True"),
     "float16": ({"params_dtype": torch.float16}, "dtype: expected bfloat16, got float16"),
     "sizes": ({"intermediate_size": 44}, "intermediate_size: .*44"),
@@ -284,16 +337,16 @@ def test_adapters_are_refused(hook: str):
         core.run_from_dispatch(dispatched, None, core.config, hooks=hooks)
 
 
-@pytest.mark.parametrize("field", ["b13", "fuse_swiglu_interleaved"])
-def test_what_only_a_call_shows_is_refused(field: str):
+def test_what_only_a_call_shows_is_refused():
     from sglang.srt.layers.moe.moe_runner.triton import TritonMoeQuantInfo
 
     layer = build()
     core = layer.runner.runner_core
     x, ids, weights = inputs(2)
     dispatched = layer.dispatcher.dispatch(x, StandardTopKOutput(weights, ids, None))
-    info = dataclasses.replace(TritonMoeQuantInfo(layer.w13_weight, layer.w2_weight), **{field: torch.ones(1)})
-    with pytest.raises(NotImplementedError, match=f"moe_stages: {field}"):
+    info = TritonMoeQuantInfo(layer.w13_weight, layer.w2_weight)
+    info = dataclasses.replace(info, fuse_swiglu_interleaved=True)
+    with pytest.raises(NotImplementedError, match="moe_stages: fuse_swiglu_interleaved"):
         core.run_from_dispatch(dispatched, info, core.config)
 
 

@@ -63,6 +63,9 @@ def build(config: Any, **more: Any) -> Any:
         for name, scale in (("w13_weight", 8), ("w2_weight", 7)):
             weight = getattr(experts, name)
             weight.copy_(torch.randn(weight.shape) / scale)
+        if more.get("has_bias"):
+            for bias in (experts.w13_bias, experts.w2_bias):
+                bias.copy_(torch.randn(bias.shape))
     experts.quant_method.process_weights_after_loading(experts)
     return runner, experts
 
@@ -70,13 +73,14 @@ def build(config: Any, **more: Any) -> Any:
 def expected(experts: Any, x: Tensor, ids: Tensor, weights: Tensor, expert_map: Any = None, act: Any = None) -> Tensor:
     """In float64, expert by expert."""
     w1, w2 = experts.w13_weight.double(), experts.w2_weight.double()
+    b1, b2 = (getattr(experts, name, torch.zeros(len(w1), 1)).double() for name in ("w13_bias", "w2_bias"))
     result = torch.zeros(x.shape, dtype=torch.float64)
     for token in range(len(x)):
         for expert, weight in zip(ids[token].tolist(), weights[token].double()):
             known = expert_map is None or 0 <= expert < len(expert_map)
             slot = expert if expert_map is None or not known else int(expert_map[expert])
             if known and 0 <= slot < len(w1):
-                result[token] += weight * (w2[slot] @ (act or silu)(w1[slot] @ x[token].double()))
+                result[token] += weight * (w2[slot] @ (act or silu)(w1[slot] @ x[token].double() + b1[slot]) + b2[slot])
     return result
 
 
@@ -197,6 +201,75 @@ def test_a_limit_of_swiglu_clamps(config: Any):
     assert relative_error(output, expected(experts, x, ids, weights, act=clamped)) < 1e-2
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM chooses a backend of its own first, and has none for these layers on a CPU."""
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
+
+    chosen = (method.UnquantizedMoeBackend.TRITON, object)
+    monkeypatch.setattr(method, "select_unquantized_moe_backend", lambda *_, **__: chosen)
+
+
+def gpt_oss(rows: Tensor) -> Tensor:
+    gate, up = rows[::2].clamp(max=7), rows[1::2].clamp(-7, 7)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+def test_a_layer_of_gpt_oss_is_right_and_follows_its_biases(config: Any, as_on_a_gpu: None):
+    _, experts = build(config, has_bias=True, activation="swigluoai")
+    assert is_ours(experts)
+    x, ids, weights = inputs(9)
+    ids[3] = -1
+    with set_forward_context(None, config), torch.no_grad():
+        output = call(experts, x, ids, weights).clone()
+        assert relative_error(output, expected(experts, x, ids, weights, act=gpt_oss)) < 1e-2
+        assert not output[3].any()
+        experts.w2_bias.mul_(3)
+        changed = call(experts, x, ids, weights)
+        assert relative_error(changed, expected(experts, x, ids, weights, act=gpt_oss)) < 1e-2
+    assert relative_error(changed, output) > 0.1
+
+
+def gelu(rows: Tensor, approximate: str = "none") -> Tensor:
+    gate, up = rows.chunk(2)
+    return torch.nn.functional.gelu(gate, approximate=approximate) * up
+
+
+def step(rows: Tensor) -> Tensor:
+    gate, up = (10 * rows).chunk(2)
+    return torch.nn.functional.silu(gate).clamp(max=7) * up.clamp(-7, 7)
+
+
+GATES = {"gelu": gelu, "gelu_tanh": lambda rows: gelu(rows, "tanh"), "swiglustep": step}
+
+
+@pytest.mark.parametrize("activation", GATES)
+def test_other_gates_are_right(config: Any, activation: str, as_on_a_gpu: None):
+    _, experts = build(config, activation=activation)
+    assert is_ours(experts)
+    x, ids, weights = inputs(9)
+    with set_forward_context(None, config), torch.no_grad():
+        exact = expected(experts, x, ids, weights, act=GATES[activation])
+        if activation == "swiglustep":
+            experts.w13_weight.mul_(10)  # so that the limit of 7 is reached
+        assert relative_error(call(experts, x, ids, weights), exact) < 1e-2
+
+
+def test_numbers_of_a_gate_are_read_by_vllms_names():
+    from types import SimpleNamespace
+
+    from moe.integrations.hf_experts import Gate
+    from moe.integrations.vllm_method import gate_of
+
+    numbers = SimpleNamespace(
+        alpha=1.5, beta=0.5, clamp_limit=3.0, activation_situ_beta=4.0, activation_situ_linear_beta=25.0
+    )
+    assert gate_of(MoEActivation.SITU, numbers) == Gate(4.0, 25.0)
+    assert gate_of(MoEActivation.SWIGLUOAI, numbers) == Gate(1.702, 1.0, 7.0)
+    assert gate_of(MoEActivation.SWIGLUOAI_UNINTERLEAVE, numbers) == Gate(1.5, 0.5, 3.0)
+    assert gate_of(MoEActivation.SILU, numbers) == Gate(clamp_limit=3.0)
+
+
 def test_weights_on_the_input_are_applied_once(config: Any):
     _, experts = build(config, top_k=1, apply_router_weight_on_input=True)
     x, ids, weights = inputs(9)
@@ -208,8 +281,7 @@ def test_weights_on_the_input_are_applied_once(config: Any):
 
 
 OTHERS = {
-    "activation": ({"activation": "gelu"}, r"activation: expected one of silu.*got gelu"),
-    "biases": ({"has_bias": True}, "has_bias: expected False, got True"),
+    "limit": ({"activation": "gelu", "swiglu_limit": 0.5}, r"swiglu_limit: expected None with gelu, got 0\.5"),
     "alpha": ({"swiglu_alpha": 1.702}, r"swiglu_alpha: expected None with silu, got 1\.702"),
     "sizes": ({"intermediate_size": 44}, "intermediate_size: .*44"),
 }
@@ -225,7 +297,7 @@ def test_a_layer_that_is_not_ours_is_refused_in_words_where_no_other_may_run(
         build(config, **more)
 
 
-@pytest.mark.parametrize("name", ["activation", "biases", "sizes"])
+@pytest.mark.parametrize("name", ["limit", "sizes"])
 def test_a_layer_that_is_not_ours_stays_with_vllm_and_is_named_once(
     config: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -235,7 +307,7 @@ def test_a_layer_that_is_not_ours_stays_with_vllm_and_is_named_once(
     monkeypatch.setattr(vllm_method, "_SAID", set())
     monkeypatch.setattr(vllm_method.logger, "warning", lambda words, *values: said.append(words % values))
     more, _ = OTHERS[name]
-    field = {"activation": "activation", "biases": "has_bias", "sizes": "intermediate_size"}[name]
+    field = {"limit": "swiglu_limit", "sizes": "intermediate_size"}[name]
     with torch.device("meta"):
         for _ in range(2):
             prefix = f"model.layers.{next(NUMBER)}.mlp.experts"
@@ -250,9 +322,9 @@ FIELDS = {
     "another backend that was asked for": ("moe_backend", "triton", "moe_backend: expected auto, got triton"),
     "adapters": ("is_lora_enabled", True, "is_lora_enabled: expected False, got True"),
     "float16": ("in_dtype", torch.float16, "dtype: expected bfloat16, got float16"),
-    "interleaved rows": ("activation", MoEActivation.SWIGLUOAI, "activation: expected one of silu, .*, got swigluoai"),
-    "a step": ("activation", MoEActivation.SWIGLUSTEP, "activation: .*got swiglustep"),
-    "no gate": ("activation", MoEActivation.SILU_NO_MUL, "activation: .*got silu_no_mul"),
+    "a gate of squared ReLU": ("activation", MoEActivation.RELU2, "activation: expected one of silu, .*, got relu2"),
+    "situ without its numbers": ("activation", MoEActivation.SITU, "activation_situ_beta: expected a number with situ"),
+    "no gate": ("activation", MoEActivation.GELU_TANH_NO_MUL, "activation: .*got gelu_tanh_no_mul"),
     "sizes": ("hidden_dim", 511, "hidden_size: .*511"),
 }
 

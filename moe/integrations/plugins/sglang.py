@@ -103,11 +103,6 @@ def _runner_core(config: Any) -> Any:
 def _create_moe_runner(original: Any, method: Any, layer: Any, moe_runner_config: Any, *args: Any, **more: Any) -> Any:
     result = original(method, layer, moe_runner_config, *args, **more)  # it sets more than the runner
     if _is_asked_for():
-        if getattr(method, "with_bias", False):
-            raise NotImplementedError(
-                f"MoE layer {moe_runner_config.layer_id}: with_bias: expected False, got True; moe_stages does not compute it: "
-                f"leave out --moe-runner-backend {NAME}"
-            )
         runner = import_module("sglang.srt.layers.moe.moe_runner")
         backend = import_module("sglang.srt.layers.moe.utils").resolve_moe_runner_backend(NAME)
         method.runner = runner.MoeRunner(backend, moe_runner_config)
