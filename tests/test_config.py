@@ -14,8 +14,8 @@ from moe.routing.config import RoutingConfig
     [
         ({"hidden_size": 100}, "^hidden_size: input should be a multiple of 8, got 100$"),
         ({"intermediate_size": "64"}, "^intermediate_size: input should be a valid integer, got '64'$"),
-        ({"activation": "tanh"}, "^activation: expected 'Gelu' or .*'Swiglu' or .*'Relu2' or .*, got 'tanh'$"),
-        ({"activation": 11}, r"Invalid activation type: 11; expected 0 \(Gelu\) or .*10 \(Situ\)$"),
+        ({"activation": "tanh"}, "^activation: expected .*'Gelu' or .*'Swiglu' or .*'Relu2' or .*, got 'tanh'$"),
+        ({"activation": 11}, r"Invalid activation type: 11; expected .*0 \(Gelu\) or .*10 \(Situ\)$"),
         ({"tile_rows": 12}, "^tile_rows: expected a power of two, got 12"),
         ({"num_local_experts": 0}, "num_local_experts: input should be greater than or equal to 1, got 0$"),
         ({"method": "best"}, "^method: input should be .* got 'best'$"),
@@ -58,7 +58,7 @@ def test_stages_that_disagree_are_refused_with_both_values(stage: str, change: d
 
 def test_a_first_gemm_without_activation_is_refused() -> None:
     fields = MoEConfig.create(**SMALL, activation="Relu2").model_dump()
-    with pytest.raises(ValueError, match=r"gemm1\.activation: expected Gelu or .*Swiglu or .*, got None"):
+    with pytest.raises(ValueError, match=r"gemm1\.activation: expected .*Gelu or .*Swiglu or .*, got None"):
         MoEConfig(**fields | {"gemm1": fields["gemm1"] | {"activation": None}})
 
 
