@@ -10,6 +10,7 @@ from torch import Tensor
 
 import moe
 from moe.gemm.weight_format import convert_weights, pack_weights
+from moe.packing.checkpoint import find_layer
 from moe.testing.problems import make_problem
 
 BLOCKS = moe.WeightFormat(layout="BlockMajorK", gate_up_order="up_gate")  # not shuffled
@@ -132,6 +133,65 @@ def test_what_the_flat_call_has_no_number_for_is_refused() -> None:
         moe.flat_weights(weights_of(config), config)
     with pytest.raises(TypeError, match="source: expected a module, a state dict or"):
         moe.flat_weights(3, config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"has_biases": True}, "without biases, got has_biases"),
+        ({"weight_on": "input"}, "weight_on 'output', got 'input'"),
+    ],
+    ids=["biases", "weight on input"],
+)
+def test_what_the_flat_call_has_no_argument_for_is_refused(change: dict[str, Any], words: str) -> None:
+    config = moe.MoEConfig.create(**SIZES, **change)
+    with pytest.raises(ValueError, match=f"config: expected .*{words}.*build_pipeline"):
+        moe.flat_weights(weights_of(config), config)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    ["experts.gate_up_proj_bias", "experts.down_proj_bias", "experts.3.gate_proj.bias", "experts.0.w2.bias"],
+)
+def test_biases_of_a_state_dict_are_not_dropped(bias: str) -> None:
+    w1, w2 = weights_of(CONFIGS["renormalize"])
+    state = {"experts.gate_up_proj": w1, "experts.down_proj": w2}
+    if ".0." in bias or ".3." in bias:
+        state = apart(w1, w2, "", ("gate_proj", "up_proj", "down_proj"))
+    with pytest.raises(ValueError, match=rf"expected experts without biases, got {bias};"):
+        moe.flat_weights(state | {bias: torch.zeros(8)}, CONFIGS["renormalize"])
+    router = {"router.bias": torch.zeros(8)}
+    assert torch.equal(*run(moe.flat_weights(state | router, CONFIGS["renormalize"]), CONFIGS["renormalize"]))
+
+
+def test_interleaved_rows_and_a_configs_numbers_go_into_the_flat_call() -> None:
+    order = moe.WeightFormat(layout="MajorMn", gate_up_order="interleaved")
+    numbers = moe.SwigluNumbers(alpha=1.702, beta=1.0, clamp_limit=0.7)
+    config = moe.MoEConfig.create(**SIZES, weight_format=order, swiglu=numbers)
+    problem = make_problem(config, 9)
+    pair = pack_weights(problem.w1, order, is_gated=True), pack_weights(problem.w2, order, is_gated=False)
+    tensors = (problem.logits, None, problem.hidden_states)
+    got = moe.trtllm_bf16_moe(*tensors, **moe.flat_weights(pair, config)._asdict())
+    wanted = moe.reference_pipeline(config)(problem.logits, problem.hidden_states, *pair)
+    assert torch.equal(got, wanted)
+    plain = moe.reference_pipeline(config)(problem.logits, problem.hidden_states, *pair, swiglu=moe.SwigluParams())
+    assert not torch.equal(wanted, plain)
+
+
+def test_an_experts_module_with_interleaved_rows_gives_them_in_order_and_biases_are_refused() -> None:
+    pytest.importorskip("transformers", minversion="5.17")
+    from integrations.test_hf_classes import CLASSES, build
+
+    where = next((where for where in CLASSES if where.endswith(".GptOssExperts")), None)
+    if where is None:
+        pytest.skip("this transformers has no GptOssExperts")
+    experts = build(where)
+    config = moe.MoEConfig.create(hidden_size=64, intermediate_size=32, num_experts=5, top_k=2)
+    with pytest.raises(ValueError, match=r"expected experts without biases, got some; .*build_pipeline"):
+        moe.flat_weights(experts, config)
+    experts.has_bias = False
+    layer = find_layer(experts, config, None, None, None)
+    assert layer.config.gemm1.weight_format.gate_up_order == "interleaved"
 
 
 def test_an_experts_module_gives_its_weights_and_its_gate() -> None:

@@ -14,6 +14,7 @@ from moe.config import MoEConfig
 from moe.flow import SwigluParams
 from moe.gemm.config import GemmConfig, WeightFormat
 
+_BY_PIPELINE = "use moe.build_pipeline"
 BY_HAND = "pass (w1, w2) and a MoEConfig with the weight_format in which they lie"
 
 Numbers = tuple[float | None, float | None, float | None]  # alpha, beta, clamp_limit, of all experts alike
@@ -40,7 +41,11 @@ def find_layer(source: Any, config: Any, layer: int | None, offset: int | None, 
         count = config.permute.num_local_experts
         count = min(count, config.num_experts - offset)
     config = _sliced(config, offset, count)
+    _expect_flat(config)
+    numbers_given = config.swiglu
     gate: Numbers = (None, None, None)
+    if numbers_given is not None:
+        gate = (numbers_given.alpha, numbers_given.beta, numbers_given.clamp_limit)
     if isinstance(source, nn.Module):
         source, config, gate = _of_module(source, config, layer)
     elif isinstance(source, Mapping):
@@ -52,6 +57,18 @@ def find_layer(source: Any, config: Any, layer: int | None, offset: int | None, 
         None if value is None else torch.full((count,), value, dtype=torch.float32, device=w1.device) for value in gate
     )
     return LayerWeights(w1, w2, config, SwigluParams(*numbers))
+
+
+def _expect_flat(config: MoEConfig) -> None:
+    """Raise for what the flat call has no argument for."""
+    if config.has_biases:
+        raise ValueError(
+            f"config: expected experts without biases, got has_biases; the flat call takes none: {_BY_PIPELINE}"
+        )
+    if config.weighs_input:
+        raise ValueError(
+            f"config: expected weight_on 'output', got 'input'; the flat call weighs results: {_BY_PIPELINE}"
+        )
 
 
 def _sliced(config: MoEConfig, offset: int, count: int) -> MoEConfig:
@@ -102,7 +119,9 @@ def _of_module(
         raise ValueError(f"{path}: expected experts with {wanted}, got {computed}; the flat call cannot run them")
     if getattr(experts, "has_post_expert_norm", False):
         raise ValueError(f"{path}: expected experts without a norm, got one after each; the flat call cannot run them")
-    weight_format = WeightFormat(layout=form.layout)
+    if form.has_bias:
+        raise ValueError(f"{path}: expected experts without biases, got some; the flat call takes none: {_BY_PIPELINE}")
+    weight_format = WeightFormat(layout=form.layout, gate_up_order="interleaved" if form.is_interleaved else "gate_up")
     gemms = {
         name: getattr(config, name).model_copy(update={"weight_format": weight_format}) for name in ("gemm1", "gemm2")
     }
@@ -111,6 +130,7 @@ def _of_module(
 
 _FUSED = re.compile(r"(.*\b)(gate_up_proj|up_proj|down_proj|input_linear|output_linear)(?:\.weight)?")
 _APART = re.compile(r"(.*\bexperts\.)(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+_BIAS = re.compile(r"(\d+\.)?(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|input_linear|output_linear)[._]bias")
 _GATE, _UP, _DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 _W1, _W2 = ("gate_up_proj", "up_proj", "input_linear"), ("down_proj", "output_linear")
 
@@ -134,6 +154,11 @@ def _of_state_dict(state: Mapping[str, Tensor], config: MoEConfig, layer: int | 
             f"one layer, or {BY_HAND}"
         )
     entries = of_prefix[prefixes[0]]
+    biases = [name for name in state if _BIAS.fullmatch(name.removeprefix(prefixes[0]))]
+    if biases:
+        raise ValueError(
+            f"source: expected experts without biases, got {biases[0]}; the flat call takes none: {_BY_PIPELINE}"
+        )
     if any(expert is None for _, expert in entries):
         return _entry(entries, _W1, None, prefixes[0]), _entry(entries, _W2, None, prefixes[0])
     return _stacked(entries, config, prefixes[0])
