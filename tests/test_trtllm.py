@@ -13,6 +13,7 @@ from torch import Tensor
 
 import moe
 from moe import FLASHINFER, MoEConfig, TopK, reference_pipeline, trtllm_bf16_moe, trtllm_bf16_routed_moe
+from moe.gemm.config import PARAMETERS
 from moe.gemm.weight_format import pack_weights
 from moe.routing.reference import select_experts_reference
 from moe.testing.closeness import assert_close_to_exact
@@ -95,6 +96,30 @@ def assert_output_is_right(
         local_expert_offset=config.permute.local_expert_offset,
     )
     assert_close_to_exact(output, reference, exact)
+
+
+@pytest.mark.parametrize("activation", moe.ActivationType, ids=lambda activation: activation.name)
+def test_every_number_of_an_activation_is_computed(device: torch.device, activation: moe.ActivationType) -> None:
+    config = layer(activation=activation)
+    problem = make_problem(config, T, device=device)
+    arguments = flat_arguments(config, problem)
+    for number in (activation, int(activation), np.int64(activation)):
+        output = trtllm_bf16_moe(**arguments | {"activation_type": number})
+        assert_output_is_right(output, config, problem, arguments)
+    for name in ("alpha", "beta", "clamp_limit"):
+        values = torch.linspace(0.5, 1.5, E, device=device)
+        given = {f"gemm1_{name}": values}
+        if name not in PARAMETERS.get(activation, ()):
+            with pytest.raises(ValueError, match=rf"gemm1_{name} with activation .*{activation.name}"):
+                trtllm_bf16_moe(**arguments | given)
+            continue
+        swiglu = moe.SwigluParams(**{name: values})
+        weights = (arguments["gemm1_weights"], arguments["gemm2_weights"])
+        topk = select_experts_reference(problem.logits, None, config=config.routing)
+        tensors = (topk, problem.hidden_states)
+        exact = experts_in_float64(*tensors, problem.w1, problem.w2, activation=activation, swiglu=swiglu)
+        reference = reference_pipeline(config).run_experts(*tensors, *weights, swiglu=swiglu)
+        assert_close_to_exact(trtllm_bf16_moe(**arguments | given), reference, exact)
 
 
 def test_signature_is_flashinfers() -> None:
