@@ -438,7 +438,7 @@ def _as_constant(value: Any) -> Any:
     if isinstance(value, bool):
         return bool(value)
     if isinstance(value, Enum):
-        return value.value
+        return operator.index(value.value)
     if isinstance(value, int):
         return operator.index(value)
     return (value.hex(),) if isinstance(value, float) else value

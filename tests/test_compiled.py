@@ -186,6 +186,33 @@ def test_a_call_is_one_graph_for_any_number_of_tokens_with_the_bits_of_an_eager_
     assert counter.frame_count == 1
 
 
+FLAT_NUMBERS = (E, K, None, None, I, 0, E, None, 1)
+DIRECT: dict[str, tuple[Any, Callable[[Any, Inputs], Any]]] = {
+    "flat": (trtllm_bf16_moe, lambda f, d: f(d.logits, None, d.x, FLAT_W1, FLAT_W2, *FLAT_NUMBERS)),
+    "flat, by name": (
+        trtllm_bf16_moe,
+        lambda f, d: f(d.logits, None, d.x, FLAT_W1, FLAT_W2, **NUMBERS, enable_pdl=False, tune_max_num_tokens=64),
+    ),
+    "routed": (trtllm_bf16_routed_moe, lambda f, d: f([d.ids, d.weights], d.x, FLAT_W1, FLAT_W2, *FLAT_NUMBERS)),
+    "pipeline": (moe.build_pipeline(CONFIG, "cpu"), lambda f, d: f(d.logits, d.x, W1, W2)),
+    "run_experts": (
+        tuned_pipeline(CONFIG, "cpu").run_experts,
+        lambda f, d: f(TopK(d.ids, d.weights), d.x, W1, W2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_a_call_that_is_compiled_itself_takes_its_numbers_from_the_caller(name: str) -> None:
+    function, call = DIRECT[name]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for count in COUNTS:
+        given = Inputs.of(count)
+        assert torch.equal(call(compiled, given), call(function, given))
+    assert counter.frame_count == 1
+
+
 def test_a_second_number_of_tokens_makes_the_number_dynamic(backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(CALLS["flat"], fullgraph=True, backend=counter)
