@@ -95,6 +95,18 @@ def test_every_activation(
     family.assert_is_close(case, SwigluParams(**swiglu) if swiglu else None)
 
 
+def test_nan_comes_out_of_every_activation_where_it_goes_in(
+    family, gemm_device, any_activation, usual_format, few_tile_rows
+):
+    problem = Problem(any_activation, family.usual_dims, usual_format)
+    case = family.case(problem, num_tokens=4, tile_rows=few_tile_rows, device=gemm_device)
+    case.rows[1] = float("nan")
+    for out in (family.run(case), run_reference(case)):
+        is_nan = case.by_slot(out).isnan()
+        assert is_nan[1].all()
+        assert not is_nan[[0, 2, 3]].any()
+
+
 def test_biases_are_added_in_fp32_by_row_of_the_weights(
     family, gemm_device, poisoned_memory, in_any_format, format_tile_rows, bias_dtype
 ):

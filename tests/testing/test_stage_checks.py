@@ -46,8 +46,8 @@ def test_the_references_pass(config: MoEConfig | None):
     pipeline = reference_pipeline(config or AWKWARD)
     check_route(pipeline.route, config=config)
     check_permute(pipeline.permute, config=config)
-    check_gemm1(pipeline.gemm1, config=config, takes_swiglu=pipeline.config.gemm1.is_gated)
-    check_gemm2(pipeline.gemm2, config=config)
+    check_gemm1(pipeline.gemm1, config=config, takes_swiglu=pipeline.config.gemm1.is_gated, takes_bias=True)
+    check_gemm2(pipeline.gemm2, config=config, takes_bias=True)
     check_finalize(pipeline.finalize, config=config)
 
 

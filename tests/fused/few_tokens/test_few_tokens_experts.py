@@ -37,6 +37,16 @@ def test_every_activation(triton_device, poisoned_memory, activation, parametris
     assert_kernels_are_close(case, swiglu if names else None)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda activation: activation.name)
+def test_nan_comes_out_of_every_activation_where_it_goes_in(triton_device, activation):
+    case = make_case(num_experts=3, num_tokens=3, activation=activation, device=triton_device)
+    case.hidden_states[1] = float("nan")
+    for function in (few_token_experts, few_token_experts_reference):
+        is_nan = case.run(function).isnan()
+        assert is_nan[1].all()
+        assert not is_nan[[0, 2]].any()
+
+
 BIASES = [
     (torch.bfloat16, torch.float32),
     (torch.float32, torch.bfloat16),
