@@ -36,7 +36,6 @@ RUN = {
         "topk_kernel",
         "plan_units_kernel",
         "route_backward_kernel",
-        "weigh_kernel",
         "map_ids_kernel",
     ),
     *("portable_gemm2_dgrad_kernel", "portable_wgrad_kernel"),
@@ -80,24 +79,6 @@ def test_the_portable_gemms_and_finalize_give_the_layer(triton_device, poisoned_
     rows = portable_gemm2(activation, problem.w2, permutation, config=LAYER.gemm2)
     output = finalize_tokens(rows, topk, permutation, config=LAYER.finalize)
     assert_is_the_layer(output, topk, problem)
-
-
-def test_slots_are_weighed(triton_device, poisoned_memory):
-    from moe.permute.weigh import weigh_tokens
-
-    problem = make_problem(LAYER, 9, device=triton_device)
-    topk = random_topk(9, 8, 2, device=triton_device)
-    weighed = weigh_tokens(problem.hidden_states, topk, config=LAYER.permute)
-    product = problem.hidden_states.float()[:, None] * topk.weights.float()[..., None]
-    assert torch.equal(weighed.hidden_states, product.bfloat16().flatten(0, 1))
-
-
-def test_ids_are_mapped(triton_device, poisoned_memory):
-    from moe.expert_ids import launch_map_ids
-
-    ids = torch.tensor([[0, 3], [1 << 40, -1]], device=triton_device)
-    expert_map = torch.tensor([1, 0, -1, 2], dtype=torch.int32, device=triton_device)
-    assert launch_map_ids(ids, expert_map, 4).tolist() == [[1, 2], [-1, -1]]
 
 
 def test_the_few_token_kernels_give_the_layer(triton_device, poisoned_memory):

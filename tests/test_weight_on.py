@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from moe import FLASHINFER, MoEConfig, SwigluParams, TopK, build_pipeline, refer
 from moe.flow import WeighedSlots
 from moe.gemm.weight_format import pack_weights
 from moe.permute.reference import weigh_tokens_reference
+from moe.permute.weigh import launch_weigh_tokens, weigh_tokens
+from moe.ready_stages import ready_stages
+from moe.stages import CheckedStage, FusedExperts
 from moe.testing.closeness import assert_close_to_exact
 from moe.testing.problems import experts_in_float64, make_problem
 from moe.tuning.choice import TuningChoice
@@ -60,6 +64,50 @@ def test_layer_matches_float64(weight_format: Any, top_k: int, num_tokens: int, 
             outputs = pipeline.run_experts_unfinalized(topk, *arguments)
             assert torch.equal(outputs.weights, torch.ones_like(topk.weights))
             assert_close_to_exact(summed(outputs).bfloat16(), reference, exact)
+
+
+@pytest.mark.parametrize("with_added", [False, True])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_the_kernels_take_slots_as_tokens(
+    top_k: int, with_added: bool, triton_device: torch.device, poisoned_memory: None
+) -> None:
+    from moe.fused.few_tokens.config import FewTokenConfig
+    from moe.fused.few_tokens.experts import few_token_experts, launch_few_token_experts
+    from moe.gemm.portable.gemm1 import portable_gemm1
+    from moe.gemm.portable.gemm2 import portable_gemm2
+    from moe.permute.finalize import finalize_tokens
+    from moe.permute.triton_plan import plan_permutation
+
+    config = MoEConfig.create(**SMALL | {"top_k": top_k}, method="TopKSigmoid", weight_on="input")
+    problem, reference = make_problem(config, 5, device=triton_device), reference_pipeline(config)
+    chain = {
+        "permute": partial(plan_permutation, config=config.planned),
+        "gemm1": partial(portable_gemm1, config=config.gemm1),
+        "gemm2": partial(portable_gemm2, config=config.gemm2),
+        "finalize": partial(finalize_tokens, config=config.finalize),
+    }
+    few = FewTokenConfig.of_stages(config.permute, config.gemm1, config.gemm2)
+    fused = FusedExperts(
+        CheckedStage(partial(few_token_experts, config=few), partial(launch_few_token_experts, config=few), few),
+        max_tokens=8,
+        stands_for=tuple(chain.values()),
+    )
+    weigh = CheckedStage(
+        partial(weigh_tokens, config=config.permute),
+        partial(launch_weigh_tokens, config=config.permute),
+        config.permute,
+    )
+    pipeline = replace(reference, **chain, weigh=weigh, fused=fused)
+    added = torch.randn_like(problem.hidden_states) if with_added else None
+    arguments = (problem.logits, problem.hidden_states, problem.w1, problem.w2)
+    exact = exact_of(reference.route(problem.logits), *arguments[1:]) + (0.0 if added is None else added.double())
+    expected = reference(*arguments, added=added)
+    output = pipeline(*arguments, added=added)
+    assert_close_to_exact(output, expected, exact)
+    assert_close_to_exact(replace(pipeline, fused=None)(*arguments, added=added), expected, exact)
+    assert ready_stages(pipeline).max_fused_tokens == (8 if top_k == 1 else -1)
+    workspace = torch.full((pipeline.workspace(5).asked_bytes,), 0x7F, dtype=torch.uint8, device=triton_device)
+    assert torch.equal(pipeline(*arguments, added=added, workspace=workspace), output)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

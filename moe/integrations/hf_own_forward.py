@@ -106,21 +106,15 @@ def _llama4_weights(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _llama4(layer: Any, is_batch_invariant: bool, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """The router's weight goes into an expert's input. The shared expert's result is added before the one rounding."""
+    """The router's weight goes into an expert's input."""
     tokens = hidden_states.reshape(-1, layer.hidden_dim)
     scores, logits = layer.router(tokens)
     ids = logits.topk(layer.top_k, dim=1).indices
     form = Form(expect_activation(layer.experts.act_fn, "experts.act_fn"), WeightLayout.MajorMn)
     inputs = (_llama4_weights(layer), tokens, ids, scores.gather(1, ids))
-    output = call_experts(
-        type(layer).__name__,
-        form,
-        *inputs,
-        is_batch_invariant=is_batch_invariant,
-        weighs_input=True,
-        added=layer.shared_expert(tokens),
-    )
-    return output.to(hidden_states.dtype), logits
+    path = type(layer).__name__
+    routed = call_experts(path, form, *inputs, is_batch_invariant=is_batch_invariant, weighs_input=True)
+    return (layer.shared_expert(tokens) + routed).to(hidden_states.dtype), logits
 
 
 def _dbrx_weights(experts: Any) -> tuple[Tensor, Tensor]:

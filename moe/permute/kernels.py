@@ -6,6 +6,7 @@ import torch
 
 from moe.permute.config import FinalizeConfig, PermuteConfig
 from moe.permute.reference import finalize_tokens_reference, plan_permutation_reference, weigh_tokens_reference
+from moe.permute.weigh import launch_weigh_tokens, weigh_tokens
 from moe.stages import Finalizer, Permuter, StageKernel, TokenWeigher, UnitSizeOf, first_to_take, takes_all
 
 
@@ -37,9 +38,7 @@ def weighers_on(device: torch.device) -> tuple[StageKernel, ...]:
     """In order: the first that takes a config runs."""
     if device.type != "cuda":
         return (StageKernel("reference", takes_all, weigh_tokens_reference, weigh_tokens_reference),)
-    from moe.permute.weigh import launch_weigh_tokens, weigh_tokens  # needs triton
-
-    return (StageKernel("triton", takes_all, weigh_tokens, launch_weigh_tokens),)
+    return (StageKernel("torch", takes_all, weigh_tokens, launch_weigh_tokens),)
 
 
 def planner_of(config: PermuteConfig, device: torch.device) -> StageKernel:

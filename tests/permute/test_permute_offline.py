@@ -158,21 +158,6 @@ def test_what_is_added_takes_one_load_more_ahead_of_the_wait(gate) -> None:
     assert before_wait.count("ld.global.v4") == 1
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("hidden_size", "blocks"), [(2056, 3), (7168, 7)])
-def test_weighing_reads_and_writes_sixteen_bytes_at_once(hidden_size, blocks, arch) -> None:
-    from moe.permute.weigh import weigh_tokens
-
-    config = PermuteConfig(num_experts=64, num_local_experts=16, top_k=4)
-    topk = TopK(torch.zeros(9, 4, dtype=torch.int32), torch.zeros(9, 4))
-    with offline_gpu(arch) as gpu:
-        weigh_tokens(torch.empty(9, hidden_size, dtype=torch.bfloat16), topk, config=config)
-    (launch,) = gpu.launches
-    assert launch.grid == (36 * blocks, 1, 1)
-    assert launch.report.spill_bytes == 0
-    assert launch.report.count("ld.global.v4") == launch.report.count("st.global.v4") == 1
-
-
 def test_code_of_finalize_does_not_grow_with_very_many_choices():
     few, many = (launches_of_finalize(2, 2048, torch.bfloat16, 90, top_k).launches[0].report for top_k in (33, 512))
     assert few.count("ld.global") == many.count("ld.global") <= 16

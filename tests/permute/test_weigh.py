@@ -1,4 +1,4 @@
-"""Each slot's token times its weight: by the kernel and the reference."""
+"""Each slot's token times its weight: as a GPU runs it, and by the reference."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from permute.stage import Stage
 from moe.flow import TopK
 from moe.permute.config import PermuteConfig
 from moe.permute.reference import weigh_tokens_reference
+from moe.permute.weigh import weigh_tokens
+from moe.runtime.scratch import scratch_from
 
 
-@pytest.fixture(params=["reference", pytest.param("kernel", marks=[pytest.mark.interpreter, pytest.mark.gpu])])
-def weigh(request: pytest.FixtureRequest) -> Stage:
-    if request.param == "reference":
-        return Stage(weigh_tokens_reference, torch.device("cpu"))
-    from moe.permute.weigh import weigh_tokens
-
-    return Stage(weigh_tokens, request.getfixturevalue("triton_device"))
+@pytest.fixture(params=["reference", "torch"])
+def weigh(request: pytest.FixtureRequest, device: torch.device) -> Stage:
+    return Stage(weigh_tokens_reference if request.param == "reference" else weigh_tokens, device)
 
 
 def slice_of(top_k: int) -> PermuteConfig:
@@ -66,9 +64,19 @@ def test_wrong_tensors_are_refused(weigh) -> None:
             weigh.run(*arguments, config=slice_of(2))
 
 
-def test_slots_past_two_billion_elements_are_found(cuda) -> None:
-    from moe.permute.weigh import weigh_tokens
+def test_a_workspace_of_inference_mode_is_written_outside_of_it(device: torch.device) -> None:
+    with torch.inference_mode():
+        workspace = torch.empty(2048, dtype=torch.uint8, device=device)
+    x = torch.full((2, 16), 3.0, dtype=torch.bfloat16, device=device)
+    topk = TopK(torch.full((2, 2), 3, dtype=torch.int32, device=device), torch.full((2, 2), 2.0, device=device))
+    with scratch_from(workspace):
+        weighed = weigh_tokens(x, topk, config=slice_of(2))
+    assert weighed.hidden_states.data_ptr() == workspace.data_ptr()
+    assert (weighed.hidden_states == 6).all()
+    assert (weighed.topk.weights == 1).all()
 
+
+def test_slots_past_two_billion_elements_are_found(cuda) -> None:
     x = torch.ones(300_000, 7168, dtype=torch.bfloat16, device=cuda)
     x[-1] = 3.0
     ids = torch.zeros(300_000, 1, dtype=torch.int32, device=cuda)
