@@ -166,10 +166,9 @@ def call_between(
         after: of the last matrix's rows, before they are weighed.
     """
     expect_tensors(path, hidden_states, *weights)
-    expect_no_gradients(path, hidden_states, *weights)
     expect_choice(path, top_k_index, top_k_weights)
     top_k, num_experts = top_k_index.shape[-1], len(weights[1])
-    run = torch.ops.moe.expert_linear if is_traced(hidden_states) else expert_linear
+    run = torch.ops.moe.expert_linear if is_traced(hidden_states) or torch.is_grad_enabled() else expert_linear
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).bfloat16()
     ids = top_k_index.flatten().long()
     is_absent = (ids < 0) | (ids >= num_experts)

@@ -14,6 +14,7 @@ from moe.integrations.hf_call import call_apart, call_experts, call_normed
 from moe.integrations.hf_experts import biases_of, expect_weights, form_of, weights_of
 from moe.integrations.hf_models import experts_of, gathered_dtype, hand_over, stood_for
 from moe.integrations.hf_own_forward import OwnForward, stand_for
+from moe.integrations.hf_training import is_trained, wants_gradients
 
 OLDEST_TRANSFORMERS = (5, 7)  # the first that takes the name of an experts function that it did not bring itself
 INSTALL = 'pip install "transformers>=5.7"'
@@ -119,9 +120,12 @@ def run_hf_experts(
     """
     path = type(experts).__name__
     form, inputs = form_of(experts, path), (hidden_states, top_k_index, top_k_weights)
-    if form.activation is None:
+    weights, biases = weights_of(experts), biases_of(experts, form)
+    if form.activation is None or (
+        not is_trained(form) and wants_gradients(hidden_states, top_k_weights, *weights, *biases)
+    ):
         return call_apart(path, form, experts, *inputs, is_batch_invariant=is_batch_invariant)
-    arguments, biases = (path, form, weights_of(experts), *inputs), biases_of(experts, form)
+    arguments = (path, form, weights, *inputs)
     if getattr(experts, "has_post_expert_norm", False):
         norm = cast(nn.Module, experts.post_expert_norm)
         return call_normed(*arguments, norm, is_batch_invariant=is_batch_invariant, biases=biases)

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", minversion="5.7")
 from integrations.test_huggingface import build_model, experts_in, routed_as, tokens_for
 
+from moe.gemm.config import ActivationType, WeightLayout
+from moe.integrations.hf_call import call_experts
+from moe.integrations.hf_experts import Form
 from moe.integrations.hf_replay import record_routing, replay_routing
 from moe.integrations.huggingface import use_moe
 from moe.testing.closeness import relative_error
@@ -240,10 +243,33 @@ def test_lora_on_experts_trains_by_merged_weights(device):
         assert relative_error(grad, wanted[name]) <= 0.15, name
 
 
-def test_experts_without_gradients_are_refused_in_words():
-    model = use_moe(build_model("gpt_oss", num_local_experts=4, num_experts_per_tok=2, intermediate_size=48).train())
-    with pytest.raises(ValueError, match=r"forward only: .*grouped_mm.*without biases.*moe\.build_training_pipeline"):
-        backward(model, tokens_for(model.device))
+@pytest.mark.parametrize("implementation", ["eager", "compiled"])
+def test_gpt_oss_trains_with_its_biases(device, implementation):
+    settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48, "head_dim": 16}
+    model, ours = trainable("gpt_oss", device, **settings)
+    tokens = tokens_for(device)
+    if implementation == "compiled":
+        torch._dynamo.reset()
+        wanted = backward(ours, tokens)
+        got = backward(torch.compile(ours, fullgraph=True, backend="aot_eager"), tokens)
+        assert all(torch.equal(grad, wanted[name.removeprefix("_orig_mod.")]) for name, grad in got.items())
+        return
+    calls = expert_calls_of_ids(model, tokens)
+    with routed_as(ours, calls), routed_as(model, calls):
+        got, wanted = backward(ours, tokens), backward(model, tokens)
+    assert got.keys() == wanted.keys()
+    assert {"gate_up_proj_bias", "down_proj_bias"} <= {name.rpartition(".")[2] for name in got}
+    for name, grad in got.items():
+        if "mlp.experts" in name:
+            assert relative_error(grad, wanted[name]) <= 0.15, name
+
+
+def test_experts_whose_activation_has_no_gradient_are_refused_where_their_own_code_cannot_run():
+    form = Form(ActivationType.GegluTanh, WeightLayout.MajorK)
+    w1, w2 = torch.zeros(2, 32, 24).bfloat16(), torch.zeros(2, 24, 16).bfloat16()
+    inputs = (torch.zeros(3, 24).bfloat16().requires_grad_(), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+    with pytest.raises(ValueError, match=r"own: forward only: .*hidden_states asks.*moe\.build_training_pipeline"):
+        call_experts("own", form, (w1, w2), *inputs, is_batch_invariant=False)
 
 
 def test_llama_4_whose_inputs_are_weighed_trains(device):
