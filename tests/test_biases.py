@@ -22,6 +22,7 @@ from moe.gemm.weight_format import pack_bias, pack_weights
 from moe.stages import FusedExperts
 from moe.testing.closeness import assert_close_to_exact
 from moe.testing.problems import experts_in_float64, make_problem
+from moe.traced import run_traced
 from moe.tuning.tuned import TunedPipeline, tuned_pipeline
 
 GPT_OSS = WeightFormat(layout="MajorMn", gate_up_order="interleaved")
@@ -199,27 +200,28 @@ def test_an_output_that_shares_memory_with_a_bias_is_refused():
         reference_pipeline(config)(*tensors, **more, output=output)
 
 
+def call_of(tensors: tuple[Any, ...], more: dict[str, Any]) -> LayerCall:
+    return LayerCall(*tensors, more["swiglu"], w1_bias=more["w1_bias"], w2_bias=more["w2_bias"])
+
+
 def test_a_kept_call_has_its_biases():
     _, tensors, more, _ = layer()
-    call = LayerCall(*tensors, more["swiglu"], w1_bias=more["w1_bias"], w2_bias=more["w2_bias"])
+    call = call_of(tensors, more)
     kept = _call_of({name: tensor for name, tensor in _by_name(call).items() if tensor is not None})
     assert torch.equal(kept.w1_bias, more["w1_bias"])
     assert torch.equal(kept.w2_bias, more["w2_bias"])
 
 
-def test_the_operator_of_a_traced_layer_takes_them():
-    from moe.operators import run_traced
-
+def test_traced_layers_take_them():
     config, tensors, more, _ = layer(GPT_OSS)
     pipeline = tuned_pipeline(config, "cpu")
-    call = LayerCall(*tensors, more["swiglu"], w1_bias=more["w1_bias"], w2_bias=more["w2_bias"])
-    assert torch.equal(run_traced(pipeline, call), pipeline.run(call))
+    assert torch.equal(run_traced(pipeline.recipe, call_of(tensors, more)), pipeline(*tensors, **more))
     with FakeTensorMode() as mode:
-        fake = LayerCall(*(mode.from_tensor(tensor) for tensor in tensors), w1_bias=mode.from_tensor(more["w1_bias"]))
-        assert run_traced(pipeline, fake).shape == (7, 128)
-        wrong = fake._replace(w1_bias=fake.w1_bias[:2])
+        fake = [mode.from_tensor(tensor) for tensor in tensors]
+        bias = mode.from_tensor(more["w1_bias"])
+        assert pipeline(*fake, w1_bias=bias).shape == (7, 128)
         with pytest.raises(ValueError, match=r"gemm1_bias: expected \[8, 128\], got \[2, 128\]"):
-            run_traced(pipeline, wrong)
+            pipeline(*fake, w1_bias=bias[:2])
 
 
 def test_a_layer_over_ranks_takes_those_of_its_experts():
