@@ -25,6 +25,7 @@ COMPILED_ONLY = {
     "wide_gemm1_kernel",
     "wide_gemm2_kernel",
     "hopper_wgrad_kernel",
+    "hopper_gemm2_dgrad_kernel",
 }
 RUN = {
     *(

@@ -4,30 +4,50 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import NamedTuple
 
 from torch import Tensor
 
-from moe.flow import KeptGemm1, Permutation, SwigluParams
-from moe.gemm.backward.checks import check_gemm1_dgrad, check_gemm1_keeping, check_gemm1_wgrad, check_gemm2_wgrad
+from moe.flow import Gemm2Gradients, KeptGemm1, Permutation, SwigluParams, TopK
+from moe.gemm.backward.checks import (
+    check_gemm1_dgrad,
+    check_gemm1_keeping,
+    check_gemm1_wgrad,
+    check_gemm2_dgrad,
+    check_gemm2_wgrad,
+)
+from moe.gemm.backward.dgrad import launch_portable_gemm2_dgrad
 from moe.gemm.backward.keeping import launch_portable_gemm1_keeping
+from moe.gemm.backward.kernels import KEEPING_FAMILIES
 from moe.gemm.backward.transposed import transposed
 from moe.gemm.backward.wgrad import launch_portable_gemm1_wgrad, launch_portable_gemm2_wgrad
 from moe.gemm.config import GemmConfig
 from moe.gemm.kernels import kernel_for, launch_gemm2
 from moe.runtime import triton_versions
+from moe.runtime.scratch import new_scratch
+
+# Off until a GPU has shown that it is right, and faster than the portable one.
+USES_HOPPER_DGRAD = False
+
+
+class Hopper(NamedTuple):
+    """The modules of the kernels in Gluon."""
+
+    dgrad: ModuleType
+    wgrad: ModuleType
 
 
 @functools.cache
-def _hopper_wgrad() -> ModuleType | None:
-    """The kernel in Gluon, where this Triton's Gluon is one that it was written in."""
+def _hopper() -> Hopper | None:
+    """None where this Triton's Gluon is not one that they were written in."""
     if not triton_versions.has_known_gluon():
         return None
     try:
-        from moe.gemm.backward import hopper_wgrad
+        from moe.gemm.backward import hopper_dgrad, hopper_wgrad
     except (ImportError, AttributeError) as error:
         triton_versions.warn_that_hopper_steps_aside(missing=str(error))
         return None
-    return hopper_wgrad
+    return Hopper(hopper_dgrad, hopper_wgrad)
 
 
 def run_gemm1_keeping(
@@ -40,7 +60,7 @@ def run_gemm1_keeping(
 ) -> KeptGemm1:
     """gemm1, and the product before its activation; arguments, result and errors as `gemm1_keeping_reference`.
 
-    The activation has the bits of `run_gemm1` of the same call.
+    The activation has the bits of `run_gemm1` of the same call where `keeps_the_bits` says so.
     """
     check_gemm1_keeping(config, hidden_states, weights, permutation, swiglu)
     return launch_gemm1_keeping(hidden_states, weights, permutation, config=config, swiglu=swiglu)
@@ -56,13 +76,49 @@ def launch_gemm1_keeping(
 ) -> KeptGemm1:
     """`run_gemm1_keeping` of tensors that were checked."""
     kernel = kernel_for("gemm1", config, permutation.tile_rows, permutation.mean_rows, hidden_states.device)
-    kept = launch_portable_gemm1_keeping(hidden_states, weights, permutation, config=config, swiglu=swiglu)
-    if kernel.family == "portable":
-        return kept
-    # That one keeps nothing: it runs beside one that does, for the bits of the forward pass.
-    return kept._replace(
-        activation=kernel.launch(hidden_states, weights, permutation, config=config, swiglu=swiglu, uses_pdl=False)
-    )
+    arguments = (hidden_states, weights, permutation)
+    if kernel.family not in KEEPING_FAMILIES:
+        return launch_portable_gemm1_keeping(*arguments, config=config, swiglu=swiglu)
+    kept = new_scratch(hidden_states, (permutation.max_rows, config.weight_rows))
+    return KeptGemm1(kernel.launch(*arguments, config=config, swiglu=swiglu, uses_pdl=False, kept=kept), kept)
+
+
+def run_gemm2_dgrad(
+    grad_output: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    topk: TopK,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    gemm1: GemmConfig,
+    swiglu: SwigluParams | None = None,
+) -> Gemm2Gradients:
+    """Gradients through gemm2, the routing weight and the activation; arguments, result and errors as `gemm2_dgrad_reference`."""
+    check_gemm2_dgrad(config, gemm1, grad_output, weights, gate_up, topk, permutation, swiglu)
+    tensors = (grad_output, weights, gate_up, topk, permutation)
+    return launch_gemm2_dgrad(*tensors, config=config, gemm1=gemm1, swiglu=swiglu)
+
+
+def launch_gemm2_dgrad(
+    grad_output: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    topk: TopK,
+    permutation: Permutation,
+    *,
+    config: GemmConfig,
+    gemm1: GemmConfig,
+    swiglu: SwigluParams | None = None,
+) -> Gemm2Gradients:
+    """`run_gemm2_dgrad` of tensors that were checked."""
+    hopper = _hopper() if USES_HOPPER_DGRAD else None
+    if hopper is not None and hopper.dgrad.takes(config, gemm1, permutation.tile_rows, grad_output.device):
+        launch = hopper.dgrad.launch_hopper_gemm2_dgrad
+    else:
+        launch = launch_portable_gemm2_dgrad
+    tensors = (grad_output, weights, gate_up, topk, permutation)
+    return launch(*tensors, config=config, gemm1=gemm1, swiglu=swiglu)
 
 
 def run_gemm1_dgrad(grad_gate_up: Tensor, weights: Tensor, permutation: Permutation, *, config: GemmConfig) -> Tensor:
@@ -100,9 +156,9 @@ def launch_gemm1_wgrad(
     out: Tensor | None = None,
 ) -> Tensor:
     """`run_gemm1_wgrad` of tensors that were checked."""
-    hopper = _hopper_wgrad()
-    if hopper is not None and hopper.takes(config, permutation.tile_rows, grad_gate_up.device):
-        launch = hopper.launch_hopper_gemm1_wgrad
+    hopper = _hopper()
+    if hopper is not None and hopper.wgrad.takes(config, permutation.tile_rows, grad_gate_up.device):
+        launch = hopper.wgrad.launch_hopper_gemm1_wgrad
     else:
         launch = launch_portable_gemm1_wgrad
     return launch(grad_gate_up, hidden_states, permutation, config=config, out=out)
@@ -130,9 +186,9 @@ def launch_gemm2_wgrad(
     out: Tensor | None = None,
 ) -> Tensor:
     """`run_gemm2_wgrad` of tensors that were checked."""
-    hopper = _hopper_wgrad()
-    if hopper is not None and hopper.takes(config, permutation.tile_rows, grad_output.device):
-        launch = hopper.launch_hopper_gemm2_wgrad
+    hopper = _hopper()
+    if hopper is not None and hopper.wgrad.takes(config, permutation.tile_rows, grad_output.device):
+        launch = hopper.wgrad.launch_hopper_gemm2_wgrad
     else:
         launch = launch_portable_gemm2_wgrad
     return launch(grad_output, weighted_activation, permutation, config=config, out=out)

@@ -30,7 +30,8 @@ OF_BOTH: dict[str, Callable[..., Any]] = {
     "swiglu_gradients": swiglu_gradients_reference,
 }
 OF_GEMM2: dict[str, Callable[..., Any]] = {"gemm2_wgrad": gemm2_wgrad_reference}
-KEEPING_FAMILIES = ("portable",)  # of gemm1, that store the product before the activation too
+# Of gemm1, that store the product before the activation too. "wide" can, and joins them once a GPU has shown that it is right.
+KEEPING_FAMILIES = ("portable",)
 STAGES = OF_GEMM1 | OF_BOTH | OF_GEMM2
 
 
@@ -40,11 +41,11 @@ def kernels_on(stage: str, device: torch.device) -> tuple[StageKernel, ...]:
     if device.type != "cuda" or stage == "swiglu_gradients":
         return (reference,)
     # Here and not above: on a CPU nobody needs triton.
-    from moe.gemm.backward import chosen, dgrad
+    from moe.gemm.backward import chosen
 
     of_stage: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "gemm1_keeping": (chosen.run_gemm1_keeping, chosen.launch_gemm1_keeping),
-        "gemm2_dgrad": (dgrad.portable_gemm2_dgrad, dgrad.launch_portable_gemm2_dgrad),
+        "gemm2_dgrad": (chosen.run_gemm2_dgrad, chosen.launch_gemm2_dgrad),
         "gemm1_dgrad": (chosen.run_gemm1_dgrad, chosen.launch_gemm1_dgrad),
         "gemm1_wgrad": (chosen.run_gemm1_wgrad, chosen.launch_gemm1_wgrad),
         "gemm2_wgrad": (chosen.run_gemm2_wgrad, chosen.launch_gemm2_wgrad),

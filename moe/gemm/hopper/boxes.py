@@ -17,6 +17,17 @@ def row_boxes(matrix: Tensor, box_rows: int, box_columns: int) -> Boxes:
     return Boxes(matrix, (num_rows, num_columns), (num_columns, 1), box, box_layout(*box))
 
 
+def half_row_boxes(matrix: Tensor, box_rows: int, box_columns: int) -> tuple[Boxes, Boxes]:
+    """Boxes of the left and of the right half of a bf16 matrix's columns: one at the end of the left half ends there."""
+    num_rows, num_columns = matrix.shape
+    box = (box_rows, box_columns)
+    left, right = (
+        Boxes(half, (num_rows, num_columns // 2), (num_columns, 1), box, box_layout(*box))
+        for half in matrix.chunk(2, dim=1)
+    )
+    return left, right
+
+
 @functools.cache
 def box_layout(*box: int) -> gl.NVMMASharedLayout:
     """How a box of bf16 lies in shared memory."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe.flow import Permutation, SwigluParams
 from moe.gemm.checks import check_gather
 from moe.gemm.config import ACTIVATIONS, GemmConfig, WeightLayout, named_activations
-from moe.gemm.hopper.boxes import row_boxes
+from moe.gemm.hopper.boxes import half_row_boxes, row_boxes
 from moe.gemm.hopper.problem import MAX_REGISTERS, num_blocks
 from moe.gemm.hopper.work_units import units_of
 from moe.gemm.wide.gemm1_kernel import wide_gemm1_kernel
@@ -66,8 +66,13 @@ def launch_wide_gemm1(
     swiglu: SwigluParams | None = None,
     is_dynamic: bool = True,
     uses_pdl: bool = False,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """`wide_gemm1` of tensors that were checked, where `takes` says that it computes this."""
+    """`wide_gemm1` of tensors that were checked, where `takes` says that it computes this.
+
+    Args:
+        kept: [P, 2I] bf16, into which what is activated is written too, columns as the rows of W1, which is not shuffled.
+    """
     out = new_scratch(hidden_states, (permutation.max_rows, config.out_features))
     if not out.numel():
         return out
@@ -78,6 +83,7 @@ def launch_wide_gemm1(
         hidden_states,
         weight_row_boxes(weights, config, 128),
         row_boxes(out, HALF_ROWS, BLOCK_N),
+        *((None, None) if kept is None else half_row_boxes(kept, HALF_ROWS, BLOCK_N)),
         permutation.token_of_row,
         units.records,
         units.counts,

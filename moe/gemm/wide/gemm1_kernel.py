@@ -61,6 +61,8 @@ def wide_gemm1_kernel(
     hidden_states_ptr,  # [T, IN_FEATURES] bf16
     weights_desc,  # [rows of all experts, IN_FEATURES], or [.., 64] where BlockMajorK; box [128, 64]
     out_desc,  # [P, OUT_FEATURES] bf16; box [64, 128]
+    kept_first_desc,  # the same, for products with the weight's first half, or None
+    kept_second_desc,
     token_of_row_ptr,  # [P] int32
     units_ptr,  # [5, max_units] int32
     counts_ptr,  # [2] int32: units, and 0: work taken
@@ -87,12 +89,13 @@ def wide_gemm1_kernel(
     fence_async_shared()
     swiglu = Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr)
     first_out, second_out = Output(out_desc, out.index(0)), Output(out_desc, out.index(1))
+    kept = Kept(kept_first_desc, kept_second_desc)
     inputs = Inputs(hidden_states_ptr, token_of_row_ptr, weights_desc)
     works = WorkList(units_ptr, max_units, counts_ptr)
     gl.warp_specialize(
         [
-            (consume, (stages, mail, first_out, swiglu, IN_FEATURES, IS_SHUFFLED, ACTIVATION, IS_GATE_FIRST, 0)),
-            (consume, (stages, mail, second_out, swiglu, IN_FEATURES, IS_SHUFFLED, ACTIVATION, IS_GATE_FIRST, 1)),
+            (consume, (stages, mail, first_out, kept, swiglu, IN_FEATURES, IS_SHUFFLED, ACTIVATION, IS_GATE_FIRST, 0)),
+            (consume, (stages, mail, second_out, kept, swiglu, IN_FEATURES, IS_SHUFFLED, ACTIVATION, IS_GATE_FIRST, 1)),
             (
                 produce,
                 (
@@ -113,6 +116,13 @@ def wide_gemm1_kernel(
         [4, 4],
         [216, 72],
     )
+
+
+class Kept(NamedTuple):
+    """Where products go before their activation, or nowhere."""
+
+    first_desc: Any  # [P, OUT_FEATURES] bf16
+    second_desc: Any
 
 
 class Inputs(NamedTuple):
@@ -196,6 +206,7 @@ def consume(
     stages,
     mail,
     output,
+    kept,
     swiglu,
     IN_FEATURES: gl.constexpr,
     IS_SHUFFLED: gl.constexpr,
@@ -222,6 +233,8 @@ def consume(
             # Waits for nothing: makes a tensor of the accumulators, as the loop carries one.
             accumulators = warpgroup_mma_wait(1, deps=[accumulators])
             accumulators, step = finish_steps(accumulators, stages, step, 1, NUM_STEPS, True, ID)
+            if kept.first_desc is not None:
+                keep(accumulators, output, kept, row_of(message) + ID * HALF_ROWS, column_block_of(message) * BLOCK_N)
             result = pin(activate_columns(accumulators, parameters, IS_SHUFFLED, ACTIVATION, IS_GATE_FIRST))
             result_row = row_of(message) + ID * HALF_ROWS
             result_column = column_block_of(message) * BLOCK_N
@@ -230,6 +243,14 @@ def consume(
         message = receive(mail, num_received)
     write(result, output, result_row, result_column)
     tma.store_wait(0)
+
+
+@gluon.jit
+def keep(accumulators, output, kept, row, column):
+    """Start the copies of [64, 256] products of halves that are not shuffled, through the memory that results pass through."""
+    first, second = accumulators.to(gl.bfloat16).reshape([HALF_ROWS, 2, BLOCK_N]).permute((0, 2, 1)).split()
+    write(first, Output(kept.first_desc, output.buffers), row, column)
+    write(second, Output(kept.second_desc, output.buffers), row, column)
 
 
 @gluon.jit
