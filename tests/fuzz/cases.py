@@ -10,10 +10,11 @@ from torch import Tensor
 
 from moe.config import MoEConfig
 from moe.flow import Added, SwigluParams, TopK
-from moe.gemm.config import ACTIVATIONS, PARAMETERS, SHUFFLE_ROWS, ActivationType, WeightFormat
+from moe.gemm.config import ACTIVATIONS, PARAMETERS, SHUFFLE_ROWS, ActivationType, SwigluNumbers, WeightFormat
 from moe.gemm.weight_format import pack_bias, pack_weights
 from moe.routing.config import RoutingMethod
 
+NUMBERS = {"alpha": 1.375, "beta": 0.75, "clamp_limit": 1.25}  # where the config has them
 LAYOUTS = ("MajorK", "MajorMn", "BlockMajorK")
 
 
@@ -40,6 +41,7 @@ class Case:
     tile_rows: int | None = None
     is_batch_invariant: bool = False
     swiglu: tuple[str, ...] = ()
+    has_config_numbers: bool = False  # those of swiglu, of all experts alike
     biases: tuple[str, ...] = ()
     expert_bias_dtype: str = "bfloat16"
     weight_on: str = "output"
@@ -66,6 +68,8 @@ class Case:
             norm_topk_prob=self.normalises,
             activation=self.activation,
             weight_on=self.weight_on,
+            swiglu=SwigluNumbers(**{name: NUMBERS[name] for name in self.swiglu}) if self.has_config_numbers else None,
+            has_biases=len(self.biases) == 2,
             weight_format=self.weight_format,
             local_expert_offset=self.first_local,
             num_local_experts=self.num_local,
@@ -88,6 +92,7 @@ class Case:
             layout="BlockMajorK",
             gate_up_order="up_gate",
             biases=(),
+            has_config_numbers=False,
             weight_on="output",
             added="",
             hidden_size=-(-self.hidden_size // 64) * 64,
@@ -161,6 +166,7 @@ def cases(draw: st.DrawFn, multiple: int = 8) -> Case:
         tile_rows=draw(st.sampled_from([None, 16, 32, 64, 128])),
         is_batch_invariant=draw(st.booleans()),
         swiglu=tuple(draw(st.sets(st.sampled_from(parameters)))) if parameters else (),
+        has_config_numbers=draw(st.booleans()),
         biases=tuple(draw(st.sets(st.sampled_from(["w1", "w2"])))),
         expert_bias_dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         weight_on=draw(st.sampled_from(["output", "input"])),
@@ -197,6 +203,8 @@ def tensors_of(case: Case, device: torch.device) -> Tensors:
     bias = None if case.bias_dtype is None else torch.randn(case.num_experts, generator=generator) * 0.5
     ids = torch.randint(-2, case.num_experts + 2, shape, generator=generator, dtype=torch.int32)
     numbers = {name: (torch.rand(case.num_local, generator=generator) + 0.5).to(device) for name in sorted(case.swiglu)}
+    if case.has_config_numbers:
+        numbers = {name: torch.full_like(values, NUMBERS[name]) for name, values in numbers.items()}
     widths = {"w1": w1.shape[1], "w2": case.hidden_size}
     biases = {
         name: torch.randn(case.num_local, widths[name], generator=generator).to(getattr(torch, case.expert_bias_dtype))

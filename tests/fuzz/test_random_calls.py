@@ -51,7 +51,7 @@ def logits_call(case: Case, device: torch.device) -> None:
             tensors.stored_w1,
             tensors.stored_w2,
             bias=tensors.bias,
-            swiglu=tensors.swiglu,
+            swiglu=given_numbers(case, tensors),
             output=output,
             routing_replay_out=replay_out,
             workspace=workspace,
@@ -71,7 +71,7 @@ def logits_call_stopped_before_finalize(case: Case, device: torch.device) -> Non
         tensors.stored_w1,
         tensors.stored_w2,
         bias=tensors.bias,
-        swiglu=tensors.swiglu,
+        swiglu=given_numbers(case, tensors),
         routing_replay_out=replay_out,
         **biases_of(tensors),
     )
@@ -93,7 +93,7 @@ def chosen_call(case: Case, device: torch.device) -> None:
     more = {"workspace": workspace, "added": tensors.added, **biases_of(tensors)}
     with within(pipeline.workspace_bytes(case.num_tokens), case, device):
         result = pipeline.run_experts(
-            tensors.topk, tensors.hidden_states, *weights, swiglu=tensors.swiglu, output=output, **more
+            tensors.topk, tensors.hidden_states, *weights, swiglu=given_numbers(case, tensors), output=output, **more
         )
     assert output is None or result is output
     assert_within_roundings(result, tensors.topk.expert_ids, tensors.topk.weights, case, tensors)
@@ -103,7 +103,7 @@ def chosen_call_stopped_before_finalize(case: Case, device: torch.device) -> Non
     tensors, pipeline = tensors_of(case, device), moe.build_pipeline(case.config(), device)
     weights = (tensors.stored_w1, tensors.stored_w2)
     outputs = pipeline.run_experts_unfinalized(
-        tensors.topk, tensors.hidden_states, *weights, swiglu=tensors.swiglu, **biases_of(tensors)
+        tensors.topk, tensors.hidden_states, *weights, swiglu=given_numbers(case, tensors), **biases_of(tensors)
     )
     if case.weight_on == "input":
         assert torch.equal(outputs.weights, torch.ones_like(tensors.topk.weights))
@@ -164,7 +164,7 @@ def experts_of_a_model(case: Case, device: torch.device) -> None:
     case = Case(
         **vars(case)
         | {"layout": layout, "is_shuffled": False, "gate_up_order": "gate_up", "swiglu": (), "first_local": 0}
-        | {"num_local": case.num_experts, "biases": (), "weight_on": "output", "added": ""}
+        | {"num_local": case.num_experts, "biases": (), "weight_on": "output", "added": "", "has_config_numbers": False}
     )
     tensors = tensors_of(case, device)
     dtype = ID_DTYPES[case.seed % len(ID_DTYPES)]
@@ -215,7 +215,7 @@ def kept_call(case: Case, device: torch.device) -> None:
         tensors.hidden_states,
         tensors.stored_w1,
         tensors.stored_w2,
-        tensors.swiglu,
+        given_numbers(case, tensors),
         None if is_chosen else tensors.bias,
         is_chosen=is_chosen,
         added=tensors.added,
@@ -288,6 +288,11 @@ def workspace_of(pipeline: moe.MoEPipeline, case: Case, device: torch.device) ->
     if not case.gives_workspace:
         return None
     return torch.full((pipeline.workspace(case.num_tokens).asked_bytes,), 0x7F, dtype=torch.uint8, device=device)
+
+
+def given_numbers(case: Case, tensors: Tensors) -> moe.SwigluParams | None:
+    """What a call brings: nothing where its config has the numbers."""
+    return None if case.has_config_numbers else tensors.swiglu
 
 
 def biases_of(tensors: Tensors) -> dict[str, Tensor]:
