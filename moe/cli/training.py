@@ -26,6 +26,7 @@ from moe.tuning.measure import Peaks
 
 FACTOR_OF_FLOPS = 3  # each of the forward's products has two more in the backward pass
 CALLS_A_SAMPLE = 3
+NUM_PARTS = 16  # of a gradient that is compared
 ERROR_LIMIT = 3e-2  # two bf16 gradients, each within 1e-2 of the exact one
 HEADER = ("tokens", "floor", "forward", "both", "anew", "eager", "compiled", "eager/both", "MiB", "of eager", "error")
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (weights, x, w1, w2) -> [T, H]
@@ -191,8 +192,10 @@ def _gradients_of(way: Experts, leaves: Sequence[Tensor], grad_output: Tensor) -
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
     """Relative, Frobenius, in float32 a part at a time: weights' gradients are large."""
-    parts = [(a.float(), b.float()) for a, b in zip(ours, theirs)]
-    squares = torch.stack([torch.stack(((a - b).square().sum(), b.square().sum())) for a, b in parts]).double().sum(0)
+    squares = torch.zeros(2, dtype=torch.float64, device=ours.device)
+    for part, other in zip(ours.chunk(NUM_PARTS), theirs.chunk(NUM_PARTS)):
+        other = other.float()
+        squares += torch.stack(((part.float() - other).square().sum(), other.square().sum()))
     difference, size = squares.sqrt().tolist()
     return difference / size if difference else 0.0
 
