@@ -18,7 +18,7 @@ from moe.gemm.backward.checks import (
 )
 from moe.gemm.backward.dgrad import launch_portable_gemm2_dgrad
 from moe.gemm.backward.keeping import launch_portable_gemm1_keeping
-from moe.gemm.backward.kernels import KEEPING_FAMILIES
+from moe.gemm.backward.kernels import keeps_product
 from moe.gemm.backward.transposed import transposed
 from moe.gemm.backward.wgrad import launch_portable_gemm1_wgrad, launch_portable_gemm2_wgrad
 from moe.gemm.config import GemmConfig
@@ -77,7 +77,7 @@ def launch_gemm1_keeping(
     """`run_gemm1_keeping` of tensors that were checked."""
     kernel = kernel_for("gemm1", config, permutation.tile_rows, permutation.mean_rows, hidden_states.device)
     arguments = (hidden_states, weights, permutation)
-    if kernel.family not in KEEPING_FAMILIES:
+    if not keeps_product(kernel.family, config):
         return launch_portable_gemm1_keeping(*arguments, config=config, swiglu=swiglu)
     kept = new_scratch(hidden_states, (permutation.max_rows, config.weight_rows))
     return KeptGemm1(kernel.launch(*arguments, config=config, swiglu=swiglu, uses_pdl=False, kept=kept), kept)

@@ -16,7 +16,7 @@ from moe.gemm.backward.reference import (
     gemm2_wgrad_reference,
     swiglu_gradients_reference,
 )
-from moe.gemm.config import GemmConfig
+from moe.gemm.config import GemmConfig, GemmKernel
 from moe.stages import StageKernel, first_to_take, takes_all
 
 # The stages whose config is gemm1's, and those whose is gemm2's, which are told gemm1's too.
@@ -30,7 +30,8 @@ OF_BOTH: dict[str, Callable[..., Any]] = {
     "swiglu_gradients": swiglu_gradients_reference,
 }
 OF_GEMM2: dict[str, Callable[..., Any]] = {"gemm2_wgrad": gemm2_wgrad_reference}
-# Of gemm1, that store the product before the activation too. "wide" can, and joins them once a GPU has shown that it is right.
+# Of gemm1, that store the product before the activation too. "wide" can where there is a gate, and joins them once a GPU has shown
+# that it is right.
 KEEPING_FAMILIES = ("portable",)
 STAGES = OF_GEMM1 | OF_BOTH | OF_GEMM2
 
@@ -73,4 +74,9 @@ def keeps_the_bits(gemm1: GemmConfig, tile_rows: int, mean_rows: int, device: to
         return True  # the reference beside its own
     from moe.gemm.kernels import kernel_for
 
-    return kernel_for("gemm1", gemm1, tile_rows, mean_rows, device).family in KEEPING_FAMILIES
+    return keeps_product(kernel_for("gemm1", gemm1, tile_rows, mean_rows, device).family, gemm1)
+
+
+def keeps_product(family: GemmKernel, gemm1: GemmConfig) -> bool:
+    """Whether the gemm1 of a family stores the product too, for a config that has gradients."""
+    return family in KEEPING_FAMILIES and (family == "portable" or gemm1.is_gated)
