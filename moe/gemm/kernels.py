@@ -31,7 +31,6 @@ class Kernel(NamedTuple):
     takes: Callable[[GemmConfig, int, torch.device], bool]
     launch: Callable[..., Tensor]
     units: UnitSize | None = None  # how it wants rows cut
-    takes_bias: bool = False  # where not, the portable one runs a call that has one
 
 
 def _takes_all(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
@@ -67,8 +66,8 @@ def _hopper_kernels() -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
 
 _HOPPER_GEMM1, _HOPPER_GEMM2 = _hopper_kernels()
 KERNELS = {
-    "gemm1": (Kernel("portable", _takes_all, launch_portable_gemm1, takes_bias=True), *_HOPPER_GEMM1),
-    "gemm2": (Kernel("portable", _takes_all, launch_portable_gemm2, takes_bias=True), *_HOPPER_GEMM2),
+    "gemm1": (Kernel("portable", _takes_all, launch_portable_gemm1), *_HOPPER_GEMM1),
+    "gemm2": (Kernel("portable", _takes_all, launch_portable_gemm2), *_HOPPER_GEMM2),
 }
 
 
@@ -79,14 +78,11 @@ def kernels_for(stage: str, config: GemmConfig, tile_rows: int, device: torch.de
 
 
 @functools.lru_cache(maxsize=1024)
-def kernel_for(
-    stage: str, config: GemmConfig, tile_rows: int, mean_rows: int, device: torch.device, has_bias: bool = False
-) -> Kernel:
+def kernel_for(stage: str, config: GemmConfig, tile_rows: int, mean_rows: int, device: torch.device) -> Kernel:
     """What runs a stage under a load: the config's kernel, else the fastest for so many rows an expert; or the portable one."""
     kernels = kernels_for(stage, config, tile_rows, device)
     family = config.kernel or _fastest(mean_rows, tile_rows)
-    of_family = (kernel for kernel in kernels if kernel.family == family and (kernel.takes_bias or not has_bias))
-    return next(of_family, kernels[0])
+    return next((kernel for kernel in kernels if kernel.family == family), kernels[0])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -136,9 +132,8 @@ def launch_gemm1(
 ) -> Tensor:
     """`run_gemm1` of tensors that were checked."""
     load = (permutation.tile_rows, permutation.mean_rows, hidden_states.device)
-    launch = kernel_for("gemm1", config, *load, bias is not None).launch
-    more = {} if bias is None else {"bias": bias}
-    return launch(hidden_states, weights, permutation, config=config, swiglu=swiglu, uses_pdl=uses_pdl, **more)
+    launch = kernel_for("gemm1", config, *load).launch
+    return launch(hidden_states, weights, permutation, config=config, swiglu=swiglu, bias=bias, uses_pdl=uses_pdl)
 
 
 def run_gemm2(
@@ -166,9 +161,8 @@ def launch_gemm2(
 ) -> Tensor:
     """`run_gemm2` of tensors that were checked."""
     load = (permutation.tile_rows, permutation.mean_rows, rows.device)
-    launch = kernel_for("gemm2", config, *load, bias is not None).launch
-    more = {} if bias is None else {"bias": bias}
-    return launch(rows, weights, permutation, config=config, uses_pdl=uses_pdl, **more)
+    launch = kernel_for("gemm2", config, *load).launch
+    return launch(rows, weights, permutation, config=config, bias=bias, uses_pdl=uses_pdl)
 
 
 def _fastest(mean_rows: int, tile_rows: int) -> GemmKernel:

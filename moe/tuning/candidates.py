@@ -11,7 +11,7 @@ import torch
 from moe.config import MoEConfig
 from moe.fused.few_tokens.config import FewTokenConfig, MatvecTile
 from moe.fused.few_tokens.tile import default_slot_tile, default_token_tile
-from moe.gemm.config import ACTIVATIONS, GemmConfig, GemmKernel, GemmTile
+from moe.gemm.config import ACTIVATIONS, GemmConfig, GemmKernel, GemmTile, WeightLayout
 from moe.gemm.portable.tile import DECODE_ROWS, candidate_tiles
 from moe.permute.config import MAX_TILE_ROWS, MIN_TILE_ROWS
 from moe.tuning.choice import TuningChoice
@@ -145,8 +145,10 @@ def left_to_the_model(config: MoEConfig) -> MoEConfig:
 
 
 def kernels_of_hopper(gemm: GemmConfig, tile_rows: int) -> tuple[GemmKernel, ...]:
-    """Which grouped GEMM kernels may run on a Hopper GPU, told without one: by gemm1's activation, and the wide ones with tiles of
-    64 rows and more."""
+    """Which grouped GEMM kernels may run on a Hopper GPU, told without one: by gemm1's activation, the weights, and the wide ones
+    with tiles of 64 rows and more."""
+    if gemm.weight_format.layout is WeightLayout.MajorMn and gemm.weight_format.is_shuffled:
+        return ("portable",)
     kernels = (kernel for kernel, taken in ACTIVATIONS.items() if gemm.activation is None or gemm.activation in taken)
     return tuple(kernel for kernel in kernels if kernel != "wide" or tile_rows >= MIN_WIDE_ROWS)
 

@@ -108,11 +108,11 @@ def test_nan_comes_out_of_every_activation_where_it_goes_in(
 
 
 def test_biases_are_added_in_fp32_by_row_of_the_weights(
-    family, gemm_device, poisoned_memory, in_any_format, format_tile_rows, bias_dtype
+    family, gemm_device, poisoned_memory, biased_in_any_format, format_tile_rows, bias_dtype
 ):
     loads = family.loads["edges_of_tiles"]
     arguments = {"loads": loads, "tile_rows": format_tile_rows, "device": gemm_device}
-    family.assert_is_close(family.case(in_any_format, **arguments, bias_dtype=bias_dtype))
+    family.assert_is_close(family.case(biased_in_any_format, **arguments, bias_dtype=bias_dtype))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])

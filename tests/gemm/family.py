@@ -51,6 +51,7 @@ class Family:
     loads: Mapping[str, Sequence[int]]  # rows of each expert, by name; "edges_of_tiles" and "several_tiles" among them
     options: Mapping[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     bias_dtypes: Sequence[torch.dtype] = ()  # those of the biases that both take
+    bias_dims: Sequence[Dims] | None = None  # with which biases are tried in every format; None: format_dims
     reads_padding_tokens: bool = True  # token_of_row of padding rows must be -1, as the planner leaves it
 
     def problems(self, all_dims: Sequence[Dims], formats: Sequence[WeightFormat]) -> Iterator[Problem]:
@@ -109,6 +110,10 @@ AXES: dict[str, tuple[Callable[[Family], Sequence[Any]], Callable[[Any], str] | 
     "few_tile_rows": (lambda family: family.few_tile_rows, "tile_rows{}".format),
     "format_tile_rows": (lambda family: family.format_tile_rows, "tile_rows{}".format),
     "in_any_format": (lambda family: list(family.problems(family.format_dims, family.formats)), str),
+    "biased_in_any_format": (
+        lambda family: list(family.problems(family.bias_dims or family.format_dims, family.formats)),
+        str,
+    ),
     "awkward": (lambda family: list(family.problems(family.awkward_dims, family.awkward_formats)), str),
     "usual": (lambda family: list(family.problems([family.usual_dims], family.usual_formats)), str),
     "usual_format": (lambda family: family.usual_formats, format_id),

@@ -10,7 +10,7 @@ MAX_GROUP_UNITS = 22  # that share a weight tile while it is in L2: best of 8, 2
 MAX_REGISTERS = 168  # a thread: 65536 over three groups of 128 threads, in steps of 8; partitions then share them out
 MAX_MESSAGE = 1 << 16  # experts and column blocks that a message between warps has bits for
 MAX_COORDINATE = 1 << 31
-LAYOUTS = (WeightLayout.MajorK, WeightLayout.BlockMajorK)  # whose contraction is contiguous
+LAYOUTS = (WeightLayout.MajorK, WeightLayout.MajorMn, WeightLayout.BlockMajorK)
 
 
 def fits(config: GemmConfig, tile_rows: int, block_n: int, all_tile_rows: tuple[int, ...]) -> bool:
@@ -19,7 +19,7 @@ def fits(config: GemmConfig, tile_rows: int, block_n: int, all_tile_rows: tuple[
     return (
         tile_rows in all_tile_rows
         and config.weight_format.layout in LAYOUTS
-        and not config.is_interleaved
+        and not (config.weight_format.layout is WeightLayout.MajorMn and config.weight_format.is_shuffled)
         and config.in_features > BLOCK_MAJOR_K  # two steps at least: the first one covers the store of the last unit
         and config.num_experts <= MAX_MESSAGE
         and -(-config.out_features // block_n) <= MAX_MESSAGE

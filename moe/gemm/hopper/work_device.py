@@ -31,6 +31,7 @@ class Mail(NamedTuple):
 
     slots: Any
     ring: Any
+    biases: Any  # [NUM_SLOTS, biases of a message] fp32, or the slots where there are none: see `hopper/bias_device.py`
 
 
 @gluon.jit
@@ -74,27 +75,36 @@ def next_work(works, work, num_work, IS_DYNAMIC: gl.constexpr):
 
 
 @gluon.jit
-def make_mail():
-    slots = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return Mail(slots, make_ring(NUM_SLOTS, 1))
+def make_mail(NUM_BIASES: gl.constexpr = gl.constexpr(0)):
+    """NUM_BIASES: that go with a message."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    slots = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], layout)
+    if NUM_BIASES:
+        biases = gl.allocate_shared_memory(gl.float32, [NUM_SLOTS, NUM_BIASES], layout)
+        return Mail(slots, make_ring(NUM_SLOTS, 1), biases)
+    else:
+        return Mail(slots, make_ring(NUM_SLOTS, 1), slots)  # for None, which Triton 3.6 returns from no function
 
 
 @gluon.jit
-def send(mail, message, count):
-    """Put message number `count` into its slot once both consumers have read what was there."""
+def send(mail, message, count, biases=None):
+    """Put message number `count` and its biases into their slot once both consumers have read what was there."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     slot = wait_until_emptied(mail.ring, count)
     mail.slots.index(slot).store(gl.full([1], message, gl.int64, layout))
+    if biases is not None:
+        mail.biases.index(slot).store(biases)
     mbarrier.arrive(mail.ring.filled.index(slot), count=1)
 
 
 @gluon.jit
 def receive(mail, count):
-    """Message number `count`."""
+    """Message number `count`. Where biases go with it, its slot is kept until `release_biases`."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     slot = wait_until_filled(mail.ring, count)
     message = gl.max(mail.slots.index(slot).load(layout), axis=0)
-    mbarrier.arrive(mail.ring.emptied.index(slot), count=1)
+    if mail.biases.shape[1] == 1:
+        mbarrier.arrive(mail.ring.emptied.index(slot), count=1)
     return message
 
 

@@ -20,13 +20,20 @@ from moe.runtime.device import is_hopper
 from moe.runtime.scratch import new_scratch
 from moe.runtime.triton_launch import TritonKernel
 
-BLOCK_N = 128  # columns of the result, for 256 rows of the weight
+BLOCK_W = 256  # rows of the weight
+
+
+def block_n(config: GemmConfig) -> int:
+    """Columns of the result that a piece of work has."""
+    return BLOCK_W // 2 if config.is_gated else BLOCK_W
 
 
 def takes(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
-    """Whether `swapped_gemm1` computes this: SwiGLU, a contiguous contraction, tile_rows 16 to 128."""
+    """Whether `swapped_gemm1` computes this: a contraction of more than 64, tile_rows 16 to 128, any weights but shuffled MajorMn."""
     return (
-        is_hopper(device) and config.activation in ACTIVATIONS["swapped"] and fits_swapped(config, tile_rows, BLOCK_N)
+        is_hopper(device)
+        and config.activation in ACTIVATIONS["swapped"]
+        and fits_swapped(config, tile_rows, block_n(config))
     )
 
 
@@ -37,10 +44,11 @@ def swapped_gemm1(
     *,
     config: GemmConfig,
     swiglu: SwigluParams | None = None,
+    bias: Tensor | None = None,
     is_dynamic: bool = True,
     uses_pdl: bool = False,
 ) -> Tensor:
-    """SwiGLU(hidden_states[token_of_row] @ W1[expert_of_row]^T); arguments and result as `portable_gemm1`.
+    """activation(hidden_states[token_of_row] @ W1[expert_of_row]^T + bias); arguments and result as `portable_gemm1`.
 
     Args:
         is_dynamic: blocks take the next piece of work as they finish one, rather than every n-th.
@@ -49,14 +57,24 @@ def swapped_gemm1(
     Raises:
         ValueError: where a tensor does not fit the config, or the kernel does not take the config.
     """
-    check_gather(config, hidden_states, weights, permutation, swiglu)
-    if not (config.activation in ACTIVATIONS["swapped"] and fits_swapped(config, permutation.tile_rows, BLOCK_N)):
+    check_gather(config, hidden_states, weights, permutation, swiglu, bias)
+    if not (
+        config.activation in ACTIVATIONS["swapped"] and fits_swapped(config, permutation.tile_rows, block_n(config))
+    ):
         raise ValueError(
-            f"swapped_gemm1: expected {named_activations(family='swapped')}, a contiguous contraction of more than 64 and "
-            f"tile_rows of {TILE_ROWS}; got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm1"
+            f"swapped_gemm1: expected {named_activations(family='swapped')}, a contraction of more than 64, "
+            f"tile_rows of {TILE_ROWS} and no shuffled MajorMn weights; "
+            f"got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm1"
         )
     return launch_swapped_gemm1(
-        hidden_states, weights, permutation, config=config, swiglu=swiglu, is_dynamic=is_dynamic, uses_pdl=uses_pdl
+        hidden_states,
+        weights,
+        permutation,
+        config=config,
+        swiglu=swiglu,
+        bias=bias,
+        is_dynamic=is_dynamic,
+        uses_pdl=uses_pdl,
     )
 
 
@@ -67,6 +85,7 @@ def launch_swapped_gemm1(
     *,
     config: GemmConfig,
     swiglu: SwigluParams | None = None,
+    bias: Tensor | None = None,
     is_dynamic: bool = True,
     uses_pdl: bool = False,
 ) -> Tensor:
@@ -75,7 +94,7 @@ def launch_swapped_gemm1(
     if not out.numel():
         return out
     units = units_of(permutation, SWAPPED_UNITS, uses_pdl=uses_pdl)
-    blocks = num_blocks(units, config, BLOCK_N)
+    blocks = num_blocks(units, config, block_n(config))
     does_prefetch = prefetches(config, permutation, blocks, uses_pdl=uses_pdl)
     alpha, beta, clamp_limit = (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
     _kernel_of(config, is_dynamic, uses_pdl, does_prefetch).launch(
@@ -90,6 +109,7 @@ def launch_swapped_gemm1(
         alpha,
         beta,
         clamp_limit,
+        bias,
         numbers=(units.max_units,),
     )
     return out
@@ -102,9 +122,12 @@ def _kernel_of(config: GemmConfig, is_dynamic: bool, uses_pdl: bool, does_prefet
         IN_FEATURES=config.in_features,
         OUT_FEATURES=config.out_features,
         IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
+        IS_MAJOR_MN=config.weight_format.layout is WeightLayout.MajorMn,
         IS_SHUFFLED=config.weight_format.is_shuffled,
-        ACTIVATION=config.activation_name,
+        IS_INTERLEAVED=config.is_interleaved,
+        IS_GATED=config.is_gated,
         IS_GATE_FIRST=config.weight_format.is_gate_first,
+        ACTIVATION=config.activation_name,
         IS_DYNAMIC=is_dynamic,
         USES_PDL=uses_pdl,
         PREFETCHES=does_prefetch,

@@ -1,9 +1,9 @@
-"""GEMM1 on Hopper, for some tens of rows an expert: 256 weight rows times gathered rows, SwiGLU in registers. Persistent.
+"""GEMM1 on Hopper, for some tens of rows an expert: 256 weight rows times gathered rows, activation in registers. Persistent.
 
 A block, one an SM, multiplies 128 gate and 128 up rows of the weight by up to 160 rows of tokens (`swapped/tile_device.py`) in
-steps of 64. Its warps:
+steps of 64; or 256 rows of a weight without a gate, as in gemm2. Its warps:
 
-    4  consume, ID 0    gate and up rows of columns 0..63:   two wgmma 64xRx16 for 16 of a step, SwiGLU, 64 columns
+    4  consume, ID 0    gate and up rows of columns 0..63:   two wgmma 64xRx16 for 16 of a step, activation, 64 columns
     4  consume, ID 1    gate and up rows of columns 64..127: the same, from the same rows
     4  produce          choose the work, send it on, copy rows (cp.async, gathered) and weights (TMA) four steps ahead
 
@@ -38,16 +38,18 @@ from moe.gemm.hopper.work_device import (
 from moe.gemm.swapped.prefetch_device import prefetch_weights_by_128
 from moe.gemm.swapped.tile_device import (
     BLOCK_K,
+    BLOCK_W,
     CHUNK_ROWS,
     WEIGHT_BYTES,
+    biases_of_work,
     consume,
     copy_weights,
+    gate_of,
     has_extra_rows,
     make_output,
     make_stages,
 )
 
-BLOCK_N = gl.constexpr(128)  # columns of the result
 HALF_ROWS = gl.constexpr(64)  # rows that are copied together
 
 
@@ -63,29 +65,34 @@ def swapped_gemm1_kernel(
     alpha_ptr,  # [E_local] fp32 or None, as the two that follow
     beta_ptr,
     clamp_limit_ptr,
+    bias_ptr,  # [E_local, weight rows] bf16 or fp32, or None
     max_units,
     IN_FEATURES: gl.constexpr,
     OUT_FEATURES: gl.constexpr,
     IS_BLOCK_MAJOR: gl.constexpr,
+    IS_MAJOR_MN: gl.constexpr,
     IS_SHUFFLED: gl.constexpr,
-    ACTIVATION: gl.constexpr,
+    IS_INTERLEAVED: gl.constexpr,
+    IS_GATED: gl.constexpr,
     IS_GATE_FIRST: gl.constexpr,
+    ACTIVATION: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
     USES_PDL: gl.constexpr,
     PREFETCHES: gl.constexpr,  # some weights before the wait of a dependent launch
 ):
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK_ROWS, BLOCK_K], gl.bfloat16)
-    stages = make_stages(layout, HALF_ROWS, 129)
+    GATE: gl.constexpr = gate_of(IS_GATED, IS_GATE_FIRST, IS_INTERLEAVED and IS_MAJOR_MN)
+    stages = make_stages(layout, HALF_ROWS, 129, IS_MAJOR_MN)
     output = make_output(out_desc)
-    mail = make_mail()
+    mail = make_mail(0 if bias_ptr is None else BLOCK_W)
     fence_async_shared()
     swiglu = Swiglu(alpha_ptr, beta_ptr, clamp_limit_ptr)
-    inputs = Inputs(hidden_states_ptr, token_of_row_ptr, weights_ptr, weights_desc)
+    inputs = Inputs(hidden_states_ptr, token_of_row_ptr, weights_ptr, weights_desc, bias_ptr)
     works = WorkList(units_ptr, max_units, counts_ptr)
     gl.warp_specialize(
         [
-            (consume, (stages, mail, output, swiglu, IN_FEATURES, ACTIVATION, IS_GATE_FIRST, 0)),
-            (consume, (stages, mail, output, swiglu, IN_FEATURES, ACTIVATION, IS_GATE_FIRST, 1)),
+            (consume, (stages, mail, output, swiglu, IN_FEATURES, ACTIVATION, GATE, 0)),
+            (consume, (stages, mail, output, swiglu, IN_FEATURES, ACTIVATION, GATE, 1)),
             (
                 produce,
                 (
@@ -96,7 +103,10 @@ def swapped_gemm1_kernel(
                     IN_FEATURES,
                     OUT_FEATURES,
                     IS_BLOCK_MAJOR,
+                    IS_MAJOR_MN,
                     IS_SHUFFLED,
+                    IS_INTERLEAVED,
+                    IS_GATED,
                     IS_DYNAMIC,
                     USES_PDL,
                     PREFETCHES,
@@ -113,6 +123,7 @@ class Inputs(NamedTuple):
     token_of_row_ptr: Any
     weights_ptr: Any
     weights_desc: Any
+    bias_ptr: Any
 
 
 class UnitRows(NamedTuple):
@@ -131,13 +142,18 @@ def produce(
     IN_FEATURES: gl.constexpr,
     OUT_FEATURES: gl.constexpr,
     IS_BLOCK_MAJOR: gl.constexpr,
+    IS_MAJOR_MN: gl.constexpr,
     IS_SHUFFLED: gl.constexpr,
+    IS_INTERLEAVED: gl.constexpr,
+    IS_GATED: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
     USES_PDL: gl.constexpr,
     PREFETCHES: gl.constexpr,
 ):
+    BLOCK_N: gl.constexpr = BLOCK_W // 2 if IS_GATED else BLOCK_W  # columns of the result
     COLUMN_BLOCKS: gl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
+    HAS_BIAS: gl.constexpr = inputs.bias_ptr is not None
     column = columns()
 
     if PREFETCHES:
@@ -148,10 +164,17 @@ def produce(
     num_work = gl.load(works.counts_ptr) * COLUMN_BLOCKS
     work = gl.program_id(0)
     message = message_of_work(works, work, num_work, COLUMN_BLOCKS, True)
+    if HAS_BIAS:
+        biases = biases_of_work(
+            inputs.bias_ptr, message, OUT_FEATURES, IS_GATED, IS_SHUFFLED, IS_INTERLEAVED, IS_MAJOR_MN
+        )
     step = 0
     num_sent = 0
     while message >= 0:
-        send(mail, message, num_sent)
+        if HAS_BIAS:
+            send(mail, message, num_sent, biases)
+        else:
+            send(mail, message, num_sent)
         num_sent += 1
         row_blocks = row_blocks_of(message)
         has_extra = has_extra_rows(row_blocks)
@@ -178,9 +201,11 @@ def produce(
                 stage,
                 IN_FEATURES,
                 OUT_FEATURES,
-                True,
+                IS_GATED,
                 IS_BLOCK_MAJOR,
                 IS_SHUFFLED,
+                IS_INTERLEAVED,
+                IS_MAJOR_MN,
             )
             copy_rows(first_rows, k, stages.rows.index(stage * 2), IN_FEATURES)
             if has_second:
@@ -193,6 +218,10 @@ def produce(
                 # Here, so that the wait for it falls into a time when the stages ahead are full.
                 work = next_work(works, work, num_work, IS_DYNAMIC)
                 next_message = message_of_work(works, work, num_work, COLUMN_BLOCKS, True)
+                if HAS_BIAS:
+                    biases = biases_of_work(
+                        inputs.bias_ptr, next_message, OUT_FEATURES, IS_GATED, IS_SHUFFLED, IS_INTERLEAVED, IS_MAJOR_MN
+                    )
         message = next_message
     send(mail, END, num_sent)
     async_copy.commit_group()

@@ -30,7 +30,7 @@ BLOCK_N = 256  # columns of the result
 
 
 def takes(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
-    """Whether `swapped_gemm2` computes this: weights with a contiguous contraction, tile_rows 16 to 128."""
+    """Whether `swapped_gemm2` computes this: a contraction of more than 64, tile_rows 16 to 128, any weights but shuffled MajorMn."""
     return is_hopper(device) and config.activation is None and fits_swapped(config, tile_rows, BLOCK_N)
 
 
@@ -40,10 +40,11 @@ def swapped_gemm2(
     permutation: Permutation,
     *,
     config: GemmConfig,
+    bias: Tensor | None = None,
     is_dynamic: bool = True,
     uses_pdl: bool = False,
 ) -> Tensor:
-    """rows @ W2[expert_of_row]^T; arguments and result as `portable_gemm2`.
+    """rows @ W2[expert_of_row]^T + bias; arguments and result as `portable_gemm2`.
 
     Args:
         is_dynamic: blocks take the next piece of work as they finish one, rather than every n-th.
@@ -52,13 +53,16 @@ def swapped_gemm2(
     Raises:
         ValueError: where a tensor does not fit the config, or the kernel does not take the config.
     """
-    check_grouped(config, rows, weights, permutation)
+    check_grouped(config, rows, weights, permutation, bias)
     if config.activation is not None or not fits_swapped(config, permutation.tile_rows, BLOCK_N):
         raise ValueError(
-            "swapped_gemm2: expected no activation, a contiguous contraction of more than 64 and tile_rows of "
-            f"{TILE_ROWS}; got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm2"
+            "swapped_gemm2: expected no activation, a contraction of more than 64, "
+            f"tile_rows of {TILE_ROWS} and no shuffled MajorMn weights; "
+            f"got {config!r} and tile_rows={permutation.tile_rows}; use portable_gemm2"
         )
-    return launch_swapped_gemm2(rows, weights, permutation, config=config, is_dynamic=is_dynamic, uses_pdl=uses_pdl)
+    return launch_swapped_gemm2(
+        rows, weights, permutation, config=config, bias=bias, is_dynamic=is_dynamic, uses_pdl=uses_pdl
+    )
 
 
 def launch_swapped_gemm2(
@@ -67,6 +71,7 @@ def launch_swapped_gemm2(
     permutation: Permutation,
     *,
     config: GemmConfig,
+    bias: Tensor | None = None,
     is_dynamic: bool = True,
     uses_pdl: bool = False,
 ) -> Tensor:
@@ -83,6 +88,7 @@ def launch_swapped_gemm2(
         row_boxes(out, store_rows(permutation.tile_rows), 64),
         units.records,
         units.counts,
+        bias,
         numbers=(units.max_units,),
     )
     return out
@@ -95,6 +101,7 @@ def _kernel_of(config: GemmConfig, is_dynamic: bool, uses_pdl: bool, does_prefet
         IN_FEATURES=config.in_features,
         OUT_FEATURES=config.out_features,
         IS_BLOCK_MAJOR=config.weight_format.layout is WeightLayout.BlockMajorK,
+        IS_MAJOR_MN=config.weight_format.layout is WeightLayout.MajorMn,
         IS_SHUFFLED=config.weight_format.is_shuffled,
         IS_DYNAMIC=is_dynamic,
         USES_PDL=uses_pdl,

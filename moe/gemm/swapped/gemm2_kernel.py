@@ -33,11 +33,13 @@ from moe.gemm.hopper.work_device import (
 )
 from moe.gemm.swapped.tile_device import (
     BLOCK_K,
+    BLOCK_W,
     CHUNK_BYTES,
     CHUNK_ROWS,
     MAX_ROWS,
     NUM_STAGES,
     WEIGHT_BYTES,
+    biases_of_work,
     consume,
     copy_weights,
     has_extra_rows,
@@ -56,27 +58,29 @@ def swapped_gemm2_kernel(
     out_desc,  # [P, OUT_FEATURES] bf16; box [16 or 32, 64]
     units_ptr,  # [5, max_units] int32
     counts_ptr,  # [2] int32: units, and 0: work taken
+    bias_ptr,  # [E_local, OUT_FEATURES] bf16 or fp32, or None
     max_units,
     IN_FEATURES: gl.constexpr,
     OUT_FEATURES: gl.constexpr,
     IS_BLOCK_MAJOR: gl.constexpr,
+    IS_MAJOR_MN: gl.constexpr,
     IS_SHUFFLED: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
     USES_PDL: gl.constexpr,
     PREFETCHES: gl.constexpr,  # the first weights before the wait of a dependent launch: the units were ready before gemm1
 ):
     layout: gl.constexpr = rows_desc.layout  # Triton 3.6 passes no attribute on as a constexpr
-    stages = make_stages(layout, CHUNK_ROWS, 1)
+    stages = make_stages(layout, CHUNK_ROWS, 1, IS_MAJOR_MN)
     output = make_output(out_desc)
-    mail = make_mail()
+    mail = make_mail(0 if bias_ptr is None else BLOCK_W)
     fence_async_shared()
     swiglu = Swiglu(None, None, None)
-    inputs = Inputs(rows_desc, weights_desc)
+    inputs = Inputs(rows_desc, weights_desc, bias_ptr)
     works = WorkList(units_ptr, max_units, counts_ptr)
     gl.warp_specialize(
         [
-            (consume, (stages, mail, output, swiglu, IN_FEATURES, None, False, 0)),
-            (consume, (stages, mail, output, swiglu, IN_FEATURES, None, False, 1)),
+            (consume, (stages, mail, output, swiglu, IN_FEATURES, None, None, 0)),
+            (consume, (stages, mail, output, swiglu, IN_FEATURES, None, None, 1)),
             (
                 produce,
                 (
@@ -87,6 +91,7 @@ def swapped_gemm2_kernel(
                     IN_FEATURES,
                     OUT_FEATURES,
                     IS_BLOCK_MAJOR,
+                    IS_MAJOR_MN,
                     IS_SHUFFLED,
                     IS_DYNAMIC,
                     USES_PDL,
@@ -102,6 +107,7 @@ def swapped_gemm2_kernel(
 class Inputs(NamedTuple):
     rows_desc: Any
     weights_desc: Any
+    bias_ptr: Any
 
 
 class Rows(NamedTuple):
@@ -122,6 +128,7 @@ def produce(
     IN_FEATURES: gl.constexpr,
     OUT_FEATURES: gl.constexpr,
     IS_BLOCK_MAJOR: gl.constexpr,
+    IS_MAJOR_MN: gl.constexpr,
     IS_SHUFFLED: gl.constexpr,
     IS_DYNAMIC: gl.constexpr,
     USES_PDL: gl.constexpr,
@@ -130,6 +137,7 @@ def produce(
     COLUMN_BLOCKS: gl.constexpr = (OUT_FEATURES + BLOCK_N - 1) // BLOCK_N
     NUM_STEPS: gl.constexpr = (IN_FEATURES + BLOCK_K - 1) // BLOCK_K
     AHEAD: gl.constexpr = min(NUM_STAGES, NUM_STEPS) if PREFETCHES else 0
+    HAS_BIAS: gl.constexpr = inputs.bias_ptr is not None
 
     if USES_PDL and not PREFETCHES:
         tl.extra.cuda.gdc_wait()
@@ -140,26 +148,48 @@ def produce(
     if PREFETCHES:
         if message >= 0:
             for k in gl.static_range(AHEAD):
-                start_stage(inputs, message, k, stages, k, IN_FEATURES, OUT_FEATURES, IS_BLOCK_MAJOR, IS_SHUFFLED)
+                start_stage(
+                    inputs, message, k, stages, k, IN_FEATURES, OUT_FEATURES, IS_BLOCK_MAJOR, IS_MAJOR_MN, IS_SHUFFLED
+                )
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    if HAS_BIAS:
+        biases = biases_of_work(inputs.bias_ptr, message, OUT_FEATURES, False, IS_SHUFFLED, False, IS_MAJOR_MN)
     step = 0
     num_sent = 0
     while message >= 0:
-        send(mail, message, num_sent)
+        if HAS_BIAS:
+            send(mail, message, num_sent, biases)
+        else:
+            send(mail, message, num_sent)
         num_sent += 1
         rows = rows_of_unit(message)
         next_message = message
         for k in range(NUM_STEPS):
             stage = wait_until_emptied(stages.ring, step)
             if step >= AHEAD:
-                start_stage(inputs, message, k, stages, stage, IN_FEATURES, OUT_FEATURES, IS_BLOCK_MAJOR, IS_SHUFFLED)
+                start_stage(
+                    inputs,
+                    message,
+                    k,
+                    stages,
+                    stage,
+                    IN_FEATURES,
+                    OUT_FEATURES,
+                    IS_BLOCK_MAJOR,
+                    IS_MAJOR_MN,
+                    IS_SHUFFLED,
+                )
             copy_rows(inputs.rows_desc, rows, k, stages, stage)
             step += 1
             if k == 1:
                 # Here, so that the wait for it falls into a time when the stages ahead are full.
                 work = next_work(works, work, num_work, IS_DYNAMIC)
                 next_message = message_of_work(works, work, num_work, COLUMN_BLOCKS, True)
+                if HAS_BIAS:
+                    biases = biases_of_work(
+                        inputs.bias_ptr, next_message, OUT_FEATURES, False, IS_SHUFFLED, False, IS_MAJOR_MN
+                    )
         message = next_message
     send(mail, END, num_sent)
 
@@ -174,6 +204,7 @@ def start_stage(
     IN_FEATURES: gl.constexpr,
     OUT_FEATURES: gl.constexpr,
     IS_BLOCK_MAJOR: gl.constexpr,
+    IS_MAJOR_MN: gl.constexpr,
     IS_SHUFFLED: gl.constexpr,
 ):
     """Tell the stage's barrier of all bytes of step k, rows too, and start the copy of the weights."""
@@ -193,6 +224,8 @@ def start_stage(
         False,
         IS_BLOCK_MAJOR,
         IS_SHUFFLED,
+        False,
+        IS_MAJOR_MN,
     )
 
 

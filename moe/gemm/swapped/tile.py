@@ -31,7 +31,7 @@ def store_rows(tile_rows: int) -> int:
 
 
 def weight_boxes(weights: Tensor, config: GemmConfig) -> Boxes:
-    """Boxes of 128 weight rows of 64 elements in logical order, whatever the format.
+    """Boxes of 128 weight rows of 64 elements in logical order, whatever the format; where MajorMn, of 64 rows as they lie.
 
     A gated box has 64 rows of the weight's first half, then the same 64 of its second. The axes that they are cut from, with
     `outer` = expert (MajorK) or expert * K / 64 + k / 64 (BlockMajorK), and their box:
@@ -39,10 +39,11 @@ def weight_boxes(weights: Tensor, config: GemmConfig) -> Boxes:
         not gated                 outer * N + row,                                       k      128        64
         not gated, shuffled       (outer * N + row) / 32, row / 4 % 8, row % 4,          k      4 8 4      64
         gated                     half, outer * 2I + row,                                k      2 64       64
+        gated, interleaved        half, outer * I + row,                                 k      2 64       64
         gated, shuffled           half, (outer * 2I + 2 row) / 32, row / 2 % 8, row % 2, k      2 4 8 2    64
 
     which undoes the shuffle of `weight_format` (row r of a block of 32 lies at 8 (r % 4) + r / 4, halves interleaved before)
-    by strides alone.
+    by strides alone. MajorMn: expert, k, row of the weight; box 1 64 64.
     """
     shape, strides, box = _boxes(config, weights.numel())
     return Boxes(weights, shape, strides, box, box_layout(*box))
@@ -51,6 +52,9 @@ def weight_boxes(weights: Tensor, config: GemmConfig) -> Boxes:
 @functools.lru_cache(maxsize=1024)
 def _boxes(config: GemmConfig, num_elements: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Shape, strides and box."""
+    if config.weight_format.layout is WeightLayout.MajorMn:
+        column_strides = (config.in_features * config.weight_rows, config.weight_rows, 1)
+        return config.weight_shape, column_strides, (1, BLOCK_MAJOR_K, BOX_ROWS // 2)
     is_block_major = config.weight_format.layout is WeightLayout.BlockMajorK
     width = BLOCK_MAJOR_K if is_block_major else config.in_features
     num_rows = num_elements // width
@@ -63,6 +67,8 @@ def _boxes(config: GemmConfig, num_elements: int) -> tuple[tuple[int, ...], tupl
                 [SHUFFLE_ROWS, 1, 8],
                 [BOX_ROWS // SHUFFLE_ROWS, 8, 4],
             )
+        case True, False if config.is_interleaved:
+            shape, strides, box = [2, num_rows // 2], [1, 2], [2, BOX_ROWS // 2]
         case True, False:
             # Both halves lie within the tensor for rows up to that number.
             shape, strides, box = [2, num_rows - config.out_features], [config.out_features, 1], [2, BOX_ROWS // 2]

@@ -29,7 +29,14 @@ def skips_tails(config: GemmConfig, tile_rows: int) -> bool:
 
 
 def weight_row_boxes(weights: Tensor, config: GemmConfig, box_rows: int) -> Boxes:
-    """Boxes of 64 columns of all experts' weights as one matrix: [E * N, K], or [E * K / 64 * N, 64] where BlockMajorK."""
+    """Boxes of 64 columns of all experts' weights as one matrix: [E * N, K], or [E * K / 64 * N, 64] where BlockMajorK.
+
+    Where MajorMn, boxes of 64 rows of each expert's [K, N].
+    """
+    if config.weight_format.layout is WeightLayout.MajorMn:
+        strides = (config.in_features * config.weight_rows, config.weight_rows, 1)
+        column_box = (1, BLOCK_MAJOR_K, box_rows)
+        return Boxes(weights, config.weight_shape, strides, column_box, box_layout(*column_box))
     is_block_major = config.weight_format.layout is WeightLayout.BlockMajorK
     num_columns = BLOCK_MAJOR_K if is_block_major else config.in_features
     box = (box_rows, BLOCK_MAJOR_K)

@@ -50,15 +50,18 @@ def test_other_row_tiles_are_refused_with_who_takes_them(request, family, usual)
             gemm(rows, empty(*config.weight_shape), permutation, config=config)
 
 
+SHUFFLED_MAJOR_MN = WeightFormat(layout="MajorMn", is_shuffled=True)
+
+
 @pytest.mark.parametrize(
     ("is_gemm1", "change", "says"),
     [
-        (True, {"activation": "Relu2"}, "expected Swiglu"),
+        (True, {"activation": "Situ"}, "expected Gelu or "),
         (False, {"activation": "Relu2"}, "expected no activation"),
-        (True, {"weight_format": WeightFormat(layout="MajorMn")}, "a contiguous contraction of more than 64"),
-        (False, {"weight_format": WeightFormat(layout="MajorMn")}, "a contiguous contraction of more than 64"),
-        (True, {"in_features": 64}, "a contiguous contraction of more than 64"),
-        (False, {"in_features": 64}, "a contiguous contraction of more than 64"),
+        (True, {"weight_format": SHUFFLED_MAJOR_MN}, "no shuffled MajorMn weights"),
+        (False, {"weight_format": SHUFFLED_MAJOR_MN}, "no shuffled MajorMn weights"),
+        (True, {"in_features": 64}, "a contraction of more than 64"),
+        (False, {"in_features": 64}, "a contraction of more than 64"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gemm.family import Family, activations_of
-from gemm.hopper.family import AWKWARD_DIMS, FORMAT_DIMS, FORMATS, LOADS, OPTIONS
+from gemm.hopper.family import AWKWARD_DIMS, AWKWARD_FORMATS, BIAS_DIMS, FORMAT_DIMS, FORMATS, LOADS, OPTIONS
 
 from moe.gemm.config import FLASHINFER, WeightFormat
 
@@ -21,14 +21,16 @@ FAMILY = Family(
     gemm1=swapped_gemm1,
     gemm2=swapped_gemm2,
     activations=activations_of("swapped"),
-    few_activations=("Swiglu",),
+    few_activations=("Swiglu", "Relu2"),
+    bias_dtypes=(torch.bfloat16, torch.float32),
+    bias_dims=BIAS_DIMS,
     formats=FORMATS,
     tile_rows=(16, 32, 64, 128),
     few_tile_rows=(16, 128),
     format_tile_rows=(16, 32, 64, 128),
     format_dims=FORMAT_DIMS,
     awkward_dims=AWKWARD_DIMS,
-    awkward_formats=(WeightFormat(),),
+    awkward_formats=AWKWARD_FORMATS,
     usual_dims=(512, 768),
     usual_formats=(WeightFormat(), FLASHINFER),
     loads=LOADS,

@@ -21,6 +21,9 @@ pytestmark = pytest.mark.skipif(knobs.runtime.interpret, reason="nothing is comp
 COMPILED = {"huggingface-tile_rows16": (WeightFormat(), 16), "flashinfer-tile_rows64": (FLASHINFER, 64)}
 
 
+GPT_OSS = WeightFormat(layout="MajorMn", gate_up_order="interleaved")
+
+
 def assert_is_tight(launch: Launch) -> None:
     assert_overlaps_without_spills(launch)
     # Two consumers, 8 a loop; the loops for 64, 64 + 32 and 128, 128 + 32 tokens share an extent each, and 32 has three.
@@ -57,6 +60,32 @@ def test_gemm1_with_a_ragged_contraction_and_swiglu_parameters_compiles_alike():
         swapped_gemm1(empty(9, 200), empty(*config.weight_shape), permutation, config=config, swiglu=parameters)
     assert_is_tight(gpu.launches[-1])
     assert gpu.launches[-1].report.count("cp.async.cg.shared.global") == 10
+
+
+def test_gemms_of_gpt_oss_compile_alike():
+    """Interleaved MajorMn weights, and biases, which sums begin with."""
+    up = GemmConfig(num_experts=2, in_features=2880, out_features=2880, activation="Swiglu", weight_format=GPT_OSS)
+    down = GemmConfig(num_experts=2, in_features=2880, out_features=2880, weight_format=GPT_OSS)
+    permutation = permutation_of_counts([700, 64], 16, 6)
+    parameters = SwigluParams(*(torch.ones(2) for _ in range(3)))
+    with offline_gpu(arch=90) as gpu:
+        bias = empty(2, up.weight_rows)
+        swapped_gemm1(empty(6, 2880), empty(*up.weight_shape), permutation, config=up, swiglu=parameters, bias=bias)
+        bias = torch.empty(2, down.weight_rows)
+        swapped_gemm2(empty(permutation.max_rows, 2880), empty(*down.weight_shape), permutation, config=down, bias=bias)
+    for launch in gpu.launches:
+        if "gemm" in launch.name:
+            assert_is_tight(launch)
+
+
+@pytest.mark.parametrize("activation", ["Relu2", "Gelu"])
+def test_gemm1_of_other_activations_compiles_alike(activation):
+    config = GemmConfig(num_experts=2, in_features=2048, out_features=768, activation=activation)
+    permutation = permutation_of_counts([700, 64], 16, 6)
+    with offline_gpu(arch=90) as gpu:
+        bias = torch.empty(2, config.weight_rows)
+        swapped_gemm1(empty(6, 2048), empty(*config.weight_shape), permutation, config=config, bias=bias)
+    assert_is_tight(gpu.launches[-1])
 
 
 @pytest.mark.parametrize(("weight_format", "tile_rows"), COMPILED.values(), ids=COMPILED)
