@@ -100,7 +100,8 @@ class TrainingPipeline:
             self._check(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out))
         topk = TopK(*route(logits, bias, self.key))
         if routing_replay_out is not None:
-            with torch.no_grad():
+            # In inference mode, where the caller may have allocated it.
+            with torch.no_grad() if is_traced(hidden_states) else torch.inference_mode():
                 routing_replay_out[: logits.shape[0]] = topk.expert_ids.to(routing_replay_out.dtype)
         return self._run(topk, hidden_states, w1, w2, swiglu, grad_buffers)
 

@@ -144,7 +144,8 @@ def test_a_batch_invariant_layer_trains_on_the_bits_that_it_generated_in_other_b
 
 def test_chosen_experts_are_recorded(device):
     case, training = make_layer(device, num_tokens=7)
-    replay = torch.full((9, 2), -5, dtype=torch.int16, device=device)
+    with torch.inference_mode():
+        replay = torch.full((9, 2), -5, dtype=torch.int16, device=device)
     _, leaves = trained(training, case, routing_replay_out=replay)
     chosen = training.at(7).route(leaves.logits.detach()).expert_ids
     assert torch.equal(replay[:7].int(), chosen)

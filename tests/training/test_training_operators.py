@@ -125,6 +125,18 @@ def test_a_compiled_call_from_chosen_experts_with_parameters(device):
     assert all(torch.equal(one, other) for one, other in zip(*grads))
 
 
+def test_a_compiled_call_records_the_choice(device):
+    case, training = make_layer(device, num_tokens=40)
+    replay = torch.full((40, 2), -5, dtype=torch.int16, device=device)
+    compiled, _ = compiled_and_eager(
+        lambda *tensors: training(*tensors, routing_replay_out=replay), dynamic=False, backend="aot_eager"
+    )
+    leaves = leaves_of(case)
+    compiled(*leaves).backward(case.grad_output)
+    assert torch.equal(replay.int(), training.forward.route(leaves.logits.detach()).expert_ids)
+    assert leaves.logits.grad.any()
+
+
 def test_a_compiled_step_adds_weight_gradients_to_buffers(device):
     case, training = make_layer(device, num_tokens=40)
     _, plain = trained(training, case)
