@@ -115,7 +115,7 @@ def test_a_finalizer_checks_once_and_its_launch_does_not(monkeypatch):
     assert without(rows, topk, permutation, output=output) is output
     assert checked == []
     assert with_checks(rows, topk, permutation, output=output) is output
-    assert checked == [(rows, topk, permutation, output)]
+    assert checked == [(rows, topk, permutation, output, None)]  # nothing is added
 
 
 def test_tensors_are_refused_before_the_config():
