@@ -17,7 +17,7 @@ from moe.permute.added import as_added
 from moe.ready_stages import ReadyStages, ready_stages
 from moe.runtime.scratch import scratch_from
 from moe.stages import Finalizer, FusedExperts, Gemm1, Gemm2, Permuter, Router, TokenWeigher
-from moe.traced import is_traced, keep, run_traced, run_traced_unfinalized
+from moe.traced import is_kept, is_traced, keep, run_traced, run_traced_unfinalized
 from moe.workspace import Workspace, workspace_of
 
 
@@ -53,6 +53,14 @@ class MoEPipeline:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recipe", keep(self, is_checked=self.checks_inputs))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "ready"}  # which is made anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if is_kept(self.recipe):
+            self.__post_init__()
 
     def __call__(
         self,

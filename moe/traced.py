@@ -71,13 +71,18 @@ def keep(pipeline: Runner, *, is_checked: bool) -> str:
     return name
 
 
+def is_kept(recipe: str) -> bool:
+    """Whether it names a pipeline that only this process has. A copy of one, whose stages are copies too, needs a name of its own."""
+    return not recipe.startswith("{")
+
+
 def pipeline_of(recipe: str, device: torch.device) -> Runner:
     """The pipeline that a recipe names.
 
     Raises:
         ValueError: one that was kept, and is gone.
     """
-    if recipe.startswith("{"):
+    if not is_kept(recipe):
         return _made(recipe, device)
     pipeline: Runner | None = _KEPT.get(recipe)
     if pipeline is None:
@@ -318,7 +323,7 @@ def _expect_fit(arguments: tuple[Any, ...]) -> tuple[MoEConfig, dict[str, Any], 
 
 @cache
 def _config_of(recipe: str, device: torch.device) -> MoEConfig:
-    if not recipe.startswith("{"):
+    if is_kept(recipe):
         return pipeline_of(recipe, device).config
     return MoEConfig.model_validate_json(json.dumps(json.loads(recipe)["config"]))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -220,6 +222,39 @@ def test_a_pipeline_of_ones_own_stages_is_known_while_it_lives() -> None:
     gc.collect()
     with pytest.raises(ValueError, match=r"pipeline: expected one that lives in this process, got 'kept .*keep a pipe"):
         pipeline_of(recipe, CPU)
+
+
+class Scaled:
+    """A gemm2 with a number of its own."""
+
+    def __init__(self, gemm2: Any) -> None:
+        self.gemm2, self.scale = gemm2, 1.0
+
+    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
+        return self.gemm2(*arguments, **named) * self.scale
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipeline: pickle.loads(pickle.dumps(pipeline))])
+@pytest.mark.parametrize("name", ["built", "tuned"])
+def test_a_copy_of_a_pipeline_runs_its_own_stages_in_an_operator_too(name: str, copied: Any) -> None:
+    arguments = (torch.randn(3, 6), torch.randn(3, 64).bfloat16(), *weights())
+    plain = PIPELINES[name]()
+    wanted = plain(*arguments)
+    assert copied(plain).recipe == plain.recipe
+    stage = Scaled(PIPELINES["built"]().gemm2)
+    mine = plain.replace(gemm2=stage) if name == "tuned" else dataclasses.replace(plain, gemm2=stage)
+    assert torch.equal(mine(*arguments), wanted)
+    other = copied(mine)
+    (dict(other.replaced)["gemm2"] if name == "tuned" else other.gemm2).scale = 2.0
+    call = LayerCall(*arguments)
+    for pipeline, factor in ((mine, 1), (other, 2)):
+        (traced,) = torch.ops.moe.run_layer(*_arguments_of(call), pipeline.recipe, False)
+        assert torch.equal(traced, wanted * factor)
+        assert torch.equal(pipeline(*arguments), wanted * factor)
+    recipe = other.recipe
+    del mine, pipeline
+    gc.collect()
+    assert pipeline_of(recipe, CPU) is other
 
 
 def test_pipelines_alike_have_one_recipe_and_others_have_others() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from moe.call import LayerCall, check_call
-from moe.checks import is_as_expected
+from moe.checks import expect_separate, is_as_expected
 from moe.config import MoEConfig
 from moe.flow import Gemm2Gradients, Permutation, SwigluParams, TopK
 from moe.gemm.backward.checks import check_accumulated
@@ -134,7 +135,7 @@ def backward_experts(
             hidden_states' and there too.
     """
     topk, swiglu = call.entry, call.swiglu
-    _check_buffers(training, buffers, grad_output)
+    check_buffers(training.config, buffers, {"grad_output": grad_output})
     permutation = kept.permutation
     if permutation is None:
         permutation = training.at(call.num_tokens).ready.permute(topk)
@@ -204,10 +205,12 @@ def _check_second(training: Training, second: Gemm2Gradients, permutation: Permu
             )
 
 
-def _check_buffers(training: Training, buffers: GradBuffers, grad_output: Tensor) -> None:
-    read = {"grad_output": grad_output}
-    check_accumulated("gemm1", training.config.gemm1, buffers.w1, read)
-    check_accumulated("gemm2", training.config.gemm2, buffers.w2, read)
+def check_buffers(config: MoEConfig, buffers: GradBuffers, read: Mapping[str, Tensor]) -> None:
+    """Raise unless gradients may be added to the buffers that there are: memory of their own, apart from what is read too."""
+    check_accumulated("gemm1", config.gemm1, buffers.w1, read)
+    check_accumulated("gemm2", config.gemm2, buffers.w2, read)
+    if buffers.w1 is not None and buffers.w2 is not None:
+        expect_separate("main_grad of gemm2", buffers.w2, {"main_grad of gemm1": buffers.w1})
 
 
 def swiglu_of(alpha: Tensor | None, beta: Tensor | None, clamp_limit: Tensor | None) -> SwigluParams | None:

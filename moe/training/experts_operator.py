@@ -274,13 +274,27 @@ def _backward_of_experts(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple
     if buffers == [None, None]:
         grads = torch.ops.moe.training_experts_backward(grad_output, *inputs, kept, ctx.pipeline, list(wanted))
     else:
-        grads = torch.ops.moe.training_experts_backward_into(
-            grad_output, *inputs, kept, *buffers, ctx.pipeline, list(wanted)
-        )
+        with torch.no_grad():  # an operator that writes can have no autograd of its own, and torch would only warn
+            grads = torch.ops.moe.training_experts_backward_into(
+                grad_output, *inputs, kept, *buffers, ctx.pipeline, list(wanted)
+            )
+        if torch.is_grad_enabled():  # for a second derivative
+            differentiable = (grad_output, inputs[0], *inputs[2:])
+            grads = _RefusingMore.apply(len(grads), *grads, *differentiable)  # type: ignore[no-untyped-call]
     is_returned = list(wanted)
     is_returned[2:4] = [is_wanted and buffer is None for is_wanted, buffer in zip(is_returned[2:4], buffers)]
     x, weights, w1, w2, *parameters = (grad if is_here else None for grad, is_here in zip(grads, is_returned))
     return x, None, weights, w1, w2, *parameters, None, None, None, None
+
+
+class _RefusingMore(torch.autograd.Function):
+    """The first of its tensors, as they are, made of all of them: who differentiates them once more is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, num_results: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[:num_results]
+
+    backward = staticmethod(refuse_second_derivative)
 
 
 define("training_experts", library.infer_schema(_experts, mutates_args=()), _experts, _fake_experts)

@@ -35,8 +35,12 @@ def remember_swapped(pipeline: TrainingPipeline) -> str:
     return key
 
 
+def is_swapped(key: str) -> bool:
+    return key.startswith(_SWAPPED)
+
+
 def known(key: str, device: torch.device) -> TrainingPipeline | None:
-    return _pipelines.get((key, None if key.startswith(_SWAPPED) else device))
+    return _pipelines.get((key, None if is_swapped(key) else device))
 
 
 def pipeline_of(key: str, device: torch.device) -> TrainingPipeline:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe.call import LayerCall, check_call
+from moe.checks import expect_type
 from moe.config import MoEConfig
 from moe.flow import SwigluParams, TopK
 from moe.gemm.config import GemmConfig
@@ -20,7 +21,7 @@ from moe.routing.reference import weigh_experts
 from moe.stages import CheckedStage, Finalizer
 from moe.traced import is_traced
 from moe.training import known
-from moe.training.experts import GradBuffers
+from moe.training.experts import GradBuffers, check_buffers
 from moe.training.experts_operator import parameters_of_all, run_experts
 from moe.training.route_operator import route
 from moe.training.stages import (
@@ -74,6 +75,11 @@ class TrainingPipeline:
         elif any(getattr(self, field.name) is not getattr(built, field.name) for field in _STAGES):
             object.__setattr__(self, "key", known.remember_swapped(self))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if known.is_swapped(self.key):  # a copy's stages are copies too
+            object.__setattr__(self, "key", known.remember_swapped(self))
+
     def __call__(
         self,
         logits: Tensor,
@@ -97,7 +103,7 @@ class TrainingPipeline:
             TypeError, ValueError: as `MoEPipeline`, before anything runs.
         """
         if not is_traced(hidden_states):
-            self._check(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out))
+            self._check(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out), grad_buffers)
         topk = TopK(*route(logits, bias, self.key))
         if routing_replay_out is not None:
             # In inference mode, where the caller may have allocated it.
@@ -132,7 +138,7 @@ class TrainingPipeline:
     ) -> Tensor:
         """The same from chosen experts; gradients reach topk.weights. Ids that are not local, or no expert's, are skipped."""
         if not is_traced(hidden_states):
-            self._check(LayerCall(topk, hidden_states, w1, w2, swiglu, None, None, None, True))
+            self._check(LayerCall(topk, hidden_states, w1, w2, swiglu, None, None, None, True), grad_buffers)
         return self._run(topk, hidden_states, w1, w2, swiglu, grad_buffers)
 
     def at(self, num_tokens: int) -> MoEPipeline:
@@ -147,9 +153,13 @@ class TrainingPipeline:
             return False
         return self.keeps_bits(gemm1, permute.rows_per_tile(num_tokens), permute.mean_rows(num_tokens))
 
-    def _check(self, call: LayerCall) -> None:
+    def _check(self, call: LayerCall, grad_buffers: GradBuffers | None) -> None:
         with torch.no_grad():  # under which a call may have tensors that want gradients
             check_call(self.config, call)
+        if grad_buffers is not None:
+            expect_type("grad_buffers", grad_buffers, GradBuffers, "moe.GradBuffers(w1, w2) makes one")
+            read = {"hidden_states": call.hidden_states, "gemm1_weights": call.w1, "gemm2_weights": call.w2}
+            check_buffers(self.config, grad_buffers, read)
 
     def _run(
         self,

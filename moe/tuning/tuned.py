@@ -81,6 +81,13 @@ class TunedPipeline:
             recipe = recipe_of("tuned", self.config, **numbers)
         object.__setattr__(self, "recipe", recipe)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}  # which is built anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _kept=_Kept())
+        self.__post_init__()
+
     def __call__(
         self,
         logits: Tensor,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -310,6 +312,35 @@ def test_one_buffer_leaves_the_other_gradient_as_it_is(device):
     assert torch.equal(buffers.w2.bfloat16(), plain.w2.grad)
 
 
+def test_buffers_that_gradients_cannot_be_added_to_are_refused_before_anything_runs():
+    case, training = make_layer("cpu", num_tokens=7)
+    shared = torch.zeros(case.w1.numel())
+    weights = shared.view(torch.bfloat16)[: case.w2.numel()].view(case.w2.shape)
+    whole, part = shared.view(case.w1.shape), shared[: case.w2.numel()].view(case.w2.shape)
+    other = torch.zeros(case.w1.shape)
+    refusals = {
+        "grad_buffers: expected a GradBuffers, got dict": {"w1": whole},
+        "grad_buffers: expected a GradBuffers, got tuple": (whole, None),
+        "main_grad of gemm1: expected a torch.Tensor, got str": GradBuffers("main_grad"),
+        r"main_grad of gemm1: expected \[": GradBuffers(part),
+        "main_grad of gemm1: expected float32, got bfloat16": GradBuffers(case.w1.clone()),
+        "main_grad of gemm2: expected a tensor on cpu": GradBuffers(w2=part.to("meta")),
+        "main_grad of gemm2: .* shares memory with main_grad of gemm1": GradBuffers(
+            other, other.flatten()[: part.numel()].view(part.shape)
+        ),
+        "main_grad of gemm1: .* shares memory with gemm2_weights": GradBuffers(whole),
+    }
+    recorder = Recorder(training)
+    for message, buffers in refusals.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            recorder.training(logits_for(case), case.hidden_states, case.w1, weights, grad_buffers=buffers)
+        with pytest.raises((TypeError, ValueError), match=message):
+            recorder.training.run_experts(case.topk, case.hidden_states, case.w1, weights, grad_buffers=buffers)
+    assert recorder.names == []
+    assert not shared.any()
+    assert not other.any()
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(device, use_reentrant):
     case, training = make_layer(device, num_tokens=40)
@@ -346,10 +377,12 @@ def test_gradients_add_up_over_two_backward_passes(device):
         assert torch.equal(twice.grads[name], once.grads[name] * 2)
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("has_buffers", [False, True])
+def test_a_second_derivative_is_refused(has_buffers):
     case, training = make_layer("cpu", num_tokens=7)
-    leaves = leaves_of(case)
-    (grad,) = torch.autograd.grad(training(*leaves).sum(), leaves.hidden_states, create_graph=True)
+    leaves, buffers = leaves_of(case), GradBuffers(torch.zeros(case.w1.shape)) if has_buffers else None
+    output = training(*leaves, grad_buffers=buffers)
+    (grad,) = torch.autograd.grad(output.sum(), leaves.hidden_states, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative: expected a first one"):
         grad.sum().backward()
 
@@ -364,6 +397,29 @@ def test_a_swapped_stage_runs_and_its_result_is_checked():
     swapped = dataclasses.replace(training, gemm2_dgrad=wrong)
     with pytest.raises(ValueError, match=r"result of gemm2_dgrad: grad_weights: expected .*float32.* got .*bfloat16"):
         trained(swapped, case)
+
+
+class Counted:
+    """A stage that counts its calls."""
+
+    def __init__(self, stage: Any) -> None:
+        self.stage, self.num_calls = stage, 0
+
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
+        self.num_calls += 1
+        return self.stage(*arguments, **more)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipeline: pickle.loads(pickle.dumps(pipeline))])
+def test_a_copy_runs_its_own_stages(copied):
+    case, training = make_layer("cpu", num_tokens=7)
+    _, plain = trained(training, case)
+    assert copied(training).key == training.key
+    mine = dataclasses.replace(training, gemm1_wgrad=Counted(training.gemm1_wgrad))
+    other = copied(mine)
+    _, leaves = trained(other, case)
+    assert torch.equal(leaves.w1.grad, plain.w1.grad)
+    assert (mine.gemm1_wgrad.num_calls, other.gemm1_wgrad.num_calls) == (0, 1)
 
 
 def test_a_forward_with_a_stage_of_somebody_elses_runs_it():
