@@ -88,4 +88,7 @@ def _power_of_two(value: int) -> int:
 Count = Annotated[int, Field(ge=1, strict=True), BeforeValidator(plain_number)]
 CountOrZero = Annotated[int, Field(ge=0, strict=True), BeforeValidator(plain_number)]
 Factor = Annotated[float, Field(allow_inf_nan=False, strict=True), BeforeValidator(plain_number)]
+# What kernels read as float32: larger ones would be infinite there.
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+Float32 = Annotated[Factor, Field(ge=-LARGEST_FLOAT32, le=LARGEST_FLOAT32)]
 PowerOfTwo = Annotated[int, Field(ge=1, strict=True), BeforeValidator(plain_number), AfterValidator(_power_of_two)]

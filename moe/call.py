@@ -101,7 +101,7 @@ def _refuse_hidden_states(config: MoEConfig, call: LayerCall, first: Tensor, fir
 
 def _check_written(config: MoEConfig, call: LayerCall, first_name: str, device: torch.device) -> None:
     """Raise unless what the call writes is memory of its own."""
-    read, replay_out = _read_tensors(call, first_name), call.routing_replay_out
+    read, replay_out = read_tensors(call, first_name), call.routing_replay_out
     if call.output is not None:
         dims = {"T": call.num_tokens, "H": config.hidden_size}
         expect("output", call.output, "T H", dims, dtype=torch.bfloat16, device=device)
@@ -127,10 +127,10 @@ def _check_workspace(config: MoEConfig, call: LayerCall, first_name: str, device
             f"{workspace.data_ptr() % WIDEST_LOAD_BYTES} bytes past one; pass the whole of an allocation"
         )
     others = {"output": call.output, "routing_replay_out": call.routing_replay_out}
-    expect_separate("workspace_buffer", workspace, _read_tensors(call, first_name) | others)
+    expect_separate("workspace_buffer", workspace, read_tensors(call, first_name) | others)
 
 
-def _read_tensors(call: LayerCall, first_name: str) -> dict[str, Tensor | None]:
+def read_tensors(call: LayerCall, first_name: str) -> dict[str, Tensor | None]:
     """By the names that callers know, in the order in which they are looked at."""
     first, weights = (call.entry.expert_ids, call.entry.weights) if call.is_chosen else (call.entry, None)
     tensors = {first_name: first, "routing_bias": call.bias, "expert_weights": weights}
@@ -157,7 +157,7 @@ def refuse_gradients_of(call: LayerCall) -> None:
     else:
         return
     first_name = "expert_indices" if call.is_chosen else "routing_logits"
-    refuse_gradients(_read_tensors(call, first_name) | {"output": call.output})
+    refuse_gradients(read_tensors(call, first_name) | {"output": call.output})
 
 
 def refuse_gradients(tensors: Mapping[str, Tensor | None]) -> None:

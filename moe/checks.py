@@ -207,7 +207,10 @@ def as_float(name: str, value: object, wanted: str = "a float") -> float:
     """
     plain = plain_number(value)
     if isinstance(plain, (int, float)) and not isinstance(plain, bool):
-        return float(plain)
+        try:
+            return float(plain)
+        except OverflowError:  # an int of hundreds of digits
+            return math.inf if plain > 0 else -math.inf
     raise TypeError(f"{name}: expected {wanted}, got {_kind_of(value)}; pass {wanted}")
 
 

@@ -10,6 +10,7 @@ import datetime
 import itertools
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def _keep(config: MoEConfig, call: LayerCall, stages: dict[str, str], failure: s
 def _readable(call: LayerCall) -> tuple[dict[str, Tensor], str]:
     """The call's tensors on the CPU, and why some are missing."""
     tensors: dict[str, Tensor] = {}
-    for name, value in _by_name(call).items():
+    for name, value in tensors_by_name(call).items():
         if not isinstance(value, Tensor):
             continue
         try:
@@ -130,9 +131,10 @@ def _readable(call: LayerCall) -> tuple[dict[str, Tensor], str]:
     return tensors, "all"
 
 
-def _by_name(call: LayerCall) -> dict[str, Any]:
+def tensors_by_name(call: LayerCall) -> dict[str, Any]:
+    """What a call was given, in files' words; what is wrong about it may be that it is no tensor."""
     swiglu = call.swiglu if isinstance(call.swiglu, SwigluParams) else SwigluParams()
-    values = {
+    values: dict[str, Any] = {
         "hidden_states": call.hidden_states,
         "gemm1_weights": call.w1,
         "gemm2_weights": call.w2,
@@ -145,7 +147,7 @@ def _by_name(call: LayerCall) -> dict[str, Any]:
     }
     if isinstance(call.added, Added):
         gate = call.added.gate
-        if gate is not None and not isinstance(gate, Tensor):
+        if isinstance(gate, (int, float)) and abs(gate) <= sys.float_info.max:
             gate = torch.tensor(gate, dtype=torch.float64)
         values |= {"added": call.added.values, "added_gate": gate}
     if isinstance(call.entry, TopK):

@@ -19,7 +19,8 @@ from torch import Tensor, library
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from moe.call import LayerCall, refuse_gradients_of
+from moe.call import LayerCall, read_tensors, refuse_gradients_of
+from moe.checks import as_float, expect_type
 from moe.config import MoEConfig
 from moe.flow import Added, ExpertOutputs, SwigluParams, TopK
 
@@ -103,6 +104,7 @@ def _made(recipe: str, device: torch.device) -> Runner:
 
 def run_traced(recipe: str, call: LayerCall) -> Tensor:
     """`pipeline.run(call)` as the operator moe::run_layer; a workspace has no part in what the result is."""
+    _expect_kinds(call)
     _expect_no_gradients(call)
     if call.output is not None:
         _expect_output(call.output, call.hidden_states)
@@ -115,6 +117,7 @@ def run_traced(recipe: str, call: LayerCall) -> Tensor:
 
 def run_traced_unfinalized(recipe: str, call: LayerCall) -> ExpertOutputs:
     """`pipeline.run_unfinalized(call)` as the operator moe::run_layer_unfinalized."""
+    _expect_kinds(call)
     _expect_no_gradients(call)
     replay_out = call.routing_replay_out
     rows, row_of_slot, *others = torch.ops.moe.run_layer_unfinalized(
@@ -124,6 +127,24 @@ def run_traced_unfinalized(recipe: str, call: LayerCall) -> ExpertOutputs:
         _copy_chosen(others[-1], replay_out)
     has_weights = len(others) > (replay_out is not None)
     return ExpertOutputs(rows, others[0] if has_weights else call.entry.weights, row_of_slot)
+
+
+def _expect_kinds(call: LayerCall) -> None:
+    """Raise TypeError for a value that the call refuses whatever its numbers: the operator would do so in torch's words."""
+    if call.is_chosen:
+        expect_type("topk", call.entry, TopK, "moe.TopK(expert_ids, weights) makes one")
+    if call.swiglu is not None:
+        expect_type("swiglu", call.swiglu, SwigluParams, "moe.SwigluParams(alpha, beta, clamp_limit) makes one")
+    if call.added is not None and not isinstance(call.added.gate, (Tensor, type(None))):
+        as_float("added.gate", call.added.gate, "a tensor [T] or a number")
+    tensors = read_tensors(call, "expert_indices" if call.is_chosen else "routing_logits")
+    tensors |= {"output": call.output, "routing_replay_out": call.routing_replay_out}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in _NEEDED):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}; pass a tensor")
+
+
+_NEEDED = ("expert_indices", "routing_logits", "hidden_states", "gemm1_weights", "gemm2_weights")
 
 
 def _expect_no_gradients(call: LayerCall) -> None:

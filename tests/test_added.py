@@ -13,6 +13,7 @@ from torch import Tensor
 
 import moe
 from moe import Added, MoEConfig, TopK, build_pipeline, failing_calls, reference_pipeline
+from moe.__main__ import main
 from moe.call import LayerCall
 from moe.failing_calls import read_call
 from moe.testing.closeness import assert_close_to_exact
@@ -113,6 +114,8 @@ def test_what_cannot_be_added_is_refused(device: torch.device) -> None:
         (r"added: expected \[T=4, H=128\], got \[3, 128\]", values[:3]),
         ("added: expected bfloat16 or float32, got float64", values.double()),
         (r"added\.gate: expected \[T=4\]", Added(values, torch.ones(5, device=device))),
+        (r"added\.gate: expected a number that is finite in float32, got 1e\+39", Added(values, 1e39)),
+        (r"added\.gate: expected a number that is finite in float32, got -1000", Added(values, -(10**400))),
         ("output: expected memory of its own, .* with added;", output),
         ("added: expected a tensor that needs no gradient", values.clone().requires_grad_()),
     ]
@@ -151,6 +154,28 @@ def test_a_failing_call_is_kept_with_it(gate: str, tmp_path: Path, monkeypatch: 
         assert torch.equal(found.gate, added.gate)
     else:
         assert found.gate == added.gate
+
+
+def test_a_call_that_was_refused_for_its_gate_is_kept_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("safetensors")
+    monkeypatch.setattr(failing_calls, "FOLDER", str(tmp_path))
+    monkeypatch.setattr(failing_calls, "_NUMBERS", iter(range(1, 100)))
+    config = MoEConfig.create(**SMALL)
+    problem = make_problem(config, 4)
+    values = torch.full_like(problem.hidden_states, float("nan"))
+    for gate in ("0.3", 10**400):
+        added: Any = Added(values, gate)
+        with (
+            pytest.warns(UserWarning, match="the failing call was kept"),
+            pytest.raises((TypeError, ValueError), match=r"added\.gate: expected"),
+        ):
+            reference_pipeline(config)(problem.logits, problem.hidden_states, problem.w1, problem.w2, added=added)
+    monkeypatch.setattr(failing_calls, "FOLDER", None)
+    path, _ = tmp_path.glob("moe-call-*.safetensors")
+    assert main(["replay", str(path), "--device", "cpu"]) == 1
+    assert f"{values.numel()} values of added are not finite" in capsys.readouterr().out
 
 
 def test_a_captured_layer_follows_what_is_added(cuda: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from small_layer import SMALL
@@ -49,9 +50,13 @@ def test_numbers_that_an_activation_does_not_take_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=f"swiglu: {words}"):
             MoEConfig.create(**SMALL, activation=activation, swiglu=SwigluNumbers(alpha=1.5))
-    for wrong in ({"clamp_limit": 0.0}, {"clamp_limit": -1.0}, {"alpha": float("nan")}, {"limit": 7.0}):
+    wrong_kinds = ({"alpha": True}, {"alpha": "1.7"}, {"beta": torch.ones(2)}, {"beta": 1e39}, {"alpha": 10**400})
+    for wrong in ({"clamp_limit": 0.0}, {"clamp_limit": -1.0}, {"alpha": float("nan")}, {"limit": 7.0}, *wrong_kinds):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             SwigluNumbers(**wrong)
+    assert SwigluNumbers(alpha=torch.tensor(1.5), beta=1, clamp_limit=np.float32(7)) == SwigluNumbers(
+        alpha=1.5, beta=1.0, clamp_limit=7.0
+    )
     config = MoEConfig.create(**SMALL, swiglu=NUMBERS)
     assert MoEConfig.model_validate_json(config.model_dump_json()) == config
 

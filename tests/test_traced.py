@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import moe
 from moe import trtllm_bf16_moe, trtllm_bf16_routed_moe
 from moe.call import LayerCall
-from moe.flow import SwigluParams, TopK
+from moe.flow import Added, SwigluParams, TopK
 from moe.traced import _arguments_of, pipeline_of
 from moe.trtllm import FlatLayer, _pipeline
 from moe.tuning.gpu import GpuModel
@@ -284,6 +284,27 @@ def test_a_replay_that_a_copy_would_fit_is_refused(replay_out: Tensor, words: st
     logits, x = torch.empty(3, 6, device="meta"), torch.empty(3, 64, dtype=torch.bfloat16, device="meta")
     with pytest.raises(ValueError, match=words):
         PIPELINES["built"]()(logits, x, w1, w2, routing_replay_out=replay_out.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ({"swiglu": [1.702]}, "swiglu: expected a SwigluParams, got list"),
+        ({"swiglu": SwigluParams(alpha=1.702)}, "gemm1_alpha: expected a torch.Tensor, got float"),  # type: ignore[arg-type]
+        ({"w1_bias": [0.5]}, "gemm1_bias: expected a torch.Tensor, got list"),
+        ({"added": Added("values")}, "added: expected a torch.Tensor, got str"),  # type: ignore[arg-type]
+        ({"added": Added(torch.ones(3, 64), "half")}, r"added\.gate: expected a tensor \[T\] or a number, got str"),  # type: ignore[arg-type]
+    ],
+    ids=["swiglu", "alpha", "bias", "added", "gate"],
+)
+def test_what_is_no_tensor_is_refused_as_by_an_eager_call(named: dict[str, Any], words: str) -> None:
+    arguments = (torch.randn(3, 6), torch.randn(3, 64).bfloat16(), *weights())
+    pipeline = PIPELINES["built"]()
+    for some in (arguments, moved(arguments, lambda tensor: tensor.to("meta"))):
+        with pytest.raises(TypeError, match=words):
+            pipeline(*some, **named)
+    with pytest.raises(TypeError, match=r"hidden_states: expected a torch\.Tensor, got list"):
+        pipeline(arguments[0].to("meta"), [1.0], *moved(arguments[2:], lambda tensor: tensor.to("meta")))
 
 
 def test_a_pipeline_that_checks_nothing_gives_a_form_for_other_tensors() -> None:

@@ -9,7 +9,7 @@ from moe.call import LayerCall
 from moe.cli.exact import ERROR_LIMIT
 from moe.cli.machine import UnfitMachine
 from moe.compose import build_pipeline, reference_pipeline
-from moe.failing_calls import KeptCall, read_call
+from moe.failing_calls import KeptCall, read_call, tensors_by_name
 from moe.flow import Added, ExpertOutputs, TopK
 from moe.pipeline import MoEPipeline
 
@@ -96,13 +96,8 @@ def _described(kept: KeptCall) -> str:
 
 
 def _not_finite_inputs(call: LayerCall) -> list[str]:
-    first = call.entry.weights if call.is_chosen else call.entry
-    name = "expert_weights" if call.is_chosen else "routing_logits"
-    tensors = {name: first, "hidden_states": call.hidden_states, "gemm1_weights": call.w1, "gemm2_weights": call.w2}
-    tensors |= {"gemm1_bias": call.w1_bias, "gemm2_bias": call.w2_bias}
-    counts = {
-        name: int((~torch.isfinite(tensor)).sum()) for name, tensor in tensors.items() if isinstance(tensor, Tensor)
-    }
+    tensors = {name: value for name, value in tensors_by_name(call).items() if isinstance(value, Tensor)}
+    counts = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in tensors.items()}
     return [f"{count} values of {name} are not finite" for name, count in counts.items() if count]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from moe.base_config import Count, FrozenConfig, PowerOfTwo
+from moe.base_config import Count, Float32, FrozenConfig, PowerOfTwo
 from moe.checks import no_case, plain_number
 
 GemmKernel = Literal["portable", "swapped", "wide"]  # the families: a folder each
@@ -89,9 +89,9 @@ PARAMETERS: dict[ActivationType, tuple[str, ...]] = {
 class SwigluNumbers(FrozenConfig):
     """`moe.SwigluParams` of all experts alike; None as there."""
 
-    alpha: float | None = Field(default=None, allow_inf_nan=False)
-    beta: float | None = Field(default=None, allow_inf_nan=False)
-    clamp_limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    alpha: Float32 | None = None
+    beta: Float32 | None = None
+    clamp_limit: Annotated[Float32, Field(gt=0)] | None = None
 
     @property
     def given(self) -> tuple[str, ...]:

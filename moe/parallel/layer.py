@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe.call import LayerCall, check_call
+from moe.checks import expect_type
 from moe.config import MoEConfig
 from moe.flow import Added, SwigluParams, TopK
 from moe.parallel.exchange import Site, gather_exchange, local_exchange, sum_exchange
@@ -129,14 +130,16 @@ class ParallelLayer:
         dispatched = self.dispatch(call.hidden_states, topk)
         biases = {"w1_bias": call.w1_bias, "w2_bias": call.w2_bias}
         rows = self.run_local(dispatched, call.w1, call.w2, swiglu=call.swiglu, **biases)
-        return _with_added(self.combine(rows, dispatched, output=call.output), call.added)
+        return with_added(self.combine(rows, dispatched, output=call.output), call.added)
 
     def wait(self, output: Tensor) -> Tensor:
         """The result of a call, once it is there: for GPUs, whose collectives are queued. The host waits, no longer than the group's timeout.
 
         Raises:
+            TypeError: no tensor.
             RuntimeError: another rank is dead or late: names ranks and timeout. This process has lost its place among them: end it.
         """
+        expect_type("output", output, Tensor, "pass what a call returned")
         self.transport.wait("the layer's result", output.device)
         return output
 
@@ -150,7 +153,7 @@ class ParallelLayer:
             check_call(self.pipeline.config, call, has_experts=False)
 
 
-def _with_added(output: Tensor, added: Added | None) -> Tensor:
+def with_added(output: Tensor, added: Added | None) -> Tensor:
     """`output` with what was added to it, in float32, rounded once."""
     if added is None:
         return output

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from moe.call import LayerCall
-from moe.flow import SwigluParams
-from moe.parallel.layer import ParallelLayer, count_load
+from moe.flow import Added, SwigluParams
+from moe.parallel.layer import ParallelLayer, count_load, with_added
+from moe.permute.added import as_added
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class WithSharedExpert:
         swiglu: SwigluParams | None = None,
         output: Tensor | None = None,
         routing_replay_out: Tensor | None = None,
+        added: Tensor | Added | None = None,
         w1_bias: Tensor | None = None,
         w2_bias: Tensor | None = None,
     ) -> Tensor:
@@ -51,6 +53,7 @@ class WithSharedExpert:
             swiglu=swiglu,
             output=output,
             routing_replay_out=routing_replay_out,
+            added=added,
             w1_bias=w1_bias,
             w2_bias=w2_bias,
         )
@@ -80,20 +83,26 @@ class InHalves:
         bias: Tensor | None = None,
         swiglu: SwigluParams | None = None,
         output: Tensor | None = None,
+        routing_replay_out: Tensor | None = None,
+        added: Tensor | Added | None = None,
         w1_bias: Tensor | None = None,
         w2_bias: Tensor | None = None,
     ) -> Tensor:
         """As the layer is called. A rank with one token or none has none in the second half."""
         biases = {"w1_bias": w1_bias, "w2_bias": w2_bias}
-        tensors = (logits, hidden_states, w1, w2, swiglu, bias, output)
-        self.first.check(LayerCall(*tensors, w1_bias=w1_bias, w2_bias=w2_bias))
+        tensors = (logits, hidden_states, w1, w2, swiglu, bias, output, routing_replay_out)
+        call = LayerCall(*tensors, added=as_added(added), w1_bias=w1_bias, w2_bias=w2_bias)
+        self.first.check(call)
         num_tokens = logits.shape[0]
         output = torch.empty_like(hidden_states) if output is None else output
         cut = -(-num_tokens // 2)
         exchange = _Side(hidden_states.device)
         halves = []
         for layer, part in ((self.first, slice(0, cut)), (self.second, slice(cut, num_tokens))):
-            topk = layer.pipeline.route(logits[part], bias)  # the second half's beside the first one's dispatch
+            chosen = None if routing_replay_out is None else routing_replay_out[part]
+            topk = layer.pipeline.route(
+                logits[part], bias, replay_out=chosen
+            )  # the second half's beside the first one's dispatch
             if layer.load is not None:
                 count_load(layer.load, topk)
             with exchange.beside():
@@ -105,7 +114,7 @@ class InHalves:
             with exchange.beside():  # the first half's beside the second one's experts
                 layer.combine(rows[-1], dispatched, output=output[part])
         exchange.join()
-        return output
+        return with_added(output, call.added)
 
 
 class _Side:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moe.base_config import LARGEST_FLOAT32
 from moe.checks import as_float, expect, expect_type, is_as_expected
 from moe.flow import Added
 
@@ -49,8 +49,8 @@ def check_added(added: Added, num_tokens: int, hidden_size: int, device: torch.d
         expect("added", values, "T H", dims, dtype=VALUE_DTYPES, device=device)
     if isinstance(gate, Tensor):
         expect("added.gate", gate, "T", dims, dtype=VALUE_DTYPES, device=device)
-    elif gate is not None and not math.isfinite(as_float("added.gate", gate, "a tensor [T] or a number")):
-        raise ValueError(f"added.gate: expected a finite number, got {gate}; leave it out for 1")
+    elif gate is not None and not abs(as_float("added.gate", gate, "a tensor [T] or a number")) <= LARGEST_FLOAT32:
+        raise ValueError(f"added.gate: expected a number that is finite in float32, got {gate}; leave it out for 1")
 
 
 def tensors_of(added: Added | None) -> dict[str, Tensor | None]:
