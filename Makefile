@@ -25,7 +25,7 @@ empty :=
 
 # A line at once, before pip and before torch is loaded: both are silent for seconds.
 demo: say-demo $(VENV)/.installed-run
-	@echo "running it; loading torch takes a few seconds"
+	@echo "running it; loading torch takes some seconds, the first time ten"
 	@$(BIN)/python -m moe run --model $(MODEL)
 
 say-demo:
@@ -138,12 +138,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-run: EXTRAS = $(CUDA)
+# Half of the install would be compiling files that one run never imports.
+$(VENV)/.installed-run: COMPILE = --no-compile
 $(VENV)/.installed-test: EXTRAS = test hf $(CUDA)
 $(VENV)/.installed-lint: EXTRAS = dev
 $(VENV)/.installed-%: SELECTED = $(if $(strip $(EXTRAS)),[$(subst $(empty) $(empty),$(comma),$(strip $(EXTRAS)))])
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV); the first time takes minutes, most of them for torch"
-	@$(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".$(SELECTED)" & pip=$$!; \
+	@$(BIN)/python -m pip install --disable-pip-version-check $(COMPILE) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".$(SELECTED)" & pip=$$!; \
 	while sleep 10 && kill -0 $$pip 2>/dev/null; do echo "  still installing: $$(du -sm $(VENV) | cut -f1) MB so far"; done & \
 	wait $$pip; done=$$?; kill $$! 2>/dev/null; exit $$done
 	@touch $@

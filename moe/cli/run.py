@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,6 +21,7 @@ MAX_CHECKED_TOKENS = 64
 # little in each turn.
 TURNS = 3
 TURN_BUDGET_S = {"cuda": 0.02, "cpu": 0.5}
+ENOUGH_S = {"cuda": math.inf, "cpu": 15.0}  # a CPU may take seconds a call: then fewer turns
 VARIES = 1.5  # third quartile over first: more than that is not the layer's doing
 
 
@@ -55,9 +57,15 @@ def measure_layer(
         for name, call in stage_calls(layer, with_experts=with_experts).items()
     }
     device = layer.device
-    progress.detail(f"timing the layer and its stages by turns, {TURNS} of each")
+    progress.detail("timing the layer and its stages by turns")
     turns = measure_in_turns(
-        calls, device=device, budget_s=TURN_BUDGET_S[device.type], num_turns=TURNS, report=progress.tick
+        calls,
+        device=device,
+        budget_s=TURN_BUDGET_S[device.type],
+        num_turns=TURNS,
+        report=progress.tick,
+        is_warm=True,  # making the inputs has called every stage
+        enough_s=ENOUGH_S[device.type],
     )
     timings = {name: median_turn(its_turns) for name, its_turns in turns.items()}
     progress.detail(f"float64 reference of {min(num_tokens, MAX_CHECKED_TOKENS)} tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,9 @@ def measure_in_turns(
     budget_s: float,
     num_turns: int,
     report: Callable[[int, int], None] | None = None,
+    is_warm: bool = False,
+    enough_s: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[Timing]]:
     """A, B, A, B, ..: the timing of each in every turn, by name. Power and clock drift, and so all have their share of it.
 
@@ -84,13 +88,18 @@ def measure_in_turns(
         calls: by name, what `measure_us` takes.
         budget_s: seconds a turn of each.
         report: is told how many of all timings are done, and how many there are, before each.
+        is_warm: the calls were made before, so that a CPU need not make them once more in advance.
+        enough_s: after so many seconds no other turn begins.
     """
     timings: dict[str, list[Timing]] = {name: [] for name in calls}
+    begin = clock()
     for turn in range(num_turns):
+        if turn and clock() - begin >= enough_s:
+            break
         for number, (name, its_calls) in enumerate(calls.items()):
             if report is not None:
                 report(turn * len(calls) + number, num_turns * len(calls))
-            timings[name].append(measure_us(its_calls, device=device, budget_s=budget_s, is_warm=turn > 0))
+            timings[name].append(measure_us(its_calls, device=device, budget_s=budget_s, is_warm=is_warm or turn > 0))
     return timings
 
 

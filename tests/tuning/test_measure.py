@@ -55,6 +55,16 @@ def test_what_is_timed_in_turns_takes_them_one_after_another():
     assert order == ["a", "a", "b", "b", *"abab"]  # each is called once before it is timed first
 
 
+def test_turns_end_once_there_were_enough_seconds_and_warm_calls_are_not_made_in_advance():
+    clock = FakeClock()
+    calls = {"slow": clock.call_taking(6.0), "fast": clock.call_taking(1.0)}
+    limits = {"budget_s": 0.0, "num_turns": 5, "clock": clock}
+    timings = measure_in_turns(calls, device="cpu", enough_s=10.0, is_warm=True, **limits)
+    assert {name: len(turns) for name, turns in timings.items()} == {"slow": 2, "fast": 2}
+    assert clock.now_s == pytest.approx(14.0)
+    assert {len(turns) for turns in measure_in_turns(calls, device="cpu", **limits).values()} == {5}
+
+
 @pytest.mark.parametrize(
     ("call_us", "captured_rounds", "num_samples"),
     [(10.0, [1, 100], 20), (2500.0, [1], 8), (90_000.0, [1], 5)],
