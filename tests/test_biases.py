@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import moe
 from moe import MoEConfig, MoEPipeline, SwigluParams, TopK, WeightFormat, build_pipeline, reference_pipeline
 from moe.call import LayerCall
-from moe.failing_calls import _by_name, _call_of
+from moe.failing_calls import _call_of, tensors_by_name
 from moe.gemm.config import FLASHINFER
 from moe.gemm.weight_format import pack_bias, pack_weights
 from moe.stages import FusedExperts
@@ -207,7 +207,7 @@ def call_of(tensors: tuple[Any, ...], more: dict[str, Any]) -> LayerCall:
 def test_a_kept_call_has_its_biases():
     _, tensors, more, _ = layer()
     call = call_of(tensors, more)
-    kept = _call_of({name: tensor for name, tensor in _by_name(call).items() if tensor is not None})
+    kept = _call_of({name: tensor for name, tensor in tensors_by_name(call).items() if tensor is not None})
     assert torch.equal(kept.w1_bias, more["w1_bias"])
     assert torch.equal(kept.w2_bias, more["w2_bias"])
 

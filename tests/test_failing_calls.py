@@ -162,6 +162,24 @@ def test_a_call_that_still_fails_ends_with_1_and_says_which_inputs_are_not_finit
     assert "references on cpu: 1 of 5 rows are not finite" in text
 
 
+def test_every_tensor_that_is_not_finite_is_named_in_lines_of_80_columns(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bias, added = torch.zeros(6), torch.zeros(5, 64)
+    bias[1], added[0, :2] = float("inf"), float("nan")
+    swiglu = moe.SwigluParams(alpha=torch.tensor([1.0, float("nan"), 1.0, 1.0, 1.0, 1.0]))
+    with pytest.warns(UserWarning, match="was kept"), pytest.raises(RuntimeError, match="illegal"):
+        broken("raises").run(LayerCall(*tensors(), swiglu, bias, added=moe.Added(added)))
+    (path,) = kept(folder)
+    failing_calls.FOLDER = None
+    assert main(["replay", str(path), "--device", "cpu"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    for count, name in ((1, "routing_bias"), (1, "gemm1_alpha"), (2, "added")):
+        assert f"          {count} values of {name} are not finite" in lines
+    assert not any("expert_ids" in line or "gemm1_weights" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize(
     "content", [None, b"", b"no tensors", "other"], ids=["missing", "empty", "text", "other tensors"]
 )

@@ -22,7 +22,7 @@ from moe.cli.memory import expect_memory
 from moe.cli.own_stage import OwnStage, measure_stage, read_stage, stage_table
 from moe.cli.plot import expect_plot
 from moe.cli.progress import Progress
-from moe.cli.replay import read_kept, replay
+from moe.cli.replay import INDENT, read_kept, replay
 from moe.cli.result_file import ResultFile, expect_writable, today
 from moe.cli.run import measure_layer, report_json, report_text
 from moe.cli.text import Unit, wrap
@@ -275,5 +275,5 @@ def _measure_peaks(device: torch.device, progress: Progress) -> Peaks:
 def replay_command(options: argparse.Namespace) -> int:
     kept = read_kept(options.file)
     lines, is_right = replay(kept, pick_device(options.device))
-    print("\n".join(lines))
+    print(wrap("\n".join(lines), indent=" " * INDENT))
     return 0 if is_right else 1

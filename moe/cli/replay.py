@@ -13,6 +13,8 @@ from moe.failing_calls import KeptCall, read_call, tensors_by_name
 from moe.flow import Added, ExpertOutputs, TopK
 from moe.pipeline import MoEPipeline
 
+INDENT = len("versions  ")
+
 
 def read_kept(path: str) -> KeptCall:
     """The call, on the CPU.
