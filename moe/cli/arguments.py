@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 from moe.cli.beside import TURNS
@@ -12,6 +13,7 @@ from moe.cli.commands import (
     CPU_TOKENS,
     CUDA_TOKENS,
     DEFAULT_MODEL,
+    TRAINING_TOKENS,
     bench_command,
     info_command,
     launches_command,
@@ -97,7 +99,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_config(bench)
     bench.add_argument(
-        "--tokens", type=_count, nargs="+", metavar="N", help=f"default: {BENCH_TOKENS}; with --parallel a rank"
+        "--tokens",
+        type=_count,
+        nargs="+",
+        metavar="N",
+        help=f"default: {_words(BENCH_TOKENS)}; with --training {_words(TRAINING_TOKENS['cuda'])}, on a CPU "
+        f"{_words(TRAINING_TOKENS['cpu'])}; with --parallel a rank",
     )
     bench.add_argument(
         "--parallel",
@@ -244,6 +251,10 @@ def _model(text: str) -> str:
     ]
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise argparse.ArgumentTypeError(f"no model is called {text!r}{hint} Known: {', '.join(NAMED_SHAPES)}")
+
+
+def _words(counts: Sequence[int]) -> str:
+    return " ".join(map(str, counts))
 
 
 def _layer_number(text: str) -> int:

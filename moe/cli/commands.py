@@ -32,7 +32,7 @@ from moe.tuning.measure import Peaks, measure_peaks
 DEFAULT_MODEL = "qwen3-30b-a3b"
 CPU_TOKENS, CUDA_TOKENS = 64, 2048
 BENCH_TOKENS = (1, 128, 2048, 8192)
-TRAINING_TOKENS = (8192, 32768)
+TRAINING_TOKENS = {"cuda": (8192, 32768), "cpu": (64,)}  # more would take a CPU hours
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -150,7 +150,7 @@ def _bench_training(options: argparse.Namespace) -> int:
     with Progress(shows_details=False) as progress:
         peaks = _measure_peaks(device, progress)
         for named in layers or layers_of([DEFAULT_MODEL], None, options.format):
-            token_counts = fitting_tokens(named, options.tokens or TRAINING_TOKENS, device, progress)
+            token_counts = fitting_tokens(named, options.tokens or TRAINING_TOKENS[device.type], device, progress)
             chance = {"routing": options.routing, "seed": options.seed}
             lines = []
             with torch.inference_mode(False):

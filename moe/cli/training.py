@@ -28,7 +28,13 @@ FACTOR_OF_FLOPS = 3  # each of the forward's products has two more in the backwa
 CALLS_A_SAMPLE = 3
 NUM_PARTS = 16  # of a gradient that is compared
 ERROR_LIMIT = 3e-2  # two bf16 gradients, each within 1e-2 of the exact one
-HEADER = ("tokens", "floor", "forward", "both", "anew", "eager", "compiled", "eager/both", "MiB", "of eager", "error")
+HEADER = ("tokens", "floor", "forward", "both", "anew", "eager", "compiled", "ratio", "MiB", "share", "error")
+LEGEND = """\
+floor: three times the forward's operations, at the peak rate
+forward, both: ours, and with the backward pass; anew: both, with recompute=True
+eager, compiled: both by torch's grouped_mm; ratio: eager / both
+MiB: what ours keeps for the backward pass; share: of what eager keeps
+error: the largest difference of a gradient from eager's, relative"""
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (weights, x, w1, w2) -> [T, H]
 
 
@@ -97,9 +103,11 @@ def measure_training(
         }
         ways |= _ways_of_torch(layer, topk, device)
         leaves = (topk.weights.requires_grad_(), tokens.requires_grad_(), w1, w2)
-        progress.step(f"timing {named.name}, {num_tokens:,} tokens")
+        what = f"timing {named.name}, {num_tokens:,} tokens"
+        progress.step(what)
         running, gradients = {}, {}
         for name, way in ways.items():
+            progress.detail(f"{what}, first call of {name}")
             grads = _gradients_of(way, leaves, grad_output)
             if grads is not None:
                 running[name] = way
@@ -109,6 +117,7 @@ def measure_training(
         if "eager" in gradients:
             difference = max(_difference(a, b) for a, b in zip(gradients["ours"], gradients["eager"]))
         del gradients
+        progress.detail(what)
         forward_us, both_us = _times(running, leaves, grad_output, device, num_turns, progress)
         kept = {name: _kept_bytes(way, leaves) for name, way in running.items() if name != "compiled"}
         flops = _flops(layer, topk)
@@ -273,7 +282,13 @@ def training_table(lines: Sequence[TrainingTimes], peaks: Peaks, unit: Unit) -> 
                 "-" if eager is None else decimal(eager / both["ours"]),
                 decimal(kept / 2**20),
                 "-" if not eagers else f"{100 * kept / eagers:.0f}%",
-                "-" if line.error is None else f"{line.error:.1e}" + ("" if line.is_good else " WRONG"),
+                "-" if line.error is None else _error_text(line),
             )
         )
-    return table(HEADER, rows)
+    shown = [n for n in range(len(HEADER)) if any(row[n] != "-" for row in rows)]
+    cells = [[line[n] for n in shown] for line in (HEADER, *rows)]
+    return f"{table(cells[0], cells[1:])}\n{LEGEND}"
+
+
+def _error_text(line: TrainingTimes) -> str:
+    return f"{line.error:.1e}".replace("e-0", "e-") + ("" if line.is_good else " WRONG")

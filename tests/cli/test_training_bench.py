@@ -1,6 +1,7 @@
 """bench --training: forward and backward beside torch's own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 from moe.__main__ import main
 from moe.cli import commands
-from moe.cli.training import grouped_experts
+from moe.cli.text import Unit
+from moe.cli.training import TrainingTimes, grouped_experts, training_table
 from moe.gemm.config import ActivationType
 from moe.shapes import NAMED_SHAPES, MoEShape
 from moe.testing.closeness import relative_error
@@ -30,6 +32,8 @@ def test_ours_is_timed_beside_torchs(tmp_path: Path, capsys: pytest.CaptureFixtu
     file = tmp_path / "training.json"
     assert bench("--json", str(file), "--turns", "1") == 0
     lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("floor: ") for line in lines)
     header = next(number for number, line in enumerate(lines) if line.startswith("tokens"))
     assert [line.split()[0] for line in lines[header + 2 : header + 4]] == ["9", "64"]
     results = json.loads(file.read_text())["results"]
@@ -39,6 +43,42 @@ def test_ours_is_timed_beside_torchs(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert all(both[name] > 0 for name in both)
         assert result["kept_bytes"]["anew"] < result["kept_bytes"]["ours"]
     assert results[1]["flops"] == 3 * 2 * 64 * 4 * (128 * 64 + 64 * 64)
+
+
+def test_a_table_of_a_gpu_fits_80_columns_and_leaves_out_what_was_not_timed():
+    ways = {"ours": 22345.6, "anew": 27345.6, "eager": 61234.5, "compiled": 41234.5}
+    kept = {"ours": 3634 << 20, "anew": 9 << 20, "eager": 8961 << 20}
+    times = TrainingTimes("tiny", 32768, 1e13, ways, ways, kept, 5.8e-3)
+    text = training_table([times], Peaks(8e14, "bfloat16", 4e12), Unit("ms", 1e3))
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.splitlines()[2].split() == [
+        "32,768",
+        "37.5",
+        "22.3",
+        "22.3",
+        "27.3",
+        "61.2",
+        "41.2",
+        "2.74",
+        "3,634",
+        "41%",
+        "5.8e-3",
+    ]
+    alone = replace(times, both_us={"ours": 1.0, "anew": 2.0}, kept_bytes={"ours": 1}, error=None)
+    text = training_table([alone], Peaks(8e14, "bfloat16", 4e12), Unit("ms", 1e3))
+    assert text.splitlines()[0].split() == ["tokens", "floor", "forward", "both", "anew", "MiB"]
+
+
+def test_without_token_counts_a_cpu_times_few(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def measured(named, token_counts, device, **options):
+        asked.extend(token_counts)
+        return iter(())
+
+    monkeypatch.setattr("moe.cli.training.measure_training", measured)
+    assert main(["bench", "--training", "--model", "tiny", "--device", "cpu"]) == 0
+    assert asked == [64]
 
 
 @pytest.mark.parametrize(
