@@ -28,6 +28,7 @@ from moe.testing.problems import Problem, activated_in_float64, make_problem, ra
 AWKWARD = MoEConfig.create(
     hidden_size=136, intermediate_size=72, num_experts=8, top_k=2, num_local_experts=6, local_expert_offset=1
 )  # multiples of 8 and of nothing larger, and a slice of the experts
+NEEDS_GPU = "; a Triton kernel runs on a GPU, or with TRITON_INTERPRET=1 set when Python starts"
 GARBAGE = 1 << 30  # what the parts of a permutation hold that nobody may read
 
 
@@ -106,7 +107,8 @@ def _named(stage: str, case: str) -> Iterator[None]:
         with poisoned_memory():
             yield
     except Exception as error:
-        raise AssertionError(f"{stage}, {case}: {type(error).__name__}: {error}") from error
+        hint = NEEDS_GPU if "active driver" in str(error) else ""
+        raise AssertionError(f"{stage}, {case}: {type(error).__name__}: {error}{hint}") from error
 
 
 def check_gemm1(

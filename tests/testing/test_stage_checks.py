@@ -55,6 +55,14 @@ def test_a_gemm2_of_ones_own_passes():
     check_gemm2(my_gemm2)
 
 
+def test_a_kernel_without_a_gpu_is_told_where_it_runs():
+    def finds_no_driver(rows, weights, permutation):
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    with pytest.raises(AssertionError, match=r"gemm2, 0 tokens: RuntimeError: 0 active drivers .* TRITON_INTERPRET=1"):
+        check_gemm2(finds_no_driver)
+
+
 def reads_the_first_expert(rows, weights, permutation):
     return my_gemm2(rows, weights[:1].expand_as(weights), permutation)
 
