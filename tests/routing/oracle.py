@@ -98,9 +98,12 @@ def _keys(row: list[float], biases: list[float], config: RoutingConfig) -> list[
 
 def _experts_of_best_groups(keys: list[float], config: RoutingConfig, margins: list[float]) -> list[int]:
     size = config.num_experts // config.n_group
-    scores = [sum(sorted(keys[g * size : (g + 1) * size])[-2:]) for g in range(config.n_group)]
+    best = [sorted(keys[g * size : (g + 1) * size])[-2:] for g in range(config.n_group)]
+    scores = [sum(pair) for pair in best]
     groups = sorted(range(config.n_group), key=lambda group: (-scores[group], group))
-    margins.extend(_gaps([scores[group] for group in groups[config.topk_group - 1 : config.topk_group + 1]]))
+    chosen, others = groups[: config.topk_group], groups[config.topk_group :]
+    # Sums of other keys that come to the same number do not do so in another precision.
+    margins.extend(scores[a] - scores[b] for a in chosen for b in others if best[a] != best[b])
     return [group * size + member for group in groups[: config.topk_group] for member in range(size)]
 
 
