@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -104,7 +104,7 @@ def _made(recipe: str, device: torch.device) -> Runner:
 
 def run_traced(recipe: str, call: LayerCall) -> Tensor:
     """`pipeline.run(call)` as the operator moe::run_layer; a workspace has no part in what the result is."""
-    _expect_kinds(call)
+    expect_kinds(call)
     _expect_no_gradients(call)
     if call.output is not None:
         _expect_output(call.output, call.hidden_states)
@@ -117,7 +117,7 @@ def run_traced(recipe: str, call: LayerCall) -> Tensor:
 
 def run_traced_unfinalized(recipe: str, call: LayerCall) -> ExpertOutputs:
     """`pipeline.run_unfinalized(call)` as the operator moe::run_layer_unfinalized."""
-    _expect_kinds(call)
+    expect_kinds(call)
     _expect_no_gradients(call)
     replay_out = call.routing_replay_out
     rows, row_of_slot, *others = torch.ops.moe.run_layer_unfinalized(
@@ -129,7 +129,7 @@ def run_traced_unfinalized(recipe: str, call: LayerCall) -> ExpertOutputs:
     return ExpertOutputs(rows, others[0] if has_weights else call.entry.weights, row_of_slot)
 
 
-def _expect_kinds(call: LayerCall) -> None:
+def expect_kinds(call: LayerCall) -> None:
     """Raise TypeError for a value that the call refuses whatever its numbers: the operator would do so in torch's words."""
     if call.is_chosen:
         expect_type("topk", call.entry, TopK, "moe.TopK(expert_ids, weights) makes one")
@@ -328,9 +328,17 @@ def _expect_fit(arguments: tuple[Any, ...]) -> tuple[MoEConfig, dict[str, Any], 
     config = _config_of(recipe, device)
     if isinstance(num_tokens, int):
         config.permute.check_num_tokens(num_tokens)
+    if not recipe.startswith(_UNCHECKED):
+        expect_forms(config, given)
+    return config, given, wants_chosen
+
+
+def expect_forms(config: MoEConfig, given: Mapping[str, Any]) -> None:
+    """Raise ValueError unless these tensors, by `_ARGUMENTS`' names, have the sizes, dtypes and device of a call; None is left out."""
+    device = given["hidden_states"].device
     for name, argument, shape, dtypes in _wanted(config, given):
-        tensor = given[argument]
-        if tensor is None or recipe.startswith(_UNCHECKED):
+        tensor = given.get(argument)
+        if tensor is None:
             continue
         if len(tensor.shape) != len(shape) or any(size != other for size, other in zip(tensor.shape, shape)):
             raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}; pass a tensor of that shape")
@@ -339,7 +347,6 @@ def _expect_fit(arguments: tuple[Any, ...]) -> tuple[MoEConfig, dict[str, Any], 
                 f"{name}: expected {' or '.join(map(str, dtypes))} on {device}, got {tensor.dtype} on "
                 f"{tensor.device}; convert or move it"
             )
-    return config, given, wants_chosen
 
 
 @cache
@@ -350,7 +357,7 @@ def _config_of(recipe: str, device: torch.device) -> MoEConfig:
 
 
 def _wanted(
-    config: MoEConfig, given: dict[str, Any]
+    config: MoEConfig, given: Mapping[str, Any]
 ) -> list[tuple[str, str, tuple[Any, ...], tuple[torch.dtype, ...]]]:
     """The name of a tensor as callers know it, ours, its shape and its dtypes."""
     num_tokens, num_local = given["hidden_states"].shape[0], (config.permute.num_local_experts,)

@@ -37,7 +37,7 @@ def build_training_pipeline(
 
     Raises:
         ValueError: a GPU or a system that the kernels do not run on, or a config without gradients: shuffled, blocked or interleaved
-            weights, an activation without a derivative here, weights on the experts' input.
+            weights, an activation without a derivative here, biases, weights on the experts' input.
 
     Example:
         >>> training = moe.build_training_pipeline(config, "cuda")
@@ -51,8 +51,12 @@ def build_training_pipeline(
         raise ValueError(
             'weight_on: expected "output", got "input", which has no gradient here; train with torch\'s own operators'
         )
+    if config.has_biases:
+        raise ValueError(
+            "has_biases: expected False, got True: biases of experts have no gradient here; train with torch's own operators"
+        )
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     key = known.built_key(config, recompute=recompute, is_tuned=is_tuned, uses_pdl=uses_pdl)
     built = known.known(key, device)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, library
 
 from moe.call import LayerCall
+from moe.checks import is_as_expected
 from moe.flow import Permutation, TopK
 from moe.gemm.numbers import numbers_by_expert
-from moe.traced import define, is_traced
+from moe.traced import define, expect_forms, is_traced
 from moe.training.experts import (
     ExpertGradients,
     GradBuffers,
@@ -122,6 +123,8 @@ def _fake_experts(
     keeps: bool,
 ) -> tuple[Tensor, ...]:
     training = pipeline_of(pipeline, hidden_states.device)
+    given = {"first": expert_ids, "expert_weights": expert_weights, "hidden_states": hidden_states, "w1": w1, "w2": w2}
+    expect_forms(training.config, given | {"alpha": alpha, "beta": beta, "clamp_limit": clamp_limit})
     output, gate_up_columns = torch.empty_like(hidden_states), training.config.gemm1.weight_rows
     if not keeps:
         return (output, hidden_states.new_empty(0, gate_up_columns), *_no_maps(expert_ids))
@@ -188,8 +191,11 @@ def _backward(
         permutation = Permutation(**maps_by_name, tile_rows=tile_rows, mean_rows=mean_rows)
     has_gate_up = permutation is not None and len(gate_up) == permutation.max_rows
     before = Kept(gate_up if has_gate_up else None, permutation)
+    grad_output = grad_output.contiguous()
+    if not is_as_expected(grad_output, tuple(grad_output.shape), grad_output.dtype):  # memory that begins anywhere
+        grad_output = grad_output.clone()
     with torch.no_grad():
-        return backward_experts(training, grad_output.contiguous(), call, before, wanted, buffers)
+        return backward_experts(training, grad_output, call, before, wanted, buffers)
 
 
 def _with_empties(grads: Sequence[Tensor | None], like: Tensor) -> Any:

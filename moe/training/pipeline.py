@@ -19,7 +19,7 @@ from moe.gemm.reference import gather_gemm_reference
 from moe.pipeline import MoEPipeline
 from moe.routing.reference import weigh_experts
 from moe.stages import CheckedStage, Finalizer
-from moe.traced import is_traced
+from moe.traced import expect_kinds, is_traced
 from moe.training import known
 from moe.training.experts import GradBuffers, check_buffers
 from moe.training.experts_operator import parameters_of_all, run_experts
@@ -102,8 +102,7 @@ class TrainingPipeline:
         Raises:
             TypeError, ValueError: as `MoEPipeline`, before anything runs.
         """
-        if not is_traced(hidden_states):
-            self._check(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out), grad_buffers)
+        self._check(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out), grad_buffers)
         topk = TopK(*route(logits, bias, self.key))
         if routing_replay_out is not None:
             # In inference mode, where the caller may have allocated it.
@@ -137,8 +136,7 @@ class TrainingPipeline:
         grad_buffers: GradBuffers | None = None,
     ) -> Tensor:
         """The same from chosen experts; gradients reach topk.weights. Ids that are not local, or no expert's, are skipped."""
-        if not is_traced(hidden_states):
-            self._check(LayerCall(topk, hidden_states, w1, w2, swiglu, None, None, None, True), grad_buffers)
+        self._check(LayerCall(topk, hidden_states, w1, w2, swiglu, None, None, None, True), grad_buffers)
         return self._run(topk, hidden_states, w1, w2, swiglu, grad_buffers)
 
     def at(self, num_tokens: int) -> MoEPipeline:
@@ -154,10 +152,14 @@ class TrainingPipeline:
         return self.keeps_bits(gemm1, permute.rows_per_tile(num_tokens), permute.mean_rows(num_tokens))
 
     def _check(self, call: LayerCall, grad_buffers: GradBuffers | None) -> None:
+        if grad_buffers is not None:
+            expect_type("grad_buffers", grad_buffers, GradBuffers, "moe.GradBuffers(w1, w2) makes one")
+        if is_traced(call.hidden_states):  # the operator looks at shapes, and at buffers on the way back
+            expect_kinds(call)
+            return
         with torch.no_grad():  # under which a call may have tensors that want gradients
             check_call(self.config, call)
         if grad_buffers is not None:
-            expect_type("grad_buffers", grad_buffers, GradBuffers, "moe.GradBuffers(w1, w2) makes one")
             read = {"hidden_states": call.hidden_states, "gemm1_weights": call.w1, "gemm2_weights": call.w2}
             check_buffers(self.config, grad_buffers, read)
 

@@ -20,7 +20,9 @@ def route(logits: Tensor, bias: Tensor | None, pipeline: str) -> tuple[Tensor, T
 
 def _route(logits: Tensor, bias: Tensor | None, pipeline: str) -> tuple[Tensor, Tensor]:
     """Weights first: torch's checks of an operator add its results up, in the dtype of the first."""
-    topk = pipeline_of(pipeline, logits.device).at(logits.shape[0]).ready.route(logits, bias)
+    training = pipeline_of(pipeline, logits.device)
+    training.config.routing.check(logits, bias, None)  # which nothing did before in a compiled program
+    topk = training.at(logits.shape[0]).ready.route(logits, bias)
     return topk.weights, topk.expert_ids
 
 

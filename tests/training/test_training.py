@@ -15,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from training.layers import NAMES, exact_layer, leaves_of, logits_for, make_layer, trained
 
 import moe
+from moe import checks
 from moe.flow import SwigluParams, TopK
 from moe.gemm.config import WeightFormat
 from moe.routing.config import RoutingMethod
+from moe.stages import CheckedStage
 from moe.testing.closeness import assert_close_to_exact, relative_error
 from moe.training.experts import GradBuffers
 
@@ -465,6 +467,60 @@ def test_tensors_that_do_not_fit_are_refused_before_anything_runs():
     assert recorder.names == []
 
 
+def test_tensors_without_memory_that_do_not_fit_are_refused_too():
+    case, training = make_layer("cpu", num_tokens=7)
+    logits, x, w1, w2 = (tensor.to("meta") for tensor in leaves_of(case))
+    topk = TopK(case.topk.expert_ids.to("meta"), case.topk.weights.to("meta"))
+    assert training(logits, x, w1, w2).shape == x.shape
+    assert training.run_experts(topk, x, w1, w2).shape == x.shape
+    wrong: Any = [1.702]
+    with pytest.raises(ValueError, match=r"gemm1_weights: expected \[.*; pass a tensor of that shape"):
+        training(logits, x, w1[:1], w2)
+    with pytest.raises(ValueError, match=r"gemm2_weights: expected torch\.bfloat16 on meta, got torch\.float32"):
+        training.run_experts(topk, x, w1, w2.float())
+    with pytest.raises(TypeError, match="swiglu: expected a SwigluParams, got list"):
+        training(logits, x, w1, w2, swiglu=wrong)
+    with pytest.raises(TypeError, match="grad_buffers: expected a GradBuffers, got list"):
+        training(logits, x, w1, w2, grad_buffers=wrong)
+
+
+@pytest.mark.parametrize("spoilt", [lambda logits: logits.T.contiguous().T, lambda logits: logits[:, 1:].contiguous()])
+def test_the_operator_that_routes_looks_at_its_logits(spoilt):
+    case, training = make_layer("cpu", num_tokens=7)
+    launched = []
+
+    def launch(*args: Any, **more: Any) -> TopK:
+        launched.append(args)
+        return case.topk
+
+    router = CheckedStage(training.forward.route, launch, case.config.routing)
+    mine = dataclasses.replace(training, forward=dataclasses.replace(training.forward, route=router))
+    with pytest.raises(ValueError, match="routing_logits: expected"):
+        torch.ops.moe.training_route(spoilt(logits_for(case)), None, mine.key)
+    assert not launched
+
+
+def test_a_gradient_that_begins_anywhere_is_moved_to_where_kernels_read_it(monkeypatch):
+    case, training = make_layer("cpu", num_tokens=7)
+    wanted, _ = trained(training, case)
+    _, plain = trained(training, case)
+    monkeypatch.setattr(checks, "DEVICES_OF_KERNELS", ("cpu",))
+    seen = []
+
+    def gemm2_dgrad(grad_output: Tensor, *args: Any, **more: Any) -> Any:
+        seen.append(grad_output.data_ptr() % 16)
+        return training.gemm2_dgrad(grad_output, *args, **more)
+
+    leaves = leaves_of(case)
+    output = dataclasses.replace(training, gemm2_dgrad=gemm2_dgrad)(*leaves, swiglu=case.swiglu)
+    memory = torch.zeros(case.grad_output.numel() + 3, dtype=torch.bfloat16)
+    memory[3:] = case.grad_output.flatten()
+    output.backward(memory[3:].view(case.grad_output.shape))
+    assert torch.equal(output, wanted)
+    assert seen == [0]
+    assert all(torch.equal(leaves.grads[name], plain.grads[name]) for name in NAMES)
+
+
 def test_configs_without_gradients_are_refused_in_words():
     config = moe.MoEConfig.create(
         hidden_size=64, intermediate_size=64, num_experts=4, top_k=2, weight_format=moe.FLASHINFER
@@ -477,6 +533,7 @@ def test_configs_without_gradients_are_refused_in_words():
             "weight_format": WeightFormat(gate_up_order="interleaved")
         },
         'weight_on: expected "output", got "input"': {"weight_on": "input"},
+        "has_biases: expected False, got True": {"has_biases": True},
         "activation: expected Swiglu or Relu2, got Geglu": {"activation": "Geglu"},
     }
     for words, more in refusals.items():
