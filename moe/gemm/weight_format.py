@@ -92,22 +92,34 @@ def convert_weights(weights: Tensor, format_from: WeightFormat, format_to: Weigh
 def pack_bias(logical: Tensor, weight_format: WeightFormat, *, is_gated: bool) -> Tensor:
     """Biases [E, N] of logical weights (gate first where gated) -> the same in the order of rows of `weight_format`.
 
+    A tensor of its own, without a gradient, as `pack_weights` gives.
+
     Raises:
-        ValueError: where N does not fit the format.
+        TypeError: no tensor.
+        ValueError: no two axes, or where N does not fit the format.
     """
-    return logical[:, _logical_rows(logical, weight_format, is_gated)]
+    return _reordered(logical, _logical_rows(logical, weight_format, is_gated))
 
 
 def unpack_bias(bias: Tensor, weight_format: WeightFormat, *, is_gated: bool) -> Tensor:
     """Biases [E, N] in the order of rows of `weight_format` -> those of logical weights.
 
     Raises:
-        ValueError: where N does not fit the format.
+        TypeError, ValueError: as `pack_bias`.
     """
-    return bias[:, _logical_rows(bias, weight_format, is_gated).argsort()]
+    return _reordered(bias, _logical_rows(bias, weight_format, is_gated).argsort())
+
+
+def _reordered(bias: Tensor, rows: Tensor) -> Tensor:
+    with torch.no_grad():
+        return bias[:, rows]
 
 
 def _logical_rows(bias: Tensor, weight_format: WeightFormat, is_gated: bool) -> Tensor:
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias: expected a torch.Tensor, got {type(bias).__name__}; pass a tensor")
+    if bias.dim() != 2:
+        raise ValueError(f"bias: expected [E, N], got {list(bias.shape)}; reshape it")
     num_rows = bias.shape[1]
     _expect_rows_fit(num_rows, weight_format, is_gated)
     return logical_row_of_stored_row(num_rows, weight_format, is_gated=is_gated, device=bias.device)
@@ -159,8 +171,11 @@ def matrix_shape(weights: Tensor, layout: WeightLayout) -> tuple[int, int]:
     """N and K of weights [E, ..] in this layout.
 
     Raises:
+        TypeError: no tensor.
         ValueError: where the shape does not fit the layout.
     """
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights: expected a torch.Tensor, got {type(weights).__name__}; pass a tensor")
     shape = list(weights.shape)
     match layout:
         case WeightLayout.MajorK:

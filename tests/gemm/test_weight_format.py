@@ -78,6 +78,20 @@ def test_biases_lie_in_the_order_of_the_weights_rows(weight_format, is_gated):
 def test_biases_of_rows_that_do_not_fit_the_format_are_refused():
     with pytest.raises(ValueError, match="multiple of 32 rows, got N=48"):
         pack_bias(torch.zeros(1, 48), FLASHINFER, is_gated=False)
+    for move in (pack_bias, unpack_bias):
+        with pytest.raises(ValueError, match=r"bias: expected \[E, N\], got \[64\]"):
+            move(torch.zeros(64), FLASHINFER, is_gated=True)
+        with pytest.raises(TypeError, match=r"bias: expected a torch\.Tensor, got list"):
+            move([0.5], FLASHINFER, is_gated=True)
+
+
+@pytest.mark.parametrize("weight_format", [WeightFormat(), FLASHINFER])
+def test_biases_of_a_parameter_are_moved_without_a_gradient(weight_format):
+    bias = torch.nn.Parameter(torch.randn(2, 64))
+    packed = pack_bias(bias, weight_format, is_gated=True)
+    assert not packed.requires_grad
+    assert packed.data_ptr() != bias.data_ptr()
+    assert torch.equal(unpack_bias(packed, weight_format, is_gated=True), bias)
 
 
 def test_interleaved_rows_of_shuffled_weights_are_refused():
@@ -144,6 +158,12 @@ def test_weights_of_a_parameter_are_converted_without_a_gradient(convert):
 def test_dims_that_do_not_fit_a_format_are_refused(shape, weight_format, is_gated, message):
     with pytest.raises(ValueError, match=message):
         pack_weights(torch.zeros(shape), weight_format, is_gated=is_gated)
+
+
+def test_what_is_no_tensor_is_not_converted():
+    for convert in (pack_weights, unpack_weights):
+        with pytest.raises(TypeError, match=r"weights: expected a torch\.Tensor, got list"):
+            convert([0.5], FLASHINFER, is_gated=True)
 
 
 def test_blocks_of_128_are_refused():
