@@ -176,8 +176,8 @@ class MoEPipeline:
     def _check(self, call: LayerCall) -> None:
         if self.checks_inputs:
             check_call(self.config, call)
-        if call.w1_bias is not None or call.w2_bias is not None:
-            self.ready.expect_biases(call)
+        if call.w1_bias is not None or call.w2_bias is not None or call.added is not None:
+            self.ready.expect_more(call)
 
     def _chain(self, call: LayerCall) -> Tensor:
         stages = self.ready
@@ -187,7 +187,7 @@ class MoEPipeline:
         biases = (
             {} if call.w1_bias is None and call.w2_bias is None else {"w1_bias": call.w1_bias, "w2_bias": call.w2_bias}
         )
-        if topk.expert_ids.shape[0] <= stages.max_fused_tokens and (not biases or stages.fuses_biases):
+        if stages.fuses(call, topk.expert_ids.shape[0]):
             experts = (topk, hidden_states, call.w1, call.w2)
             return stages.fused(*experts, swiglu=call.swiglu, output=call.output, **more, **biases)
         rows, permutation = self._rows(topk, hidden_states, call)

@@ -54,9 +54,22 @@ class ReadyStages(NamedTuple):
     fuses_biases: bool  # whether it takes w1_bias and w2_bias; where not, it steps aside in a call that has one
     without_bias: dict[str, str]  # "gemm1" and "gemm2", where that stage does not take `bias`, and who it is
     weigh: TokenWeigher | None = None  # after route
+    fuses_added: bool = False  # whether it takes `added`, as with biases
+    without_added: str | None = None  # who finalize is, where it takes no `added`
 
-    def expect_biases(self, call: LayerCall) -> None:
-        """Raise unless the stages take the biases of the call."""
+    def fuses(self, call: LayerCall, num_tokens: int) -> bool:
+        """Whether `fused` runs the call."""
+        has_biases = call.w1_bias is not None or call.w2_bias is not None
+        takes = (self.fuses_biases or not has_biases) and (self.fuses_added or call.added is None)
+        return takes and num_tokens <= self.max_fused_tokens
+
+    def expect_more(self, call: LayerCall) -> None:
+        """Raise unless the stages take the biases of the call, and what it adds."""
+        if call.added is not None and self.without_added is not None:
+            raise ValueError(
+                f"added: expected None, since the pipeline's finalize takes none, got a value; give {self.without_added} a keyword "
+                "`added`, or add it to the result"
+            )
         for stage, bias in (("gemm1", call.w1_bias), ("gemm2", call.w2_bias)):
             if bias is not None and stage in self.without_bias:
                 raise ValueError(
@@ -96,12 +109,15 @@ def ready_stages(pipeline: Composition) -> ReadyStages:
     route, permute, gemm1, gemm2, finalize = ready
     gemms: dict[str, Any] = {"gemm1": pipeline.gemm1, "gemm2": pipeline.gemm2}
     without_bias = {name: _name_of(stage) for name, stage in gemms.items() if not _takes(stage, "bias")}
+    without_added = None if _takes(pipeline.finalize, "added") else _name_of(pipeline.finalize)
     fused, fuses = pipeline.fused, not (config.weighs_input and config.top_k > 1)  # which needs a row of input a slot
     if fused is None or not fuses or any(mine is not other for mine, other in zip(stages[-4:], fused.stands_for)):
-        return ReadyStages(route, permute, gemm1, gemm2, finalize, _nothing, -1, False, without_bias, weigh)
+        nothing = (_nothing, -1, False, without_bias, weigh)
+        return ReadyStages(route, permute, gemm1, gemm2, finalize, *nothing, without_added=without_added)
     run = _ready_fused(fused.run, config, may_launch=may_launch)
     fuses_biases = _takes(fused.run, "w1_bias") and _takes(fused.run, "w2_bias")
-    return ReadyStages(route, permute, gemm1, gemm2, finalize, run, fused.max_tokens, fuses_biases, without_bias, weigh)
+    found = (run, fused.max_tokens, fuses_biases, without_bias, weigh, _takes(fused.run, "added"), without_added)
+    return ReadyStages(route, permute, gemm1, gemm2, finalize, *found)
 
 
 def _takes(stage: Callable[..., Any], keyword: str) -> bool:

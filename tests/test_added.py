@@ -104,6 +104,28 @@ def test_a_finalizer_of_ones_own_meets_it_only_where_it_is_passed() -> None:
     assert met == [added]
 
 
+def test_a_finalize_that_adds_nothing_is_refused_in_a_call_that_adds_before_anything_runs() -> None:
+    config = MoEConfig.create(**SMALL)
+    problem, ours = make_problem(config, 4), reference_pipeline(config)
+    met = []
+
+    def route(*args: Any, **more: Any) -> Any:
+        met.append("route")
+        return ours.route(*args, **more)
+
+    def plain(rows: Tensor, topk: TopK, permutation: Any, *, output: Tensor | None = None) -> Tensor:
+        return ours.finalize(rows, topk, permutation, output=output)
+
+    swapped = replace(ours, route=route, finalize=plain)
+    arguments = (problem.logits, problem.hidden_states, problem.w1, problem.w2)
+    with pytest.raises(
+        ValueError, match=r"added: expected None, since the pipeline's finalize takes none.* give .*plain a k"
+    ):
+        swapped(*arguments, added=torch.ones_like(problem.hidden_states))
+    assert met == []
+    assert torch.equal(swapped(*arguments), ours(*arguments))
+
+
 def test_what_cannot_be_added_is_refused(device: torch.device) -> None:
     config = MoEConfig.create(**SMALL)
     problem, pipeline = make_problem(config, 4, device=device), build_pipeline(config, device)
