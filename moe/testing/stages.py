@@ -283,7 +283,9 @@ def _exact_gemm1(case: StageCase, swiglu: SwigluParams | None, bias: Tensor | No
     return exact
 
 
-def _expect_shape(out: Tensor, *shape: int) -> None:
+def _expect_shape(out: object, *shape: int) -> None:
+    if not isinstance(out, Tensor):
+        raise AssertionError(f"expected a tensor {list(shape)} bfloat16, got {type(out).__name__}")
     if tuple(out.shape) != shape or out.dtype != torch.bfloat16:
         raise AssertionError(f"expected {list(shape)} bfloat16, got {list(out.shape)} {out.dtype}")
 

@@ -63,6 +63,11 @@ def test_a_kernel_without_a_gpu_is_told_where_it_runs():
         check_gemm2(finds_no_driver)
 
 
+def test_a_stage_that_returns_nothing_is_told_what_was_expected():
+    with pytest.raises(AssertionError, match=r"gemm2, 0 tokens: .*expected a tensor \[0, 136\] bfloat16, got NoneType"):
+        check_gemm2(lambda rows, weights, permutation: None)
+
+
 def reads_the_first_expert(rows, weights, permutation):
     return my_gemm2(rows, weights[:1].expand_as(weights), permutation)
 
