@@ -92,7 +92,8 @@ print(
 )
 assert found == EXPECTED[triton.__version__], found
 E
-for version in 3.6.0 3.7.1; do
-    "$python" -m pip --python "$folder/venv/bin/python" install -q --no-compile --disable-pip-version-check "triton==$version"
-    TRITON_CACHE_DIR="$folder/cache" "$folder/venv/bin/python" "$folder/finding.py"
+for triton in triton==3.6.0 triton==3.7.1; do
+  "$python" -m pip install -q --no-compile --no-deps --disable-pip-version-check --target "$folder/$triton" "$triton"
+  TRITON_CACHE_DIR="$folder/cache" PYTHONPATH="$folder/$triton" "$folder/venv/bin/python" -W ignore "$folder/finding.py"
+  rm -rf "${folder:?}/$triton"
 done
