@@ -21,7 +21,6 @@ ID_DTYPES = (
     torch.uint64,
 )
 _WIDER_THAN_INT32 = (torch.int64, torch.uint32, torch.uint64)
-USES_KERNEL = False  # it has run in Triton's interpreter and was compiled for GPUs, but has not run on one yet
 BLOCK = 256  # ids a program: 32 tokens of 8 choices
 
 
@@ -56,13 +55,7 @@ def launch_map_ids(ids: Tensor, expert_map: Tensor | None, num_experts: int) -> 
 
 def _is_for_kernel(ids: Tensor) -> bool:
     """On a GPU, and of memory that a kernel can read: what is traced is left to torch."""
-    return (
-        USES_KERNEL
-        and ids.is_cuda
-        and type(ids) is Tensor
-        and not torch.compiler.is_compiling()
-        and _has_kernels(ids.device)
-    )
+    return ids.is_cuda and type(ids) is Tensor and not torch.compiler.is_compiling() and _has_kernels(ids.device)
 
 
 @functools.cache

@@ -69,6 +69,21 @@ def test_every_id_of_a_batch_is_mapped(num_tokens: int, way: tuple[Map, torch.de
     assert torch.equal(mapped, (10 - ids).int())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint32, torch.uint64], ids=str)
+def test_wide_ids_and_ids_with_a_map_take_one_launch_on_a_gpu(dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    ids = torch.tensor([[0, 1], [5, 6]], dtype=dtype, device=device)
+    expert_map = torch.tensor([3, -1, 0, -1, 3, 1], dtype=torch.int32, device=device)
+    for expected, expert_map_or_none in (([[0, 1], [5, -1]], None), ([[3, -1], [1, -1]], expert_map)):
+        in_torch(ids, expert_map_or_none, 6)  # compiles
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            mapped = in_torch(ids, expert_map_or_none, 6)
+            torch.cuda.synchronize()
+        assert [event.name for event in profile.events() if "kernel" in event.name.lower()] == ["map_ids_kernel"]
+        assert mapped.tolist() == expected
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("has_map", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint64], ids=str)
