@@ -80,18 +80,18 @@ def experts_in_float64(
 
 
 def activated_in_float64(
-    product: Tensor, activation: ActivationType, local_id: int, swiglu: SwigluParams | None = None
+    product: Tensor, activation: ActivationType, local_id: int | Tensor, swiglu: SwigluParams | None = None
 ) -> Tensor:
-    """[rows, 2I] float64, gate columns first, or [rows, I] -> [rows, I], of one expert.
+    """[rows, 2I] float64, gate columns first, or [rows, I] -> [rows, I], of one expert, or with local_id [rows] of each row's.
 
     Raises:
         ValueError: an activation whose formula is not written here.
     """
     swiglu = swiglu or SwigluParams()
 
-    def number(name: str, default: float) -> float:
+    def number(name: str, default: float) -> float | Tensor:
         values: Tensor | None = getattr(swiglu, name)
-        return default if values is None else values[local_id].item()
+        return default if values is None else values.double()[local_id, None]
 
     gate, up = product.chunk(2, dim=1) if activation.is_gated else (product, product)
     match activation:
@@ -126,5 +126,5 @@ def _gelu(x: Tensor) -> Tensor:
     return 0.5 * x * torch.special.erfc(-x * 0.5**0.5)
 
 
-def _clamped(x: Tensor, limit: float) -> Tensor:
+def _clamped(x: Tensor, limit: float | Tensor) -> Tensor:
     return x.clamp(max=limit).clamp(min=-limit)  # in this order where a limit is negative

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -16,6 +19,10 @@ from moe.routing.config import RoutingMethod
 
 NUMBERS = {"alpha": 1.375, "beta": 0.75, "clamp_limit": 1.25}  # where the config has them
 LAYOUTS = ("MajorK", "MajorMn", "BlockMajorK")
+METHODS = tuple(method.value for method in RoutingMethod)
+ACTIVATION_NAMES = tuple(member.name for member in ACTIVATIONS["portable"])
+VALUES = ("plain", "ties", "nan", "inf")
+MAX_KEPT = 256  # layers whose weights stay in memory, of a pool; with what entries make of one
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,23 @@ class Case:
     gives_output: bool = False
     gives_workspace: bool = False
     records: bool = False
+    is_strided: bool = False  # hidden states, where an entry takes them so
+    values: str = "plain"  # what else logits, hidden states and weights that are not read may be
     seed: int = 0
+    weights_seed: int | None = (
+        None  # of a layer in a pool, whose weights are the same in all its calls; None: the call's
+    )
+
+    @property
+    def layer(self) -> Case:
+        """Without what a call of the same layer may have otherwise."""
+        call = {"num_tokens": 0, "gives_output": False, "gives_workspace": False, "records": False}
+        return replace(self, **call, is_strided=False, values="plain", seed=0)
 
     def config(self) -> MoEConfig:
+        return _config_of(self.layer)
+
+    def _config(self) -> MoEConfig:
         return MoEConfig.create(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -102,30 +123,50 @@ class Case:
         )
 
 
+@functools.lru_cache(maxsize=MAX_KEPT)
+def _config_of(layer: Case) -> MoEConfig:
+    return layer._config()
+
+
 @dataclass(frozen=True)
-class Tensors:
-    logits: Tensor  # [T, E]
-    bias: Tensor | None
-    hidden_states: Tensor
+class LayerTensors:
+    """What the calls of a layer share."""
+
     w1: Tensor  # logical, gate rows first
     w2: Tensor
     stored_w1: Tensor
     stored_w2: Tensor
     swiglu: SwigluParams | None
-    topk: TopK  # of chosen experts, some of them no expert's
     biases: dict[str, Tensor]  # logical, of w1 and w2
     stored_biases: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Tensors:
+    logits: Tensor  # [T, E]
+    bias: Tensor | None
+    hidden_states: Tensor
+    topk: TopK  # of chosen experts, some of them no expert's
     added: Added | None
+    is_plain: Tensor  # [T]: tokens of finite logits and states
+    layer: LayerTensors
 
 
 @st.composite
-def cases(draw: st.DrawFn, multiple: int = 8) -> Case:
+def cases(
+    draw: st.DrawFn,
+    multiple: int = 8,
+    methods: Sequence[str] = METHODS,
+    layouts: Sequence[str] = LAYOUTS,
+    activations: Sequence[str] = ACTIVATION_NAMES,
+) -> Case:
     """Any layer that the package takes, small, and any call of it.
 
     Args:
         multiple: of hidden and intermediate sizes; a larger one has fewer kernels to compile.
+        methods, layouts, activations: one of these.
     """
-    method = draw(st.sampled_from([method.value for method in RoutingMethod]))
+    method = draw(st.sampled_from(methods))
     n_group = topk_group = 0
     num_experts = draw(st.integers(1, 40))
     if method == "DeepSeekV3" and draw(st.booleans()):
@@ -134,10 +175,10 @@ def cases(draw: st.DrawFn, multiple: int = 8) -> Case:
         topk_group = draw(st.integers(1, n_group))
     choices = topk_group * num_experts // n_group if n_group else num_experts
     top_k = 1 if method == "Llama4" else draw(st.integers(1, min(choices, 10)))
-    layout = draw(st.sampled_from(LAYOUTS))
+    layout = draw(st.sampled_from(layouts))
     step = 64 if layout == "BlockMajorK" else multiple
     hidden_size, intermediate_size = (step * draw(st.integers(1, max(1, 144 // step))) for _ in range(2))
-    activation = draw(st.sampled_from([member.name for member in ACTIVATIONS["portable"]]))
+    activation = draw(st.sampled_from(activations))
     is_gated = ActivationType[activation].is_gated
     parameters = PARAMETERS.get(ActivationType[activation], ())
     is_shuffled = False
@@ -178,30 +219,69 @@ def cases(draw: st.DrawFn, multiple: int = 8) -> Case:
         gives_output=draw(st.booleans()),
         gives_workspace=draw(st.booleans()),
         records=draw(st.booleans()),
+        is_strided=draw(st.booleans()),
+        values=draw(st.sampled_from(VALUES)),
         seed=draw(st.integers(0, 1 << 16)),
     )
 
 
 def tensors_of(case: Case, device: torch.device) -> Tensors:
-    generator = torch.Generator().manual_seed(case.seed)
-    shape = (case.num_tokens, case.top_k)
-
-    def normal(*sizes: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*sizes, generator=generator) * scale).bfloat16()
-
-    w1 = normal(
-        case.num_local, case.intermediate_size * (1 + case.is_gated), case.hidden_size, scale=case.hidden_size**-0.5
+    layer = _kept_layer_of(case.layer, device) if case.weights_seed is not None else _layer_of(case, case.seed, device)
+    # A pool is for many calls: those of a GPU are made there.
+    generator = torch.Generator(device if case.weights_seed is not None else "cpu").manual_seed(case.seed)
+    new = {"generator": generator, "device": generator.device}
+    num_tokens, shape = case.num_tokens, (case.num_tokens, case.top_k)
+    # Steps that bfloat16 tells apart, in a random order: keys that differ by less than an error are left to the tests of routing.
+    steps = torch.linspace(-4, 4, case.num_experts, device=generator.device)
+    logits = steps[torch.rand(num_tokens, case.num_experts, **new).argsort(dim=1)].to(getattr(torch, case.logits_dtype))
+    bias = None if case.bias_dtype is None else torch.randn(case.num_experts, **new) * 0.5
+    hidden_states = torch.randn(num_tokens, case.hidden_size, **new).bfloat16()
+    ids = torch.randint(-2, case.num_experts + 2, shape, dtype=torch.int32, **new)
+    weights = torch.rand(shape, **new)
+    added = added_of(case, new, device)
+    is_plain = torch.ones(num_tokens, dtype=torch.bool, device=generator.device)
+    if case.values == "ties":
+        logits = logits.round() + 0.0  # no -0
+    elif case.values != "plain":
+        is_plain = torch.rand(num_tokens, **new) < 0.75
+        is_other = torch.rand(logits.shape, **new) < 0.3
+        is_low = torch.rand(logits.shape, **new) < 0.5
+        numbers = (
+            torch.where(is_low, -torch.inf, torch.inf) if case.values == "inf" else torch.full_like(logits, torch.nan)
+        )
+        logits = torch.where(is_other & ~is_plain[:, None], numbers.to(logits.dtype), logits)
+        hidden_states = hidden_states.masked_fill(~is_plain[:, None] & (hidden_states > 1), torch.nan)
+        is_read = (ids >= case.first_local) & (ids < case.first_local + case.num_local)
+        weights = weights.masked_fill(~is_read, torch.nan)
+    return Tensors(
+        logits.to(device),
+        None if bias is None else bias.to(getattr(torch, case.bias_dtype)).to(device),
+        hidden_states.to(device),
+        TopK(ids.to(device), weights.to(getattr(torch, case.weights_dtype)).to(device)),
+        added,
+        is_plain.to(device),
+        layer,
     )
-    w2 = normal(case.num_local, case.hidden_size, case.intermediate_size, scale=case.intermediate_size**-0.5)
+
+
+@functools.lru_cache(maxsize=MAX_KEPT)
+def _kept_layer_of(layer: Case, device: torch.device) -> LayerTensors:
+    assert layer.weights_seed is not None
+    return _layer_of(layer, layer.weights_seed, device)
+
+
+def _layer_of(case: Case, seed: int, device: torch.device) -> LayerTensors:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*sizes: int) -> Tensor:
+        return (torch.randn(*sizes, generator=generator) * sizes[-1] ** -0.5).bfloat16()
+
+    w1 = normal(case.num_local, case.intermediate_size * (1 + case.is_gated), case.hidden_size)
+    w2 = normal(case.num_local, case.hidden_size, case.intermediate_size)
     stored = [
-        pack_weights(weights, case.weight_format, is_gated=is_gated)
+        pack_weights(weights, case.weight_format, is_gated=is_gated).to(device)
         for weights, is_gated in ((w1, case.is_gated), (w2, False))
     ]
-    # Steps that bfloat16 tells apart, in a random order: keys that differ by less than an error are left to the tests of routing.
-    steps = torch.linspace(-4, 4, case.num_experts)
-    logits = steps[torch.rand(case.num_tokens, case.num_experts, generator=generator).argsort(dim=1)]
-    bias = None if case.bias_dtype is None else torch.randn(case.num_experts, generator=generator) * 0.5
-    ids = torch.randint(-2, case.num_experts + 2, shape, generator=generator, dtype=torch.int32)
     numbers = {name: (torch.rand(case.num_local, generator=generator) + 0.5).to(device) for name in sorted(case.swiglu)}
     if case.has_config_numbers:
         numbers = {name: torch.full_like(values, NUMBERS[name]) for name, values in numbers.items()}
@@ -214,26 +294,22 @@ def tensors_of(case: Case, device: torch.device) -> Tensors:
         name: pack_bias(bias, case.weight_format, is_gated=name == "w1" and case.is_gated).to(device)
         for name, bias in biases.items()
     }
-    return Tensors(
-        logits.to(getattr(torch, case.logits_dtype)).to(device),
-        None if bias is None else bias.to(getattr(torch, case.bias_dtype)).to(device),
-        normal(case.num_tokens, case.hidden_size).to(device),
-        w1,
-        w2,
-        *(weights.to(device) for weights in stored),
+    return LayerTensors(
+        w1.to(device),
+        w2.to(device),
+        *stored,
         SwigluParams(**numbers) if numbers else None,
-        TopK(ids.to(device), torch.rand(shape, generator=generator).to(getattr(torch, case.weights_dtype)).to(device)),
-        biases,
+        {name: bias.to(device) for name, bias in biases.items()},
         stored_biases,
-        added_of(case, generator, device),
     )
 
 
-def added_of(case: Case, generator: torch.Generator, device: torch.device) -> Added | None:
+def added_of(case: Case, new: dict[str, Any], device: torch.device) -> Added | None:
+    """The matrix and its gate; `new`: generator and device of random numbers."""
     if not case.added:
         return None
-    values = torch.randn(case.num_tokens, case.hidden_size, generator=generator)
+    values = torch.randn(case.num_tokens, case.hidden_size, **new)
     gate: Tensor | float | None = {"alone": None, "number": 0.3}.get(case.added)
     if case.added in ("bfloat16", "float32"):
-        gate = torch.rand(case.num_tokens, generator=generator).to(device, getattr(torch, case.added))
+        gate = torch.rand(case.num_tokens, **new).to(device, getattr(torch, case.added))
     return Added(values.to(device, getattr(torch, case.added_dtype)), gate)
