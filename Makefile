@@ -3,7 +3,7 @@
 # make test    every test mode, each a process of its own; the GPU's too where there is one
 # make test-triton39  the tests that a Triton can change, with 3.9 in place of the installed one; test-triton38, test-triton36 too
 # make test-vllm  one real layer of vLLM's on this CPU, in an environment of its own: ENGINE=0.32.0; test-sglang too: ENGINE=0.5.21
-# make fuzz    CALLS random calls of every entry from SEED on, on the CPU and the GPU; what fails is shrunk
+# make fuzz    CALLS random calls of every entry from SEED on, on the CPU and the GPU, of LAYERS layers if not 0; what fails is shrunk
 # make bench   time every named layer, whole and stage by stage, into bench.json
 # make bench-dense    time stages and layers in turns with cuBLAS GEMMs of the same size, into bench-dense.json
 # make lint    ruff and mypy
@@ -33,8 +33,9 @@ say-demo:
 
 fuzz: CALLS ?= 100000
 fuzz: SEED ?= 1
+fuzz: LAYERS ?= 0
 fuzz: $(VENV)/.installed-test
-	MOE_FUZZ_CALLS=$(CALLS) MOE_FUZZ_SEED=$(SEED) $(PYTEST) -q tests/fuzz
+	MOE_FUZZ_CALLS=$(CALLS) MOE_FUZZ_SEED=$(SEED) MOE_FUZZ_LAYERS=$(LAYERS) $(PYTEST) -q tests/fuzz
 
 # Modes side by side, each saying how far it is: half of them on each of two cores.
 smoke: $(VENV)/.installed-test

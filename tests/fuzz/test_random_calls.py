@@ -1,7 +1,7 @@
 """Random calls of every entry: each result within its roundings of float64, nothing leaked, no bound exceeded.
 
 A short run belongs to all test runs, a long one is `make fuzz CALLS=100000 SEED=1`. What fails is shrunk to the smallest call,
-and printed as a Case. A GPU compiles kernels for each layer: with LAYERS=40 all calls are of so many layers.
+and printed as a Case. A GPU compiles kernels for each layer; with LAYERS=40 all calls are of 40 layers.
 """
 
 from __future__ import annotations
