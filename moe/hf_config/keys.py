@@ -41,7 +41,7 @@ class Keys:
             wanted = " or ".join(map(repr, names))
             raise ValueError(f"config of model_type {self.model_type!r}: expected the key {wanted}, got none; add it")
         values = list(found.values())
-        if any(value != values[0] for value in values):
+        if any(value != values[0] for value in values[1:]):
             raise ValueError(f"config of model_type {self.model_type!r}: expected one value, got {found}; keep one key")
         return values[0]
 

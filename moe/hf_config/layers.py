@@ -69,7 +69,10 @@ def why_without_experts(config: Mapping[str, Any], layer: int) -> str | None:
 
 
 def _dense_by(config: Mapping[str, Any], layer: int) -> Iterator[tuple[str, Any]]:
-    if skipped := _overrides(config).get(layer, {}).get("skip"):
+    own = _overrides(config).get(layer, {})
+    config = {**config, **own}
+    skipped = own.get("skip") or ()
+    if not all("att" in str(name) for name in skipped):  # attention may be skipped beside experts
         yield f"skip of layer {layer}", skipped
     for name in ("first_k_dense_replace", "num_dense_layers"):
         if isinstance(first := config.get(name), int) and layer < first:
@@ -104,7 +107,7 @@ def _kinds_of_layers(config: Mapping[str, Any]) -> Sequence[str]:
 def _overrides(config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
     overrides = config.get(OVERRIDES) or {}
     try:
-        return {int(layer): keys for layer, keys in overrides.items() if keys}
+        return {int(layer): {**keys} for layer, keys in overrides.items() if keys}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{OVERRIDES}: expected a mapping of layer numbers to keys, got {str(overrides)[:80]}; mend the config"

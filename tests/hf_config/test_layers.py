@@ -109,6 +109,15 @@ def test_layers_without_experts_are_not_compared() -> None:
     assert MoEConfig.from_hf_config(config).num_experts == 16
     skipped = DEEPSEEK | {"per_layer_config": {"3": {"n_routed_experts": 4, "skip": ["mlp"]}}}
     assert MoEConfig.from_hf_config(skipped).num_experts == 16
+    dense = QWEN3 | {"per_layer_config": {"1": {"mlp_only_layers": [1], "num_experts": 4}}}
+    assert MoEConfig.from_hf_config(dense).num_experts == 8
+
+
+def test_a_layer_without_attention_is_compared() -> None:
+    config = DEEPSEEK | {"per_layer_config": {"3": {"n_routed_experts": 4, "skip": ["self_attn"]}}}
+    assert MoEConfig.from_hf_config(config, layer=3).num_experts == 4
+    with pytest.raises(ValueError, match="num_experts is 16 in layers 0 to 2, 4 in layer 3"):
+        MoEConfig.from_hf_config(config)
 
 
 def test_overrides_of_all_layers_need_no_value_of_the_model() -> None:
@@ -132,6 +141,7 @@ def test_overrides_of_all_layers_need_no_value_of_the_model() -> None:
         ({"moe_layers": [1, 3]}, 2, r"moe_layers=\[1, 3\]"),
         ({"interleave_moe_layer_step": 2}, 2, "interleave_moe_layer_step=2"),
         ({"per_layer_config": {"1": {"skip": ["mlp"]}}}, 1, r"skip of layer 1=\['mlp'\]"),
+        ({"per_layer_config": {"1": {"mlp_only_layers": [1]}}}, 1, r"mlp_only_layers=\[1\]"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -153,7 +163,7 @@ def test_what_numbers_no_layer_is_a_type_error(layer) -> None:
         MoEConfig.from_hf_config(QWEN3, layer=layer)
 
 
-@pytest.mark.parametrize("overrides", [["1"], {"first": {}}, {"first": {"num_experts": 4}}, "1"], ids=repr)
+@pytest.mark.parametrize("overrides", [["1"], {"first": {}}, {"first": {"num_experts": 4}}, "1", {"1": 4}], ids=repr)
 def test_overrides_that_are_no_mapping_of_layers_are_refused(overrides) -> None:
     if overrides == {"first": {}}:  # nothing is overridden
         assert MoEConfig.from_hf_config(QWEN3 | {"per_layer_config": overrides}).num_experts == 8

@@ -141,6 +141,7 @@ DOTS1 = config_of("dots1")
         (DOTS1 | {"routed_scaling_factor": "2.5"}, "expected a number for routed_scaling_factor, got '2.5'"),
         (DOTS1 | {"routed_scaling_factor": True}, "expected a number for routed_scaling_factor, got True"),
         (DOTS1 | {"routed_scaling_factor": -1.0}, r"expected routed_scaling_factor above 0, got -1\.0"),
+        (DOTS1 | {"routed_scaling_factor": float("nan")}, "expected routed_scaling_factor above 0, got nan"),
         (DOTS1 | {"routed_scaling_factor": 0}, "expected routed_scaling_factor above 0, got 0"),
         (config_of("laguna") | {"moe_router_logit_softcapping": 30.0}, "softcapping 0, got 30.0: capping logits is not"),
         (config_of("kimi_linear") | {"use_grouped_topk": False, "n_group": 4, "topk_group": 2}, "expected use_grouped_topk True"),
