@@ -11,7 +11,7 @@ import torch
 from moe.cli.beside import TURNS, measure_beside, tuned_layer
 from moe.cli.html import html_page
 from moe.cli.layer import NamedLayer, make_inputs, make_layer
-from moe.cli.machine import STAGES, UnfitMachine, describe_machine, info_json
+from moe.cli.machine import STAGES, Machine, UnfitMachine, describe_machine, info_json
 from moe.cli.memory import expect_memory
 from moe.cli.plot import plot_bench
 from moe.cli.progress import Progress
@@ -104,7 +104,7 @@ def print_bench(
     progress: Progress,
     json_file: ResultFile | None = None,
     plot_file: Path | None = None,
-    html_file: Path | None = None,
+    html_file: ResultFile | None = None,
 ) -> bool:
     """A line as each measurement comes; the file is rewritten each time, so that a stopped run keeps its part.
 
@@ -131,10 +131,19 @@ def print_bench(
         if json_file is not None:
             json_file.write({"machine": info_json(machine), "date": today(), "results": results})
         if html_file is not None:
-            html_file.write_text(html_page(results, machine, today(), unit), encoding="utf-8")
-    if plot_file is not None and results:
-        plot_bench(results, machine, plot_file)
-    return is_good and (json_file is None or json_file.is_written(progress))
+            html_file.write_text(html_page(results, machine, today(), unit))
+    is_drawn = plot_file is None or not results or _is_drawn(results, machine, plot_file, progress)
+    are_written = [file is None or file.is_written(progress) for file in (json_file, html_file)]
+    return is_good and is_drawn and all(are_written)
+
+
+def _is_drawn(results: list[dict[str, object]], machine: Machine, file: Path, progress: Progress) -> bool:
+    try:
+        plot_bench(results, machine, file)
+    except OSError as failure:
+        progress.note(f"--plot {file}: {failure.strerror}; nothing is drawn")
+        return False
+    return True
 
 
 def bench_unit(device: torch.device) -> Unit:

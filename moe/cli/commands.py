@@ -23,7 +23,7 @@ from moe.cli.own_stage import OwnStage, measure_stage, read_stage, stage_table
 from moe.cli.plot import expect_plot
 from moe.cli.progress import Progress
 from moe.cli.replay import INDENT, read_kept, replay
-from moe.cli.result_file import ResultFile, expect_writable, today
+from moe.cli.result_file import ResultFile, expect_apart, today
 from moe.cli.run import measure_layer, report_json, report_text
 from moe.cli.text import Unit, wrap
 from moe.shapes import NAMED_SHAPES
@@ -66,8 +66,8 @@ def bench_command(options: argparse.Namespace) -> int:
     own = None if options.stage is None else read_stage(options.stage)
     if own is not None and (options.plot or options.html):
         raise UnfitMachine("--plot and --html show whole layers; with --stage, write --json instead")
-    if options.html is not None:
-        expect_writable("--html", options.html)
+    expect_apart({"--json": options.json, "--html": options.html, "--plot": options.plot})
+    html_file = None if options.html is None else ResultFile("--html", options.html)
     if options.plot is not None:
         expect_plot(options.plot)
     json_file = None if options.json is None else ResultFile("--json", options.json)
@@ -90,7 +90,7 @@ def bench_command(options: argparse.Namespace) -> int:
             uses_tables=not options.untuned,
             num_turns=options.turns,
         )
-        return 0 if print_bench(lines, peaks, device, progress, json_file, options.plot, options.html) else 1
+        return 0 if print_bench(lines, peaks, device, progress, json_file, options.plot, html_file) else 1
 
 
 def _bench_parallel(options: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ def today() -> str:
 
 
 class ResultFile:
-    """JSON that is written again and again, with more in it each time.
+    """JSON, or a page, that is written again and again, with more in it each time.
 
     What cannot be written is kept, tried again the next time, and in the end put into a file of its own among the temporary ones.
     """
@@ -34,7 +34,10 @@ class ResultFile:
         expect_writable(option, path)
 
     def write(self, report: dict[str, object]) -> None:
-        self._text = json.dumps(report, indent=1) + "\n"
+        self.write_text(json.dumps(report, indent=1) + "\n")
+
+    def write_text(self, text: str) -> None:
+        self._text = text
         try:
             _write(self._path, self._text)
             self._failure = None
@@ -45,10 +48,22 @@ class ResultFile:
         """Whether the last report is in the file; where it is not, it is put elsewhere, and `progress` says where."""
         if self._failure is None:
             return True
-        with tempfile.NamedTemporaryFile("w", prefix="moe-", suffix=".json", delete=False) as file:
+        suffix = self._path.suffix or ".json"
+        with tempfile.NamedTemporaryFile("w", prefix="moe-", suffix=suffix, delete=False, encoding="utf-8") as file:
             file.write(self._text)
         progress.note(f"{self._option} {self._path}: {self._failure.strerror}; the results are in {file.name}")
         return False
+
+
+def expect_apart(files: dict[str, Path | None]) -> None:
+    """Raise UnfitMachine where two options name one file, of which the second would take the place of the first."""
+    option_of: dict[str, str] = {}
+    for option, path in files.items():
+        if path is None or (path.exists() and not path.is_file()):
+            continue
+        other = option_of.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise UnfitMachine(f"{option} {path}: expected another file than {other}, got the same; name another")
 
 
 def expect_writable(option: str, path: Path) -> None:

@@ -1,6 +1,8 @@
 """What is typed: names that are nearly right, files that are not there, helps that fit a terminal."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,25 @@ def test_a_full_disk_is_found_before_anything_is_timed(
     monkeypatch.setattr(commands, "measure_peaks", lambda device: pytest.fail("timed"))
     message = refusal(["bench", "--model", "sonic-7b", "--device", "cpu", "--json", "/dev/full"], capsys)
     assert "--json /dev/full: expected a file in a folder that can be written, got No space left" in message
+
+
+def test_two_results_in_one_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    files = ["--json", str(tmp_path / "both"), "--html", str(tmp_path / ".." / tmp_path.name / "both")]
+    message = refusal(["bench", "--model", "sonic-7b", "--device", "cpu", *files], capsys)
+    assert "both: expected another file than --json, got the same; name another" in message
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [("/dev/full", "stdout: expected a place for the result, got No space left on device\n"), ("| true", "")],
+    ids=["full-disk", "reader-that-left"],
+)
+def test_a_result_that_cannot_be_printed_is_a_sentence_at_most(place: str, words: str):
+    if place.startswith("/dev") and not Path(place).exists():
+        pytest.skip(f"no {place} here")
+    script = f"'{sys.executable}' -m moe info {place if place[0] == '|' else '> ' + place}"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
+    assert done.stderr == words
 
 
 def test_a_file_that_cannot_be_written_in_the_end_loses_nothing(
