@@ -320,11 +320,12 @@ def consume_gated(
         num_received += 1
         takes_part = has_second_half(message) if ID == 1 else True
         if takes_part:
-            parameters = swiglu_of_expert(swiglu, expert_of(message), ACTIVATION)
             accumulators = start_step(first_sums(mail, num_received - 1), stages, step, True, ID)
             release_biases(mail, num_received - 1)
             step += 1
             write(result, output, result_row, result_column)
+            # After the write, whose registers they would take; long before the products are there.
+            parameters = swiglu_of_expert(swiglu, expert_of(message), ACTIVATION)
             # Waits for nothing: makes a tensor of the accumulators, as the loop carries one.
             accumulators = warpgroup_mma_wait(1, deps=[accumulators])
             accumulators, step = finish_steps(accumulators, stages, step, 1, NUM_STEPS, True, ID)

@@ -57,6 +57,19 @@ def test_gemm1_with_a_ragged_contraction_and_swiglu_parameters_compiles_alike():
     assert gpu.launches[-1].report.count("cp.async.cg.shared.global") == 8
 
 
+@pytest.mark.parametrize("order", ["gate_up", "interleaved"])
+def test_gemm1_of_weights_along_their_rows_with_swiglu_parameters_compiles_alike(order):
+    weight_format = WeightFormat(layout="MajorMn", gate_up_order=order)
+    config = GemmConfig(
+        num_experts=2, in_features=2048, out_features=768, activation="Swiglu", weight_format=weight_format
+    )
+    permutation = permutation_of_counts([700, 64], 128, 6)
+    parameters = SwigluParams(*(torch.ones(2) for _ in range(3)))
+    with offline_gpu(arch=90) as gpu:
+        wide_gemm1(empty(6, 2048), empty(*config.weight_shape), permutation, config=config, swiglu=parameters)
+    assert_is_tight(gpu.launches[-1])
+
+
 def test_gemms_of_gpt_oss_compile_alike():
     """Interleaved MajorMn weights, and biases, which sums begin with."""
     up = GemmConfig(num_experts=2, in_features=2880, out_features=2880, activation="Swiglu", weight_format=GPT_OSS)
