@@ -44,7 +44,7 @@ class Machine:
     name: str
     details: str
     versions: dict[str, str]
-    stages: dict[str, str]  # stage -> the function that runs it
+    stages: dict[str, str]  # stage -> the function that runs it; empty where none can be imported
     conflicts: list[str]  # a sentence for each thing that does not go together
     engines: list[Engine]  # serving engines, and what their plug-ins of this package do
 
@@ -88,12 +88,19 @@ def describe_machine(device: torch.device) -> Machine:
     versions["cuda of torch"] = torch.version.cuda or "none"
     more = {package: installed_version(package) for package in MORE_PACKAGES}
     versions |= {package: version for package, version in more.items() if version != NOT_INSTALLED}
-    stages = {stage: function_of_stage(build_pipeline(config, device), stage) for stage in STAGES}
     conflicts = what_does_not_go_together(
         versions,
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         driver_cuda=_cuda_of_driver() if device.type == "cuda" else None,
     )
+    try:
+        pipeline = build_pipeline(config, device)
+    except Exception as error:  # a package that does not fit may raise anything when it is imported
+        what = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        conflicts.append(f"kernels: expected to be importable, got {what}; none runs here")
+        stages = {}
+    else:
+        stages = {stage: function_of_stage(pipeline, stage) for stage in STAGES}
     return Machine(str(device), name, details, versions, stages, conflicts, describe_engines())
 
 
@@ -136,7 +143,7 @@ def info_text(machine: Machine) -> str:
     """The report of `python -m moe info`."""
     lines = [wrap(f"device    {machine.device}: {machine.name}, {machine.details}", indent=" " * 10), "", "versions"]
     lines += [f"  {name:<14} {version}" for name, version in machine.versions.items()]
-    lines += ["", "stages on this device"]
+    lines += ["", "stages on this device" if machine.stages else "stages on this device: none, see below"]
     for stage, function in machine.stages.items():
         lines.append(f"  {stage:<9} {'kernel   ' if is_kernel(function) else 'reference'} {function}")
     lines += ["", "engines", *(wrap(line, indent=" " * 11) for line in engines_text(machine.engines))]

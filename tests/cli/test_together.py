@@ -55,3 +55,26 @@ def test_info_prints_the_sentences_and_gives_them_as_json(monkeypatch, capsys):
     assert main(["info", "--device", "cpu", "--json"]) == 0
     sentences = json.loads(capsys.readouterr().out)["conflicts"]
     assert any(sentence.startswith("triton 3.10.2: expected 3.6 to 3.9") for sentence in sentences)
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("no module\nof this name"), AttributeError("gone"), RuntimeError()], ids=repr
+)
+def test_info_says_what_does_not_fit_where_that_keeps_the_kernels_from_being_imported(error, monkeypatch, capsys):
+    def build(config, device):
+        raise error
+
+    monkeypatch.setattr(machine, "build_pipeline", build)
+    monkeypatch.setattr(
+        machine, "installed_version", lambda package: "2.5.2" if package == "numpy" else GOOD.get(package, "1")
+    )
+    assert main(["info", "--device", "cpu"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "stages on this device: none, see below" in text
+    assert "numpy 2.5.2: expected at most 2.4" in text
+    what = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+    assert f"kernels: expected to be importable, got {what}; none runs here" in text
+    assert main(["info", "--device", "cpu", "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["stages"] == {}
+    assert [sentence.split(":")[0] for sentence in described["conflicts"]] == ["numpy 2.5.2", "kernels"]
