@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moe.compose import build_pipeline, reference_pipeline
     from moe.config import MoEConfig
     from moe.flow import Added, ExpertOutputs, Permutation, SwigluParams, TopK
+    from moe.fused.few_tokens.config import FewTokenTiles, MatvecTile
     from moe.gemm.config import (
         FLASHINFER,
         ActivationType,
@@ -39,11 +40,13 @@ __all__ = [
     "ActivationType",
     "Added",
     "ExpertOutputs",
+    "FewTokenTiles",
     "FinalizeConfig",
     "FlatWeights",
     "GemmConfig",
     "GemmTile",
     "GradBuffers",
+    "MatvecTile",
     "MoEConfig",
     "MoEPipeline",
     "MoEShape",
@@ -81,6 +84,10 @@ _NAMES_OF_MODULE = {
         "Permutation",
         "SwigluParams",
         "TopK",
+    ),
+    "moe.fused.few_tokens.config": (
+        "FewTokenTiles",
+        "MatvecTile",
     ),
     "moe.gemm.config": (
         "ActivationType",

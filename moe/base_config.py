@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -24,6 +25,11 @@ class FrozenConfig(BaseModel):
         """The config with some fields changed, validated as a new one is. pydantic's own would keep what it computed before."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | dict(update or {}))
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Enums by their names, so that what is printed evaluates to the config."""
+        for name, value in super().__repr_args__():
+            yield name, _Written(f"{type(value).__name__}.{value.name}") if isinstance(value, Enum) else value
+
     def __hash__(self) -> int:
         """Computed once: configs are keys of what is kept for a launch."""
         try:
@@ -40,6 +46,16 @@ class FrozenConfig(BaseModel):
         if type(self) is not type(other):
             return NotImplemented
         return _identity_of(self) is _identity_of(other)
+
+
+class _Written:
+    """Something whose repr is this text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
 
 
 # The first of all that are equal. Never freed, as the caches of kernels are not.

@@ -81,7 +81,7 @@ def trtllm_bf16_moe(
             None means True. The result is the same.
         tune_max_num_tokens: within `moe.tuning.autotune()`, the first call tunes all token counts up to this one that no
             table holds. Elsewhere nothing is timed: tiles come from the tables, else from a model of the shape.
-        activation_type: Swiglu (3) or Relu2 (6).
+        activation_type: one of `moe.ActivationType`, by its number.
         norm_topk_prob: method 6 only: divide the weights by their sum.
         routing_replay_out: [>=T, K] int16; rows [0, T) receive the chosen global ids, other rows are left alone.
         gemm1_alpha, gemm1_beta, gemm1_clamp_limit: [E_local] float32, see `moe.SwigluParams`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from small_layer import SMALL
 
+import moe
 from moe import FLASHINFER, MoEConfig
 from moe.routing.config import RoutingConfig
 
@@ -72,6 +73,14 @@ def test_config_survives_json() -> None:
     config = MoEConfig.create(**SMALL, method=2, weight_format=FLASHINFER, num_local_experts=4)
     assert MoEConfig.model_validate_json(config.model_dump_json()) == config
     assert hash(config) == hash(MoEConfig.model_validate_json(config.model_dump_json()))
+
+
+def test_what_a_config_prints_evaluates_to_it() -> None:
+    config = MoEConfig.create(**SMALL, method=2, weight_format=FLASHINFER, swiglu=moe.SwigluNumbers(alpha=1.5))
+    tiles = moe.FewTokenTiles(max_tokens=3, slot_tile=moe.MatvecTile(block_n=2, block_k=64))
+    tiled = config.gemm2.model_copy(update={"tile": moe.GemmTile(block_n=32, block_k=64, num_warps=4, num_stages=2)})
+    config = config.model_copy(update={"few_tokens": tiles, "gemm2": tiled})
+    assert eval(repr(config), {name: getattr(moe, name) for name in moe.__all__}) == config  # from moe import *
 
 
 def test_a_batch_invariant_config_leaves_nothing_to_the_number_of_tokens() -> None:
