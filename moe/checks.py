@@ -125,6 +125,7 @@ def _refuse(
         raise ValueError(
             f"{_lead(words, 'dtype')}{name}: expected {' or '.join(map(_dtype_name, allowed))}, got "
             f"{_dtype_name(tensor.dtype)}; convert it with .to(torch.{_dtype_name(allowed[0])})"
+            f"{UNLESS_PACKED if allowed[0].is_floating_point and is_integer(tensor.dtype) else ''}"
         )
     if device is not None and tensor.device != device:
         raise ValueError(
@@ -141,6 +142,13 @@ def _refuse(
             f"{name}: expected memory aligned to {wanted} bytes, got an address {tensor.data_ptr() % wanted} bytes past one "
             "(a slice or a view at an odd offset); call .clone() on it"
         )
+
+
+UNLESS_PACKED = ", unless these are packed codes of quantised numbers: dequantise those with their scales"
+
+
+def is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
 
 
 def is_quantised(dtype: torch.dtype) -> bool:

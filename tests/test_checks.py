@@ -108,6 +108,14 @@ def test_numbers_without_scales_are_to_be_converted(dtype):
         expect("rows", RIGHT.to(dtype), "T 8", {}, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64], ids=str)
+def test_integers_may_be_packed_codes(dtype):
+    with pytest.raises(ValueError, match="unless these are packed codes of quantised numbers: dequantise those"):
+        expect("rows", RIGHT.to(dtype), "T 8", {}, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"convert it with \.to\(torch\.int8\)$"):
+        expect("ids", RIGHT.to(dtype), "T 8", {}, dtype=torch.int8)
+
+
 def test_a_row_that_begins_between_rows_is_refused(kernels_on_the_cpu):
     between = torch.zeros(64, dtype=torch.int32)[1:13].view(2, 6)
     with pytest.raises(ValueError, match=r"aligned to 8 bytes, got an address 4 bytes past one .*\.clone\(\)"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from moe.checks import is_quantised
+from moe.checks import is_integer, is_quantised
 from moe.expert_ids import ID_DTYPES
 from moe.flow import SwigluParams
 from moe.gemm.checks import BIAS_DTYPES
@@ -203,7 +203,7 @@ def expect_not_quantised(experts: nn.Module, path: str) -> None:
     """Raise for weights that mean something with their scales only."""
     for name in ("gate_up_proj", "up_proj", "down_proj"):
         weights = getattr(experts, name, None)
-        if isinstance(weights, Tensor) and is_quantised(weights.dtype):
+        if isinstance(weights, Tensor) and (is_quantised(weights.dtype) or is_integer(weights.dtype)):
             raise ValueError(
                 f"{path}: expected {name} in bfloat16, got {weights.dtype} ({type(experts).__name__}), whose numbers are "
                 f"quantised; {DEQUANTISE}"

@@ -201,7 +201,7 @@ def test_autocast_to_float16_is_no_help() -> None:
         experts(hidden_states.float(), ids, weights)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8, torch.int8, torch.int32], ids=str)
 def test_quantised_weights_are_named_as_such(dtype: torch.dtype) -> None:
     experts = make_experts()
     experts.down_proj = nn.Parameter(experts.down_proj.data.to(dtype), requires_grad=False)
