@@ -26,9 +26,6 @@ from moe.gemm.kernels import kernel_for, launch_gemm2
 from moe.runtime import triton_versions
 from moe.runtime.scratch import new_scratch
 
-# Off until a GPU has shown that it is right, and faster than the portable one.
-USES_HOPPER_DGRAD = False
-
 
 class Hopper(NamedTuple):
     """The modules of the kernels in Gluon."""
@@ -112,7 +109,7 @@ def launch_gemm2_dgrad(
     swiglu: SwigluParams | None = None,
 ) -> Gemm2Gradients:
     """`run_gemm2_dgrad` of tensors that were checked."""
-    hopper = _hopper() if USES_HOPPER_DGRAD else None
+    hopper = _hopper()
     if hopper is not None and hopper.dgrad.takes(config, gemm1, permutation.tile_rows, grad_output.device):
         launch = hopper.dgrad.launch_hopper_gemm2_dgrad
     else:

@@ -30,9 +30,6 @@ OF_BOTH: dict[str, Callable[..., Any]] = {
     "swiglu_gradients": swiglu_gradients_reference,
 }
 OF_GEMM2: dict[str, Callable[..., Any]] = {"gemm2_wgrad": gemm2_wgrad_reference}
-# Of gemm1, that store the product before the activation too. "wide" can where there is a gate, and joins them once a GPU has shown
-# that it is right.
-KEEPING_FAMILIES = ("portable",)
 STAGES = OF_GEMM1 | OF_BOTH | OF_GEMM2
 
 
@@ -79,4 +76,4 @@ def keeps_the_bits(gemm1: GemmConfig, tile_rows: int, mean_rows: int, device: to
 
 def keeps_product(family: GemmKernel, gemm1: GemmConfig) -> bool:
     """Whether the gemm1 of a family stores the product too, for a config that has gradients."""
-    return family in KEEPING_FAMILIES and (family == "portable" or gemm1.is_gated)
+    return family == "portable" or (family == "wide" and gemm1.is_gated)
