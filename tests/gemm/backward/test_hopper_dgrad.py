@@ -14,6 +14,7 @@ from gemm.backward.stage_tests import *  # noqa: F403
 from gemm.backward.stage_tests import assert_is_close, make_inputs, rows_of_slots
 
 from moe.gemm.backward.hopper_dgrad import fits_dgrad, launch_hopper_gemm2_dgrad
+from moe.gemm.backward.kernels import keeps_product
 from moe.gemm.wide.gemm1 import launch_wide_gemm1
 
 
@@ -99,3 +100,11 @@ def test_what_dgrad_leaves_to_the_portable_kernel(hidden_size, change, fits):
     formats = {"weight_format": gemm1.weight_format} if gemm1.weight_format.layout.name == "MajorMn" else {}
     gemm2 = GemmConfig(num_experts=4, in_features=128, out_features=hidden_size, **formats)
     assert fits_dgrad(gemm2, gemm1, 128) == fits
+
+
+@pytest.mark.parametrize(
+    ("family", "activation", "keeps"),
+    [("wide", "Swiglu", True), ("wide", "Relu2", False), ("swapped", "Swiglu", False), ("portable", "Relu2", True)],
+)
+def test_the_wide_gemm1_keeps_gate_and_up_and_the_swapped_one_nothing(family, activation, keeps):
+    assert keeps_product(family, gemm1_config(256, 128, activation=activation)) == keeps
