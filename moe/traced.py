@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, library
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn import Parameter
 
 from moe.call import LayerCall, read_tensors, refuse_gradients_of
 from moe.checks import as_float, expect_type
@@ -49,6 +50,21 @@ def is_traced(tensor: Tensor) -> bool:
     if not isinstance(tensor, Tensor):  # which the call refuses
         return False
     return torch.compiler.is_dynamo_compiling() or tensor.is_meta or isinstance(tensor, (FakeTensor, FunctionalTensor))
+
+
+def is_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether nobody but autograd looks at a call of these tensors: none is traced or of a subclass, and no mode or transform is on.
+
+    Such a call needs no operator. One with gradients costs more of the host's time than the launches within it.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
+        return False
+    return all(
+        tensor is None or ((type(tensor) is Tensor or type(tensor) is Parameter) and not tensor.is_meta)
+        for tensor in tensors
+    )
 
 
 def add_maker(name: str, make: Callable[..., Any]) -> None:

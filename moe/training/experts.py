@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from moe.call import LayerCall, check_call
+from moe.call import LayerCall
 from moe.checks import expect_separate, is_as_expected
 from moe.config import MoEConfig
 from moe.flow import Gemm2Gradients, Permutation, SwigluParams, TopK
@@ -99,11 +99,11 @@ class ExpertGradients(NamedTuple):
 def forward_experts(training: Training, call: LayerCall, *, keeps: bool) -> tuple[Tensor, Kept]:
     """Chosen experts by the stages of inference -> [T, H] bfloat16, and what a backward pass needs beside the inputs.
 
-    gemm1_keeping runs in the place of gemm1 where it gives the same bits. For few tokens, which run fused, nothing is kept.
+    The call was checked. gemm1_keeping runs in the place of gemm1 where it gives the same bits. For few tokens, which run fused,
+    nothing is kept.
     """
     num_tokens = call.num_tokens
     forward = training.at(num_tokens)
-    check_call(forward.config, call)
     stages = forward.ready
     if num_tokens <= stages.max_fused_tokens:
         output = stages.fused(call.entry, call.hidden_states, call.w1, call.w2, swiglu=call.swiglu, output=None)

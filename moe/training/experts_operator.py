@@ -1,4 +1,4 @@
-"""Chosen experts as operators of torch, forward and backward, with registered autograd: eager and compiled calls alike."""
+"""Chosen experts under autograd: as operators of torch, forward and backward, or without them where nobody else looks on."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from moe.call import LayerCall
+from moe.call import LayerCall, check_call
 from moe.checks import is_as_expected
 from moe.flow import Permutation, TopK
 from moe.gemm.numbers import numbers_by_expert
-from moe.traced import define, expect_forms, is_traced
+from moe.traced import define, expect_forms, is_plain, is_traced
 from moe.training.experts import (
     ExpertGradients,
     GradBuffers,
@@ -23,7 +23,7 @@ from moe.training.experts import (
     swiglu_of,
 )
 from moe.training.known import pipeline_of
-from moe.training.route_operator import refuse_second_derivative
+from moe.training.route_operator import RefusingMore, refuse_second_derivative
 
 _MAPS = ("row_of_slot", "token_of_row", "expert_of_tile", "row_limit_of_tile", "num_rows", "num_tiles")
 Parameters = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -37,14 +37,28 @@ def run_experts(
     swiglu: Parameters,
     buffers: GradBuffers,
     pipeline: str,
+    *,
+    is_checked: bool = False,
 ) -> Tensor:
-    """Chosen experts -> [T, H] bfloat16."""
+    """Chosen experts -> [T, H] bfloat16.
+
+    Args:
+        is_checked: whether `check_call` has passed these tensors; a traced call is checked all the same, when it runs.
+    """
     differentiable = (hidden_states, topk.weights, w1, w2, *swiglu)
     keeps = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
-    outputs = torch.ops.moe.training_experts(
-        hidden_states, topk.expert_ids, topk.weights, w1, w2, *swiglu, *buffers, pipeline, keeps
-    )
-    return outputs[0]
+    inputs = (hidden_states, topk.expert_ids, topk.weights, w1, w2, *swiglu)
+    output: Tensor
+    if not is_plain((*inputs, *buffers)):
+        output = torch.ops.moe.training_experts(*inputs, *buffers, pipeline, keeps)[0]
+        return output
+    training = pipeline_of(pipeline, hidden_states.device)
+    if not is_checked:
+        _check(training, _call(*inputs))
+    if not keeps:
+        return forward_experts(training, _call(*inputs), keeps=False)[0]
+    output = _Experts.apply(*inputs, *buffers, pipeline, keeps)[0]  # type: ignore[no-untyped-call]
+    return output
 
 
 def parameters_of_all(
@@ -82,11 +96,25 @@ def _experts(
     """
     call = _call(hidden_states, expert_ids, expert_weights, w1, w2, alpha, beta, clamp_limit)
     training = pipeline_of(pipeline, hidden_states.device)
+    _check(training, call)
     with torch.no_grad():
-        output, kept = forward_experts(training, call, keeps=keeps)
-    gate_up = hidden_states.new_empty(0, training.config.gemm1.weight_rows) if kept.gate_up is None else kept.gate_up
-    maps = _no_maps(expert_ids) if kept.permutation is None else [getattr(kept.permutation, name) for name in _MAPS]
-    return (output, gate_up, *maps)  # type: ignore[return-value]  # six of them
+        return _outputs(training, call, keeps)
+
+
+def _check(training: Any, call: LayerCall) -> None:
+    with torch.no_grad():  # under which a call may have tensors that want gradients
+        check_call(training.config, call)
+
+
+def _outputs(training: Any, call: LayerCall, keeps: bool) -> Any:
+    """What the operator returns, of a call that was checked."""
+    output, kept = forward_experts(training, call, keeps=keeps)
+    gate_up = (
+        call.hidden_states.new_empty(0, training.config.gemm1.weight_rows) if kept.gate_up is None else kept.gate_up
+    )
+    if kept.permutation is None:
+        return (output, gate_up, *_no_maps(call.entry.expert_ids))
+    return (output, gate_up, *(getattr(kept.permutation, name) for name in _MAPS))
 
 
 def _call(
@@ -255,9 +283,9 @@ def _keep_for_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     """Inputs by reference, and of them only what some gradient is made of."""
     x, ids, weights, w1, w2, alpha, beta, clamp_limit, *ctx.buffers, ctx.pipeline, _ = inputs
     wanted = _wanted(ctx)
-    num_tokens = ids.shape[0]
     # Of a number that is not known yet, gate_up may have to be made anew.
-    is_kept = isinstance(num_tokens, int) and pipeline_of(ctx.pipeline, x.device).keeps_gate_up(num_tokens)
+    num_kept = output[1].shape[0]
+    is_kept = isinstance(num_kept, int) and num_kept > 0
     x = x if wanted.w1 or not is_kept else None
     w1 = w1 if wanted.hidden_states or not is_kept else None
     ctx.save_for_backward(x, ids, weights, w1, w2, alpha, beta, clamp_limit, *output[1:])
@@ -277,30 +305,41 @@ def _backward_of_experts(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple
     saved, wanted = ctx.saved_tensors, _wanted(ctx)
     inputs, kept = saved[:8], list(saved[8:])
     buffers = [buffer if is_wanted else None for buffer, is_wanted in zip(ctx.buffers, (wanted.w1, wanted.w2))]
-    if buffers == [None, None]:
-        grads = torch.ops.moe.training_experts_backward(grad_output, *inputs, kept, ctx.pipeline, list(wanted))
-    else:
+    has_buffers = any(buffer is not None for buffer in buffers)
+    plainly = is_plain((grad_output, *saved, *buffers))
+    if plainly:
+        grads = _backward(grad_output, _call(*inputs), kept, ctx.pipeline, wanted, GradBuffers(*buffers))
+        for buffer in buffers:
+            if buffer is not None:
+                torch.autograd.graph.increment_version(buffer)
+    elif has_buffers:
         with torch.no_grad():  # an operator that writes can have no autograd of its own, and torch would only warn
             grads = torch.ops.moe.training_experts_backward_into(
                 grad_output, *inputs, kept, *buffers, ctx.pipeline, list(wanted)
             )
-        if torch.is_grad_enabled():  # for a second derivative
-            differentiable = (grad_output, inputs[0], *inputs[2:])
-            grads = _RefusingMore.apply(len(grads), *grads, *differentiable)  # type: ignore[no-untyped-call]
+    else:
+        grads = torch.ops.moe.training_experts_backward(grad_output, *inputs, kept, ctx.pipeline, list(wanted))
+    if (plainly or has_buffers) and torch.is_grad_enabled():  # for a second derivative
+        differentiable = (grad_output, inputs[0], *inputs[2:])
+        grads = RefusingMore.apply(len(grads), *grads, *differentiable)  # type: ignore[no-untyped-call]
     is_returned = list(wanted)
     is_returned[2:4] = [is_wanted and buffer is None for is_wanted, buffer in zip(is_returned[2:4], buffers)]
     x, weights, w1, w2, *parameters = (grad if is_here else None for grad, is_here in zip(grads, is_returned))
     return x, None, weights, w1, w2, *parameters, None, None, None, None
 
 
-class _RefusingMore(torch.autograd.Function):
-    """The first of its tensors, as they are, made of all of them: who differentiates them once more is refused."""
+class _Experts(torch.autograd.Function):
+    """The operator without torch's dispatcher, of a call that was checked: that takes longer than all of its launches."""
 
     @staticmethod
-    def forward(ctx: Any, num_results: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tensors[:num_results]
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *tensors, _, _, pipeline, keeps = inputs
+        call = _call(*tensors)
+        outputs = _outputs(pipeline_of(pipeline, call.hidden_states.device), call, keeps)
+        _keep_for_experts(ctx, inputs, outputs)
+        return outputs
 
-    backward = staticmethod(refuse_second_derivative)
+    backward = staticmethod(_backward_of_experts)
 
 
 define("training_experts", library.infer_schema(_experts, mutates_args=()), _experts, _fake_experts)

@@ -179,7 +179,7 @@ class TrainingPipeline:
         else:
             parameters = (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
         buffers = grad_buffers or GradBuffers()
-        return run_experts(hidden_states, topk, w1, w2, parameters, buffers, self.key)
+        return run_experts(hidden_states, topk, w1, w2, parameters, buffers, self.key, is_checked=True)
 
 
 _STAGES = [field for field in dataclasses.fields(TrainingPipeline) if field.name not in ("config", "device", "key")]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training.layers import NAMES, Leaves, leaves_of, logits_for, make_layer, trained
 
 import moe
@@ -59,6 +61,57 @@ def test_the_backward_operators_are_what_torch_asks_of_them(device, has_buffers)
         torch.library.opcheck(
             OPERATORS.training_experts_backward, (case.grad_output, *inputs, kept, training.key, wanted)
         )
+
+
+class Watching(TorchDispatchMode):
+    """The names of the operators of this package that run within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "moe":
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("has_buffers", [False, True])
+def test_a_mode_sees_operators_with_the_bits_of_a_call_that_nobody_watches(device, has_buffers):
+    case, training = make_layer(device, num_tokens=33)
+    results, names = [], []
+    for is_watched in (False, True):
+        buffers = GradBuffers(torch.ones(case.w1.shape, device=device), torch.ones(case.w2.shape, device=device))
+        more = {"grad_buffers": buffers} if has_buffers else {}
+        with Watching() if is_watched else nullcontext() as mode:
+            output, leaves = trained(training, case, **more)
+        results.append(
+            [output, leaves.logits.grad, leaves.hidden_states.grad, leaves.w1.grad, leaves.w2.grad, *buffers]
+        )
+        names = mode.names if is_watched else names
+    for one, other in zip(*results):
+        assert (one is None and other is None) or torch.equal(one, other)
+    into = "_into" if has_buffers else ""
+    steps = ["training_route", "training_experts", f"training_experts_backward{into}", "training_route_backward"]
+    assert names == steps
+
+
+def test_a_watched_call_goes_back_unwatched(device):
+    case, training = make_layer(device, num_tokens=33)
+    _, plain = trained(training, case)
+    leaves = leaves_of(case)
+    with Watching():
+        output = training(*leaves)
+    output.backward(case.grad_output)
+    assert all(torch.equal(leaves.grads[name], plain.grads[name]) for name in NAMES)
+
+
+def test_adding_to_a_buffer_is_told_to_autograd(device):
+    case, training = make_layer(device, num_tokens=33)
+    buffers = GradBuffers(torch.zeros(case.w1.shape, device=device), torch.zeros(case.w2.shape, device=device))
+    versions = [buffer._version for buffer in buffers]
+    trained(training, case, grad_buffers=buffers)
+    assert all(buffer._version > version for buffer, version in zip(buffers, versions))
 
 
 def compiled_and_eager(function: Any, *, dynamic: bool | None, backend: str) -> tuple[Any, Any]:
