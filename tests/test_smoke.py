@@ -40,7 +40,7 @@ RUN = {
         "map_ids_kernel",
     ),
     *("portable_gemm2_dgrad_kernel", "portable_wgrad_kernel"),
-    *("rows_of_experts_kernel", "clear_experts_kernel", "weigh_rows_kernel", "sum_of_slots_kernel"),
+    *("rows_of_experts_kernel", "weigh_rows_kernel", "sum_of_slots_kernel"),
     *("portable_gemm1_kernel", "portable_gemm2_kernel", "few_token_gemm1_kernel", "few_token_gemm2_finalize_kernel"),
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor, library
 
 from moe.call import LayerCall, check_call
 from moe.checks import is_as_expected
-from moe.flow import Permutation, TopK
+from moe.flow import Permutation, RowUnits, TopK
 from moe.gemm.numbers import numbers_by_expert
 from moe.traced import define, expect_forms, is_plain, is_traced
 from moe.training.experts import (
@@ -26,6 +26,7 @@ from moe.training.known import pipeline_of
 from moe.training.route_operator import RefusingMore, refuse_second_derivative
 
 _MAPS = ("row_of_slot", "token_of_row", "expert_of_tile", "row_limit_of_tile", "num_rows", "num_tiles")
+_NUM_KEPT = 1 + len(_MAPS)  # gate_up comes first
 Parameters = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -57,7 +58,7 @@ def run_experts(
         _check(training, _call(*inputs))
     if not keeps:
         return forward_experts(training, _call(*inputs), keeps=False)[0]
-    output = _Experts.apply(*inputs, *buffers, pipeline, keeps)[0]  # type: ignore[no-untyped-call]
+    output = _Experts.apply(*inputs, *buffers, pipeline, keeps)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -98,7 +99,8 @@ def _experts(
     training = pipeline_of(pipeline, hidden_states.device)
     _check(training, call)
     with torch.no_grad():
-        return _outputs(training, call, keeps)
+        output, kept = forward_experts(training, call, keeps=keeps)
+    return (output, *_kept_tensors(training, call, kept))  # type: ignore[return-value]  # seven of them
 
 
 def _check(training: Any, call: LayerCall) -> None:
@@ -106,15 +108,13 @@ def _check(training: Any, call: LayerCall) -> None:
         check_call(training.config, call)
 
 
-def _outputs(training: Any, call: LayerCall, keeps: bool) -> Any:
-    """What the operator returns, of a call that was checked."""
-    output, kept = forward_experts(training, call, keeps=keeps)
-    gate_up = (
-        call.hidden_states.new_empty(0, training.config.gemm1.weight_rows) if kept.gate_up is None else kept.gate_up
-    )
-    if kept.permutation is None:
-        return (output, gate_up, *_no_maps(call.entry.expert_ids))
-    return (output, gate_up, *(getattr(kept.permutation, name) for name in _MAPS))
+def _kept_tensors(training: Any, call: LayerCall, kept: Kept) -> tuple[Tensor, ...]:
+    gate_up, permutation = kept
+    if gate_up is None:
+        gate_up = call.hidden_states.new_empty(0, training.config.gemm1.weight_rows)
+    if permutation is None:
+        return (gate_up, *_no_maps(call.entry.expert_ids))
+    return (gate_up, *(getattr(permutation, name) for name in _MAPS))
 
 
 def _call(
@@ -205,19 +205,26 @@ def _experts_backward(
 
 
 def _backward(
-    grad_output: Tensor, call: LayerCall, kept: Sequence[Tensor], pipeline: str, wanted: Wanted, buffers: GradBuffers
+    grad_output: Tensor,
+    call: LayerCall,
+    kept: Sequence[Tensor],
+    pipeline: str,
+    wanted: Wanted,
+    buffers: GradBuffers,
+    units: RowUnits | None = None,
 ) -> ExpertGradients:
     training = pipeline_of(pipeline, grad_output.device)
     gate_up, _, *maps = kept
     permutation = None
-    if len(maps[-1]):
-        num_rows, num_tiles, permute = len(maps[0]), len(maps[1]), training.at(call.num_tokens).config.permute
+    if maps[-1].shape[0]:
+        num_rows, num_tiles = maps[0].shape[0], maps[1].shape[0]
+        permute = training.at(call.num_tokens).config.permute
         # By what was kept: another tile may have been tuned since.
         tile_rows = num_rows // num_tiles if num_tiles else permute.rows_per_tile(call.num_tokens)
         mean_rows = permute.mean_rows(call.num_tokens)
         maps_by_name: dict[str, Any] = dict(zip(_MAPS, kept[1:]))
-        permutation = Permutation(**maps_by_name, tile_rows=tile_rows, mean_rows=mean_rows)
-    has_gate_up = permutation is not None and len(gate_up) == permutation.max_rows
+        permutation = Permutation(**maps_by_name, tile_rows=tile_rows, mean_rows=mean_rows, units=units)
+    has_gate_up = permutation is not None and gate_up.shape[0] == permutation.max_rows
     before = Kept(gate_up if has_gate_up else None, permutation)
     grad_output = grad_output.contiguous()
     if not is_as_expected(grad_output, tuple(grad_output.shape), grad_output.dtype):  # memory that begins anywhere
@@ -280,17 +287,23 @@ def _empty_gradients(
 
 
 def _keep_for_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Inputs by reference, and of them only what some gradient is made of."""
+    _keep(ctx, inputs, output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], kept: tuple[Tensor, ...], units: RowUnits | None = None) -> None:
+    """Inputs by reference, and of them only what some gradient is made of. Units, if any, with the maps that they are made of."""
     x, ids, weights, w1, w2, alpha, beta, clamp_limit, *ctx.buffers, ctx.pipeline, _ = inputs
     wanted = _wanted(ctx)
     # Of a number that is not known yet, gate_up may have to be made anew.
-    num_kept = output[1].shape[0]
+    num_kept = kept[0].shape[0]
     is_kept = isinstance(num_kept, int) and num_kept > 0
     x = x if wanted.w1 or not is_kept else None
     w1 = w1 if wanted.hidden_states or not is_kept else None
-    ctx.save_for_backward(x, ids, weights, w1, w2, alpha, beta, clamp_limit, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+    ctx.units = None if units is None else (units.size, units.stream)
+    of_units = () if units is None else (units.records, units.counts)
+    ctx.save_for_backward(x, ids, weights, w1, w2, alpha, beta, clamp_limit, *kept, *of_units)
 
 
 def _wanted(ctx: Any) -> Wanted:
@@ -303,12 +316,13 @@ def _backward_of_experts(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple
     if grad_output is None:
         return nothing
     saved, wanted = ctx.saved_tensors, _wanted(ctx)
-    inputs, kept = saved[:8], list(saved[8:])
+    inputs, kept, units = saved[:8], list(saved[8 : 8 + _NUM_KEPT]), saved[8 + _NUM_KEPT :]
     buffers = [buffer if is_wanted else None for buffer, is_wanted in zip(ctx.buffers, (wanted.w1, wanted.w2))]
     has_buffers = any(buffer is not None for buffer in buffers)
     plainly = is_plain((grad_output, *saved, *buffers))
     if plainly:
-        grads = _backward(grad_output, _call(*inputs), kept, ctx.pipeline, wanted, GradBuffers(*buffers))
+        made = RowUnits(*units, *ctx.units) if units else None
+        grads = _backward(grad_output, _call(*inputs), kept, ctx.pipeline, wanted, GradBuffers(*buffers), made)
         for buffer in buffers:
             if buffer is not None:
                 torch.autograd.graph.increment_version(buffer)
@@ -335,9 +349,12 @@ class _Experts(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Any:
         *tensors, _, _, pipeline, keeps = inputs
         call = _call(*tensors)
-        outputs = _outputs(pipeline_of(pipeline, call.hidden_states.device), call, keeps)
-        _keep_for_experts(ctx, inputs, outputs)
-        return outputs
+        training = pipeline_of(pipeline, call.hidden_states.device)
+        output, kept = forward_experts(training, call, keeps=keeps)
+        units = None if kept.permutation is None else kept.permutation.units
+        _keep(ctx, inputs, _kept_tensors(training, call, kept), units)
+        ctx.set_materialize_grads(False)
+        return output
 
     backward = staticmethod(_backward_of_experts)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe.flow import Permutation
 from moe.gemm.backward.hopper_wgrad_kernel import hopper_wgrad_kernel
-from moe.gemm.backward.wgrad import clear_experts_without_rows, rows_of_experts
+from moe.gemm.backward.wgrad import rows_of_experts
 from moe.gemm.config import GemmConfig, WeightLayout
 from moe.gemm.hopper.boxes import row_boxes
 from moe.gemm.hopper.problem import MAX_COORDINATE, MAX_MESSAGE, MAX_REGISTERS
@@ -69,11 +69,10 @@ def _launch(
     gathered: Tensor, direct: Tensor, permutation: Permutation, config: GemmConfig, out: Tensor | None
 ) -> Tensor:
     grad = new_scratch(gathered, config.weight_shape) if out is None else out
-    rows_of_expert = rows_of_experts(permutation, config.num_experts)
+    rows_of_expert = rows_of_experts(permutation, config.num_experts, grad if out is None else None)
     _, _, is_transposed = _sides(config)
     boxes = None
     if out is None:
-        clear_experts_without_rows(grad, rows_of_expert)
         box = (STORE_COLUMNS, GATHERED_COLUMNS // 2) if is_transposed else (GATHERED_COLUMNS // 2, STORE_COLUMNS)
         boxes = row_boxes(grad.view(-1, grad.shape[-1]), *box)
     if permutation.max_rows:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe.flow import Permutation
 from moe.gemm.backward.checks import check_gemm1_wgrad, check_gemm2_wgrad
-from moe.gemm.backward.wgrad_kernel import clear_experts_kernel, portable_wgrad_kernel, rows_of_experts_kernel
+from moe.gemm.backward.wgrad_kernel import portable_wgrad_kernel, rows_of_experts_kernel
 from moe.gemm.config import GemmConfig, WeightLayout
 from moe.gemm.portable.tile import BARRIER_BYTES, BYTES_PER_ELEMENT
 from moe.runtime.device import HOPPER_SHARED_BYTES, shared_memory_limit
@@ -119,40 +119,41 @@ def _launch(sides: Sides, permutation: Permutation, config: GemmConfig, out: Ten
     return grad
 
 
-def rows_of_experts(permutation: Permutation, num_experts: int) -> Tensor:
+def rows_of_experts(permutation: Permutation, num_experts: int, cleared: Tensor | None = None) -> Tensor:
     """[2 E_local + 1] int32 on the device: each expert's first row, one past each one's last real one (0 and 0 where it has none).
 
     Then a 0, for a kernel to count with.
+
+    Args:
+        cleared: [E_local, ..] bf16 that receives zeros for experts without rows.
     """
     rows = new_scratch(permutation.expert_of_tile, (2 * num_experts + 1,))
-    chunk = min(MAX_CHUNK, triton.next_power_of_2(max(permutation.max_tiles, num_experts, 1)))
-    _finder_of(num_experts, permutation.tile_rows, chunk).launch(
-        (1, 1, 1), permutation.expert_of_tile, permutation.row_limit_of_tile, permutation.num_tiles, rows
-    )
+    size = 0 if cleared is None else cleared.numel() // num_experts
+    kernel, num_programs = _finder_of(num_experts, permutation.tile_rows, permutation.max_tiles, size)
+    maps = (permutation.expert_of_tile, permutation.row_limit_of_tile, permutation.num_tiles)
+    kernel.launch((num_programs, 1, 1), *maps, rows, cleared)
     return rows
 
 
-def clear_experts_without_rows(grad: Tensor, rows_of_expert: Tensor) -> None:
-    """Write zeros to the gradients [E_local, ..] of experts without rows, of what `rows_of_experts` gives."""
-    size = grad[0].numel()
-    programs = min(CLEARING_PROGRAMS, -(-size // CLEARED_AT_ONCE))
-    _clearing(len(grad), size, programs).launch((len(grad) * programs, 1, 1), grad, rows_of_expert)
+@functools.lru_cache(maxsize=1024)
+def _finder_of(num_experts: int, tile_rows: int, max_tiles: int, size: int) -> tuple[TritonKernel, int]:
+    """The kernel, and its programs."""
+    chunk = min(MAX_CHUNK, triton.next_power_of_2(max(max_tiles, 1)))
+    programs = min(CLEARING_PROGRAMS, max(-(-size // CLEARED_AT_ONCE), 1))
+    return _kept_finder_of(num_experts, tile_rows, chunk, size, programs), num_experts * programs
 
 
 @functools.cache
-def _clearing(num_experts: int, size: int, programs: int) -> TritonKernel:
-    fixed = {"NUM_EXPERTS": num_experts, "SIZE": size, "PROGRAMS": programs, "BLOCK": CLEARED_AT_ONCE}
-    return TritonKernel(clear_experts_kernel, **fixed, num_warps=4)
-
-
-@functools.cache
-def _finder_of(num_experts: int, tile_rows: int, chunk: int) -> TritonKernel:
+def _kept_finder_of(num_experts: int, tile_rows: int, chunk: int, size: int, programs: int) -> TritonKernel:
     return TritonKernel(
         rows_of_experts_kernel,
         NUM_EXPERTS=num_experts,
         TILE_ROWS=tile_rows,
         CHUNK=chunk,
-        num_warps=8 if chunk >= 512 else 4,
+        SIZE=size,
+        PROGRAMS=programs,
+        BLOCK=CLEARED_AT_ONCE,
+        num_warps=4,
     )
 
 

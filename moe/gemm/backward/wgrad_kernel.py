@@ -65,43 +65,36 @@ def rows_of_experts_kernel(
     row_limit_of_tile_ptr,  # [P / TILE_ROWS] int32
     num_tiles_ptr,  # [1] int32
     rows_of_expert_ptr,  # [2, NUM_EXPERTS] int32, and one more
+    cleared_ptr,  # [NUM_EXPERTS, SIZE] bf16, or None
     NUM_EXPERTS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-):
-    """One program: each expert's first row and one past its last real row; 0 and 0 where it has none. Then a 0."""
-    tl.store(rows_of_expert_ptr + 2 * NUM_EXPERTS, 0)
-    for first in range(0, NUM_EXPERTS, CHUNK):
-        expert = first + tl.arange(0, CHUNK)
-        tl.store(rows_of_expert_ptr + expert, 0, mask=expert < NUM_EXPERTS)
-        tl.store(rows_of_expert_ptr + NUM_EXPERTS + expert, 0, mask=expert < NUM_EXPERTS)
-    tl.debug_barrier()  # the stores that follow are other threads'
-    num_tiles = tl.load(num_tiles_ptr)
-    for first in range(0, num_tiles, CHUNK):
-        tile = first + tl.arange(0, CHUNK)
-        in_list = tile < num_tiles
-        expert = tl.load(expert_of_tile_ptr + tile, mask=in_list, other=-1)
-        before = tl.load(expert_of_tile_ptr + tile - 1, mask=in_list & (tile > 0), other=-1)
-        limit = tl.load(row_limit_of_tile_ptr + tile, mask=in_list, other=0)
-        is_first = in_list & (expert != before)
-        tl.store(rows_of_expert_ptr + expert, tile * TILE_ROWS, mask=is_first)
-        tl.store(rows_of_expert_ptr + NUM_EXPERTS + expert, limit, mask=is_first)
-
-
-@triton.jit
-def clear_experts_kernel(
-    out_ptr,  # [NUM_EXPERTS, SIZE] bf16
-    rows_of_expert_ptr,  # [2, NUM_EXPERTS] int32: first row, one past the last real row
-    NUM_EXPERTS: tl.constexpr,
     SIZE: tl.constexpr,
     PROGRAMS: tl.constexpr,  # an expert
     BLOCK: tl.constexpr,
 ):
-    """Zeros for experts without rows."""
+    """An expert's first row and one past its last real row; where it has none 0 and 0, and its part of `cleared` is zeros.
+
+    Then a 0, behind all experts. Each program looks for its expert among all tiles, rather than wait for one that does.
+    """
     expert = tl.program_id(0) // PROGRAMS
-    if tl.load(rows_of_expert_ptr + expert) < tl.load(rows_of_expert_ptr + NUM_EXPERTS + expert):
-        return
-    out_ptr += expert.to(tl.int64) * SIZE  # all experts' elements pass 2^31
-    for first in range(tl.program_id(0) % PROGRAMS * BLOCK, SIZE, PROGRAMS * BLOCK):
-        element = first + tl.arange(0, BLOCK)
-        tl.store(out_ptr + element, 0.0, mask=element < SIZE)
+    part = tl.program_id(0) % PROGRAMS
+    num_tiles = tl.load(num_tiles_ptr)
+    first_tile = num_tiles
+    for first in range(0, num_tiles, CHUNK):
+        tile = first + tl.arange(0, CHUNK)
+        expert_of_tile = tl.load(expert_of_tile_ptr + tile, mask=tile < num_tiles, other=-1)
+        first_tile = tl.minimum(first_tile, tl.min(tl.where(expert_of_tile == expert, tile, num_tiles)))
+    has_rows = first_tile < num_tiles
+    if part == 0:
+        limit = tl.load(row_limit_of_tile_ptr + first_tile, mask=has_rows, other=0)
+        tl.store(rows_of_expert_ptr + expert, tl.where(has_rows, first_tile * TILE_ROWS, 0))
+        tl.store(rows_of_expert_ptr + NUM_EXPERTS + expert, limit)
+        if expert == 0:
+            tl.store(rows_of_expert_ptr + 2 * NUM_EXPERTS, 0)
+    if cleared_ptr is not None:  # noqa: SIM102 - known when it is compiled, the other on the device
+        if not has_rows:
+            expert_ptr = cleared_ptr + expert.to(tl.int64) * SIZE  # all experts' elements pass 2^31
+            for first in range(part * BLOCK, SIZE, PROGRAMS * BLOCK):
+                element = first + tl.arange(0, BLOCK)
+                tl.store(expert_ptr + element, 0.0, mask=element < SIZE)

@@ -20,12 +20,9 @@ def row_boxes(matrix: Tensor, box_rows: int, box_columns: int) -> Boxes:
 def half_row_boxes(matrix: Tensor, box_rows: int, box_columns: int) -> tuple[Boxes, Boxes]:
     """Boxes of the left and of the right half of a bf16 matrix's columns: one at the end of the left half ends there."""
     num_rows, num_columns = matrix.shape
-    box = (box_rows, box_columns)
-    left, right = (
-        Boxes(half, (num_rows, num_columns // 2), (num_columns, 1), box, box_layout(*box))
-        for half in matrix.chunk(2, dim=1)
-    )
-    return left, right
+    shape, strides, box = (num_rows, num_columns // 2), (num_columns, 1), (box_rows, box_columns)
+    layout, right = box_layout(*box), matrix.narrow(1, num_columns // 2, num_columns // 2)
+    return Boxes(matrix, shape, strides, box, layout), Boxes(right, shape, strides, box, layout)
 
 
 @functools.cache

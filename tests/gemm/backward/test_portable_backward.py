@@ -15,7 +15,6 @@ from gemm.backward.stage_tests import assert_is_close, make_inputs, rows_of_slot
 from moe.gemm.backward.dgrad import portable_gemm1_dgrad, portable_gemm2_dgrad
 from moe.gemm.backward.keeping import portable_gemm1_keeping
 from moe.gemm.backward.wgrad import (
-    clear_experts_without_rows,
     portable_gemm1_wgrad,
     portable_gemm2_wgrad,
     rows_of_experts,
@@ -76,7 +75,16 @@ def test_padding_rows_are_not_read(triton_device, poisoned_memory, name):
 def test_experts_without_rows_are_cleared_and_no_other(triton_device, poisoned_memory):
     permutation = make_inputs([37, 0, 20, 0], triton_device, **DIMS[0]).case.permutation
     grad = torch.full((4, 72, 136), 7.0, dtype=torch.bfloat16, device=triton_device)
-    rows = rows_of_experts(permutation, 4)
-    assert rows.tolist() == [0, 0, 48, 0, 37, 0, 68, 0, 0]
-    clear_experts_without_rows(grad, rows)
+    rows = rows_of_experts(permutation, 4, grad)
+    assert rows.tolist() == rows_of_experts(permutation, 4).tolist() == [0, 0, 48, 0, 37, 0, 68, 0, 0]
     assert [expert.unique().tolist() for expert in grad] == [[7.0], [0.0], [7.0], [0.0]]
+
+
+def test_experts_are_found_among_more_tiles_than_a_program_looks_at_in_one_go(
+    triton_device, poisoned_memory, monkeypatch
+):
+    monkeypatch.setattr("moe.gemm.backward.wgrad.MAX_CHUNK", 2)
+    permutation = make_inputs([37, 0, 20, 0, 100, 1], triton_device, **DIMS[0]).case.permutation
+    assert rows_of_experts(permutation, 6).tolist() == [0, 0, 48, 0, 80, 192, 37, 0, 68, 0, 180, 193, 0]
+    permutation.num_tiles.zero_()
+    assert not rows_of_experts(permutation, 6).any()
