@@ -136,6 +136,11 @@ def backward_experts(
     """
     topk, swiglu = call.entry, call.swiglu
     check_buffers(training.config, buffers, {"grad_output": grad_output})
+    if wanted.of_swiglu and grad_output.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "swiglu: expected parameters that want no gradient while a CUDA graph is captured, got requires_grad=True; their gradient "
+            "waits for the device: detach them, or run this step without a graph"
+        )
     permutation = kept.permutation
     if permutation is None:
         permutation = training.at(call.num_tokens).ready.permute(topk)
