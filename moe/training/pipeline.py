@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -91,6 +92,7 @@ class TrainingPipeline:
         swiglu: SwigluParams | None = None,
         routing_replay_out: Tensor | None = None,
         grad_buffers: GradBuffers | None = None,
+        **others: NoReturn,
     ) -> Tensor:
         """logits and hidden_states -> [T, H] bfloat16, as `MoEPipeline` has it.
 
@@ -100,8 +102,9 @@ class TrainingPipeline:
             grad_buffers: where gradients of w1 and w2 are added in float32 by the backward pass; their `.grad` is then left.
 
         Raises:
-            TypeError, ValueError: as `MoEPipeline`, before anything runs.
+            TypeError, ValueError: as `MoEPipeline`, before anything runs; TypeError for what else that takes and this does not.
         """
+        _refuse(others, "bias, swiglu, routing_replay_out or grad_buffers")
         self._check(LayerCall(logits, hidden_states, w1, w2, swiglu, bias, None, routing_replay_out), grad_buffers)
         topk = TopK(*route(logits, bias, self.key))
         if routing_replay_out is not None:
@@ -120,8 +123,10 @@ class TrainingPipeline:
         *,
         swiglu: SwigluParams | None = None,
         grad_buffers: GradBuffers | None = None,
+        **others: NoReturn,
     ) -> Tensor:
         """The same with experts that were chosen before, [T, K] of any integer dtype, weighed by the rule as `moe.weigh_experts`."""
+        _refuse(others, "swiglu or grad_buffers")
         topk = weigh_experts(logits, expert_ids, config=self.config.routing)
         return self.run_experts(topk, hidden_states, w1, w2, swiglu=swiglu, grad_buffers=grad_buffers)
 
@@ -134,8 +139,10 @@ class TrainingPipeline:
         *,
         swiglu: SwigluParams | None = None,
         grad_buffers: GradBuffers | None = None,
+        **others: NoReturn,
     ) -> Tensor:
         """The same from chosen experts; gradients reach topk.weights. Ids that are not local, or no expert's, are skipped."""
+        _refuse(others, "swiglu or grad_buffers")
         self._check(LayerCall(topk, hidden_states, w1, w2, swiglu, None, None, None, True), grad_buffers)
         return self._run(topk, hidden_states, w1, w2, swiglu, grad_buffers)
 
@@ -180,6 +187,24 @@ class TrainingPipeline:
             parameters = (swiglu.alpha, swiglu.beta, swiglu.clamp_limit) if swiglu else (None, None, None)
         buffers = grad_buffers or GradBuffers()
         return run_experts(hidden_states, topk, w1, w2, parameters, buffers, self.key, is_checked=True)
+
+
+_CURES = {
+    "added": "add it to the result in torch, where autograd sees it",
+    "w1_bias": "experts with biases train with torch's own operators",
+    "w2_bias": "experts with biases train with torch's own operators",
+    "output": "copy the result, which has memory of its own",
+    "workspace": "leave it out: what is kept for the backward pass outlives the call",
+}
+
+
+def _refuse(others: Mapping[str, object], wanted: str) -> None:
+    """Raise TypeError for keywords of MoEPipeline's calls that a training call does not take, and for those of nobody."""
+    for name in others:
+        cure = _CURES.get(name, "leave it out")
+        raise TypeError(
+            f"{name}: expected {wanted} beside the tensors of a training call, got {name}, which it does not take; {cure}"
+        )
 
 
 _STAGES = [field for field in dataclasses.fields(TrainingPipeline) if field.name not in ("config", "device", "key")]

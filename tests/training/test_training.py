@@ -467,6 +467,33 @@ def test_tensors_that_do_not_fit_are_refused_before_anything_runs():
     assert recorder.names == []
 
 
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("added", "add it to the result in torch"),
+        ("w1_bias", "experts with biases train"),
+        ("w2_bias", "experts with biases train"),
+        ("output", "copy the result"),
+        ("workspace", "leave it out: what is kept"),
+        ("swiglu_params", "leave it out$"),
+    ],
+)
+def test_what_a_training_call_does_not_take_is_refused_in_words_before_anything_runs(name, cure):
+    case, training = make_layer("cpu", num_tokens=7)
+    recorder = Recorder(training)
+    more: Any = {name: torch.zeros_like(case.hidden_states)}
+    logits, *others = leaves_of(case)
+    calls = (
+        lambda: recorder.training(logits, *others, **more),
+        lambda: recorder.training.replay(logits, case.topk.expert_ids, *others, **more),
+        lambda: recorder.training.run_experts(case.topk, *others, **more),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=f"^{name}: expected .*swiglu.* or grad_buffers beside .*; {cure}"):
+            call()
+    assert recorder.names == []
+
+
 def test_tensors_without_memory_that_do_not_fit_are_refused_too():
     case, training = make_layer("cpu", num_tokens=7)
     logits, x, w1, w2 = (tensor.to("meta") for tensor in leaves_of(case))
