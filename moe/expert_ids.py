@@ -40,8 +40,9 @@ def mapped_ids(ids: Tensor, expert_map: Tensor) -> Tensor:
     num_experts = expert_map.shape[0]
     if _is_for_kernel(ids):
         return launch_map_ids(ids.contiguous(), expert_map.contiguous(), num_experts)
-    known = ids.clamp(0, num_experts - 1)
-    return torch.where(known == ids, expert_map[known], -1).to(torch.int32)
+    wide = ids.to(torch.int64)  # torch has no clamp of unsigned numbers, and takes those of 8 bits for a mask
+    known = wide.clamp(0, num_experts - 1)
+    return torch.where(known == wide, expert_map[known], -1).to(torch.int32)
 
 
 def launch_map_ids(ids: Tensor, expert_map: Tensor | None, num_experts: int) -> Tensor:

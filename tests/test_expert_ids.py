@@ -48,6 +48,14 @@ def test_ids_of_experts_stay_and_all_others_stay_none(dtype: torch.dtype, way: t
     assert got == [value if 0 <= value < 6 else None for value in values]
 
 
+@pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
+def test_a_map_is_followed_by_ids_of_every_type(dtype: torch.dtype, way: tuple[Map, torch.device]) -> None:
+    run, device = way
+    expert_map = torch.tensor([3, -1, 0, -1, 3, 1], dtype=torch.int32, device=device)
+    ids = torch.tensor([[0, 1], [5, torch.iinfo(dtype).max], [6, 2]], dtype=dtype, device=device)
+    assert run(ids, expert_map, 6).tolist() == [[3, -1], [1, -1], [-1, 0]]
+
+
 @pytest.mark.parametrize("map_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_a_map_that_is_no_range_is_followed(

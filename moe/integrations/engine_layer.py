@@ -41,6 +41,9 @@ def why_not(layer: EngineLayer, dtype: torch.dtype, device: torch.device) -> str
     """The field of a layer that this package does not compute, what was wanted and what came; None where it computes it."""
     if dtype != torch.bfloat16:
         return f"dtype: expected bfloat16, got {str(dtype).removeprefix('torch.')}"
+    for name, number in _positive(layer).items():
+        if number is not None and not number > 0:
+            return f"{name}: expected a positive number, got {number}"
     try:
         if device.type == "cuda":
             expect_kernels(device)
@@ -57,6 +60,13 @@ def why_not(layer: EngineLayer, dtype: torch.dtype, device: torch.device) -> str
     except ValueError as error:
         return " ".join(str(error).split())
     return None
+
+
+def _positive(layer: EngineLayer) -> dict[str, float | None]:
+    """Numbers of the gate without a meaning elsewhere: a limit of 0 would be a layer of zeros, and situ divides by its two."""
+    if layer.activation == ActivationType.Situ:
+        return {"alpha of situ": layer.gate.alpha, "beta of situ": layer.gate.beta}
+    return {"limit of the gate": layer.gate.clamp_limit}
 
 
 def local_ids(expert_ids: Tensor, expert_map: Tensor | None) -> Tensor:

@@ -62,14 +62,14 @@ class MoeStagesRunnerCore(DispatchMoeRunnerCore):
             NotImplementedError: what only a call shows: rows that SGLang has put in turns itself, an adapter, another form of dispatch.
         """
         _expect_call(dispatch_output, quant_info, hooks)
-        x, (weights, ids, _) = dispatch_output.hidden_states, dispatch_output.topk_output
+        x, weights = dispatch_output.hidden_states, dispatch_output.topk_output.topk_weights
         scale = runner_config.routed_scaling_factor
         is_scaled = scale is not None and scale != 1.0
         if is_scaled and not self.layer.weighs_input:
             weights = weights.float() * scale
         matrices = (quant_info.w13_weight, quant_info.w2_weight)
         biases = (getattr(quant_info, "b13", None), getattr(quant_info, "b2", None))
-        result = call_layer(self.layer, x, ids, weights, *matrices, biases=biases)
+        result = call_layer(self.layer, x, dispatch_output.topk_output.topk_ids, weights, *matrices, biases=biases)
         # Where weights go into the input, a scale is the output's all the same.
         return StandardCombineInput(result.mul_(scale) if is_scaled and self.layer.weighs_input else result)
 
@@ -78,6 +78,11 @@ def _expect_call(dispatch_output: Any, quant_info: Any, hooks: Any) -> None:
     if not dispatch_output.format.is_standard():
         raise NotImplementedError(
             f"moe_stages: expected the standard dispatch, got {dispatch_output.format}; use --moe-a2a-backend none"
+        )
+    if getattr(dispatch_output.topk_output, "topk_ids", None) is None:
+        form = type(dispatch_output.topk_output).__name__
+        raise NotImplementedError(
+            f"moe_stages: topk_output: expected ids and weights, got {form}; leave out --moe-runner-backend {_NAME}"
         )
     if hooks is not None and any(getattr(hooks, name, None) is not None for name in ("after_gate_up", "after_down")):
         raise NotImplementedError("moe_stages: expected no adapters of experts (LoRA), got one; serve without them")
@@ -124,6 +129,8 @@ def _why_not_gate(config: MoeRunnerConfig) -> str | None:
         given = [name for name, value in numbers.items() if value is not None]
         return f"{given[0]}: expected None but for silu with a gate, got {numbers[given[0]]}" if given else None
     if config.gemm1_alpha is None:
+        if getattr(config, "gemm1_beta", None) is not None:
+            return f"gemm1_beta: expected None without gemm1_alpha, got {config.gemm1_beta}"
         if config.gemm1_clamp_limit is not None and config.swiglu_limit is not None:
             return "swiglu_limit: expected None with gemm1_clamp_limit, got both"
         return None

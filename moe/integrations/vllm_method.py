@@ -74,6 +74,7 @@ class MoeStagesMethod(UnquantizedFusedMoEMethod):
         """As vLLM's; here the layer's name is known, and nothing has been allocated yet."""
         name = getattr(layer, "layer_name", "") or "a MoE layer"
         if self.why_not_ours is None:
+            _expect_weights_like_tokens(name, more.get("params_dtype"))
             _say_once("runs", layer_of(self.moe).words, name)
         elif refuses_others():
             raise NotImplementedError(
@@ -82,6 +83,14 @@ class MoeStagesMethod(UnquantizedFusedMoEMethod):
         else:
             _say_once("stays", self.why_not_ours, name)
         super().create_weights(layer, *args, **more)
+
+
+def _expect_weights_like_tokens(name: str, dtype: torch.dtype | None) -> None:
+    """Sizes have been rounded for us by now, so such a layer is not left to vLLM, whose kernels take no two types either."""
+    if dtype not in (None, torch.bfloat16):
+        raise NotImplementedError(
+            f"{name}: params_dtype: expected bfloat16, as tokens, got {str(dtype).removeprefix('torch.')}; unset MOE_VLLM"
+        )
 
 
 def _say_once(what: str, words: str, name: str) -> None:
@@ -120,7 +129,14 @@ def why_not_ours(moe: FusedMoEConfig) -> str | None:
     is_supported, reason = MoeStagesExperts.is_supported_config(MoeStagesExperts, moe, None, None, form)
     if not is_supported:
         return str(reason)
-    return why_not(layer_of(moe), moe.in_dtype, torch.device(moe.device))
+    return why_not(layer_of(moe, _numbers_of(moe)), moe.in_dtype, torch.device(moe.device))
+
+
+def _numbers_of(moe: FusedMoEConfig) -> Gate:
+    """What is known of the gate before the layer is built."""
+    if moe.activation is MoEActivation.SITU:
+        return Gate(moe.activation_situ_beta, moe.activation_situ_linear_beta)
+    return Gate(clamp_limit=moe.swiglu_limit)
 
 
 def layer_of(moe: FusedMoEConfig, gate: Gate = Gate()) -> EngineLayer:
@@ -225,7 +241,13 @@ class MoeStagesExperts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
-        """Write the sum of this rank's experts for each token to `output` [T, H]; zeros where none of a token's is here."""
+        """Write the sum of this rank's experts for each token to `output` [T, H]; zeros where none of a token's is here.
+
+        Raises:
+            NotImplementedError: a hook that wants the rows of experts unsummed, which a model may set once the layer is built.
+        """
+        if getattr(self, "post_gemm2_hook", None) is not None:
+            raise NotImplementedError("moe_stages: post_gemm2_hook: expected None, got a function; unset MOE_VLLM")
         if apply_router_weight_on_input:  # vLLM's prepare has multiplied the tokens
             topk_weights = torch.ones_like(topk_weights)
         ids = local_ids(topk_ids, expert_map)

@@ -22,7 +22,7 @@ pytest.importorskip("sglang")
 from sglang.srt.arg_groups.choices import MOE_RUNNER_BACKEND_CHOICES  # noqa: E402
 from sglang.srt.layers.moe import utils as moe_utils  # noqa: E402
 from sglang.srt.layers.moe.token_dispatcher import standard  # noqa: E402
-from sglang.srt.layers.moe.topk import StandardTopKOutput  # noqa: E402
+from sglang.srt.layers.moe.topk import PackedTopKOutput, StandardTopKOutput  # noqa: E402
 from sglang.srt.plugins import load_plugins  # noqa: E402
 from sglang.srt.runtime_context import get_flags, get_parallel  # noqa: E402
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler  # noqa: E402
@@ -295,6 +295,12 @@ REFUSED = {
         {"gemm1_clamp_limit": 7.0, "swiglu_limit": 7.0},
         "swiglu_limit: expected None with gemm1_clamp_limit",
     ),
+    "beta alone": ({"gemm1_beta": 0.5}, r"gemm1_beta: expected None without gemm1_alpha, got 0\.5"),
+    "limit of 0": ({"swiglu_limit": 0.0}, r"limit of the gate: expected a positive number, got 0\.0"),
+    "number of situ": (
+        {"activation": "situ", "gemm1_clamp_limit": 0.0},
+        r"beta of situ: expected a positive number, got 0\.0",
+    ),
     "unsummed": ({"no_combine": True}, "no_combine: expected False, got True"),
     "float16": ({"params_dtype": torch.float16}, "dtype: expected bfloat16, got float16"),
     "sizes": ({"intermediate_size": 44}, "intermediate_size: .*44"),
@@ -315,6 +321,31 @@ def test_a_quantised_layer_is_refused_when_it_is_built():
     layer.quant_method = type("Fp8MoEMethod", (torch.nn.Module,), {})()
     with pytest.raises(NotImplementedError, match=r"MoE layer 3: quant_method: .* got Fp8MoEMethod"):
         _expect_ours(None, layer)
+
+
+def test_a_quantised_layer_with_our_runner_is_refused_when_it_is_built():
+    from moe.integrations.plugins.sglang import _expect_ours
+
+    layer = build()
+    layer.quant_method = type("ModelOptNvFp4FusedMoEMethod", (torch.nn.Module,), {"runner": layer.runner})()
+    with pytest.raises(NotImplementedError, match=r"expected an unquantised layer .* got ModelOptNvFp4"):
+        _expect_ours(None, layer)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_fused_shared_experts_are_right(num_ranks: int):
+    x, ids, weights = inputs(9)
+    ids = torch.cat((ids, torch.full((9, 1), E, dtype=torch.int32)), 1)
+    weights = torch.cat((weights, torch.full((9, 1), 0.4, dtype=torch.float32)), 1)
+    for rank in range(num_ranks):
+        sizes = {"tp_size": num_ranks, "attn_tp_size": num_ranks, "moe_ep_size": num_ranks, "moe_tp_size": 1}
+        with get_parallel().override(**sizes, moe_ep_rank=rank, tp_rank=rank):
+            layer = build(num_experts=E + 1, num_fused_shared_experts=1, top_k=K + 1, routed_scaling_factor=2.5)
+            output = call(layer, x, ids, weights)
+        routed = E // num_ranks
+        place = torch.where(ids == E, routed, ids - rank * routed)
+        place[(ids < E) & ((place < 0) | (place >= routed))] = -1
+        assert relative_error(output, expected(layer, x, place, weights * 2.5)) < 1e-2
 
 
 def test_a_runner_that_the_hook_did_not_replace_is_noticed():
@@ -350,6 +381,11 @@ def test_what_only_a_call_shows_is_refused():
     info = dataclasses.replace(info, fuse_swiglu_interleaved=True)
     with pytest.raises(NotImplementedError, match="moe_stages: fuse_swiglu_interleaved"):
         core.run_from_dispatch(dispatched, info, core.config)
+    packed = layer.dispatcher.dispatch(x, StandardTopKOutput(weights, ids, None))._replace(
+        topk_output=PackedTopKOutput(ids, None)
+    )
+    with pytest.raises(NotImplementedError, match="moe_stages: topk_output: expected ids and weights, got"):
+        core.run_from_dispatch(packed, dataclasses.replace(info, fuse_swiglu_interleaved=False), core.config)
 
 
 def test_other_backends_are_left_alone():

@@ -282,6 +282,7 @@ def test_weights_on_the_input_are_applied_once(config: Any):
 
 OTHERS = {
     "limit": ({"activation": "gelu", "swiglu_limit": 0.5}, r"swiglu_limit: expected None with gelu, got 0\.5"),
+    "limit of 0": ({"swiglu_limit": 0.0}, r"limit of the gate: expected a positive number, got 0\.0"),
     "alpha": ({"swiglu_alpha": 1.702}, r"swiglu_alpha: expected None with silu, got 1\.702"),
     "sizes": ({"intermediate_size": 44}, "intermediate_size: .*44"),
 }
@@ -316,6 +317,49 @@ def test_a_layer_that_is_not_ours_stays_with_vllm_and_is_named_once(
     assert len(said) == 1
     assert field in said[0]
     assert "model.layers." in said[0]
+
+
+def test_weights_of_another_type_than_tokens_are_refused_when_the_layer_is_built(config: Any):
+    from moe.integrations.vllm_method import MoeStagesMethod
+
+    _, experts = build(config)
+    sizes = {"num_experts": E, "hidden_size": H, "intermediate_size_per_partition": I}
+    layer = type("Layer", (torch.nn.Module,), {"layer_name": "model.layers.3.mlp.experts"})()
+    with pytest.raises(
+        NotImplementedError, match=r"layers\.3.*params_dtype: expected bfloat16, as tokens, got float16"
+    ):
+        MoeStagesMethod(experts.moe_config).create_weights(layer, **sizes, params_dtype=torch.float16)
+
+
+def test_a_hook_that_wants_rows_unsummed_is_refused(config: Any):
+    _, experts = build(config)
+    experts.quant_method.moe_kernel.fused_experts.post_gemm2_hook = lambda rows, output: output.zero_()
+    x, ids, weights = inputs(3)
+    with set_forward_context(None, config), pytest.raises(NotImplementedError, match="post_gemm2_hook"):
+        call(experts, x, ids, weights)
+
+
+def test_tokens_and_choices_that_are_slices_of_others_are_read_where_they_lie(config: Any):
+    _, experts = build(config)
+    x, ids, weights = inputs(9)
+    apart = [torch.stack((value, torch.full_like(value, 7)), -1)[..., 0] for value in (x, ids, weights)]
+    assert not any(value.is_contiguous() for value in apart)
+    output = torch.full_like(x, float("nan"))
+    kernel = experts.quant_method.moe_kernel.fused_experts
+    names = ("a1q_scale", "a2_scale", "workspace13", "workspace2", "expert_tokens_meta", "expert_map")
+    for rows in (9, 1):
+        of_rows = dict(zip(("hidden_states", "topk_ids", "topk_weights"), (value[:rows] for value in apart)))
+        kernel.apply(
+            output=output[:rows],
+            w1=experts.w13_weight,
+            w2=experts.w2_weight,
+            activation=experts.activation,
+            global_num_experts=E,
+            apply_router_weight_on_input=False,
+            **of_rows,
+            **dict.fromkeys(names),
+        )
+        assert relative_error(output[:rows], expected(experts, x[:rows], ids[:rows], weights[:rows])) < 1e-2
 
 
 FIELDS = {
