@@ -457,6 +457,20 @@ def test_a_map_is_made_for_each_address_and_shape(launched, copying):
         assert str(matrix.data_ptr()) in launch[13]
 
 
+def test_boxes_of_halves_begin_where_views_of_them_would(launched, copying):
+    from moe.gemm.hopper.boxes import half_row_boxes
+
+    memory, target = torch.zeros(64, 256).bfloat16(), torch.zeros(64, 128).bfloat16()
+    views = memory.chunk(2, dim=1)
+    for _ in range(2):
+        for half, view in zip(half_row_boxes(memory, 16, 64), views, strict=True):
+            assert half.data_ptr() == view.data_ptr()
+            copying.launch((4, 1, 1), half, boxes_of(target, 16, 64), memory, numbers=(5,))
+            assert [half.shape, half.strides] == [tuple(view.shape), view.stride()]
+    made = [arguments[0] for arguments in launched.maps if arguments[0] != target.data_ptr()]
+    assert made == [views[0].data_ptr(), views[1].data_ptr(), views[0].data_ptr()]  # the first the normal way
+
+
 def test_maps_hold_no_memory(launched, copying):
     source, target = torch.zeros(64, 128).bfloat16(), torch.zeros(64, 128).bfloat16()
     for _ in range(2):

@@ -30,6 +30,7 @@ def takes(config: GemmConfig, gemm1: GemmConfig, tile_rows: int, device: torch.d
     return is_hopper(device) and fits_dgrad(config, gemm1, tile_rows)
 
 
+@functools.lru_cache(maxsize=1024)
 def fits_dgrad(config: GemmConfig, gemm1: GemmConfig, tile_rows: int) -> bool:
     """Whether steps of the contraction end where an expert's weights do: SwiGLU, W2 in MajorK, H a multiple of 64."""
     return (
@@ -66,7 +67,7 @@ def launch_hopper_gemm2_dgrad(
         _kernel_of(config, gemm1, permutation.tile_rows).launch(
             (num_blocks(units, transposed(config), BLOCK_N), 1, 1),
             grad_output,
-            row_boxes(weights.view(-1, weights.shape[-1]), BLOCK_K, BLOCK_N),
+            row_boxes(weights, BLOCK_K, BLOCK_N),
             *half_row_boxes(gate_up, HALF_ROWS, PIECE),
             *half_row_boxes(grad_gate_up, HALF_ROWS, PIECE),
             row_boxes(weighted, HALF_ROWS, PIECE),

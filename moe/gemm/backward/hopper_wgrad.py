@@ -27,6 +27,7 @@ def takes(config: GemmConfig, tile_rows: int, device: torch.device) -> bool:
     return is_hopper(device) and fits_wgrad(config, tile_rows)
 
 
+@functools.lru_cache(maxsize=1024)
 def fits_wgrad(config: GemmConfig, tile_rows: int) -> bool:
     """Whether blocks of columns of both operands end where an expert's gradient does."""
     gathered, direct, is_transposed = _sides(config)
@@ -74,7 +75,7 @@ def _launch(
     boxes = None
     if out is None:
         box = (STORE_COLUMNS, GATHERED_COLUMNS // 2) if is_transposed else (GATHERED_COLUMNS // 2, STORE_COLUMNS)
-        boxes = row_boxes(grad.view(-1, grad.shape[-1]), *box)
+        boxes = row_boxes(grad, *box)
     if permutation.max_rows:
         num_work = config.num_experts * (gathered.shape[1] // GATHERED_COLUMNS) * -(-direct.shape[1] // DIRECT_COLUMNS)
         _kernel_of(config).launch(
@@ -89,6 +90,7 @@ def _launch(
     return grad
 
 
+@functools.lru_cache(maxsize=1024)
 def _sides(config: GemmConfig) -> tuple[int, int, bool]:
     """Columns of rows of tokens, of the other operand, and whether the stored gradient has the latter first: [E, direct, gathered]."""
     is_gemm2 = config.activation is None

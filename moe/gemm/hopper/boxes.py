@@ -11,18 +11,18 @@ from moe.runtime.tensor_maps import Boxes
 
 
 def row_boxes(matrix: Tensor, box_rows: int, box_columns: int) -> Boxes:
-    """Boxes of a bf16 matrix, swizzled in shared memory."""
-    num_rows, num_columns = matrix.shape
+    """Boxes of a bf16 matrix, swizzled in shared memory. Of more axes, all but the last one are rows."""
+    num_columns = matrix.shape[-1]
     box = (box_rows, box_columns)
-    return Boxes(matrix, (num_rows, num_columns), (num_columns, 1), box, box_layout(*box))
+    return Boxes(matrix, (matrix.numel() // num_columns, num_columns), (num_columns, 1), box, box_layout(*box))
 
 
 def half_row_boxes(matrix: Tensor, box_rows: int, box_columns: int) -> tuple[Boxes, Boxes]:
     """Boxes of the left and of the right half of a bf16 matrix's columns: one at the end of the left half ends there."""
     num_rows, num_columns = matrix.shape
-    shape, strides, box = (num_rows, num_columns // 2), (num_columns, 1), (box_rows, box_columns)
-    layout, right = box_layout(*box), matrix.narrow(1, num_columns // 2, num_columns // 2)
-    return Boxes(matrix, shape, strides, box, layout), Boxes(right, shape, strides, box, layout)
+    half, box = num_columns // 2, (box_rows, box_columns)
+    each = (matrix, (num_rows, half), (num_columns, 1), box, box_layout(*box))
+    return Boxes(*each), Boxes(*each, half)
 
 
 @functools.cache
