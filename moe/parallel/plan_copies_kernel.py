@@ -21,29 +21,33 @@ def plan_copies_kernel(
     rank = tl.program_id(0)
     first = tl.program_id(1) * BLOCK
     choice = tl.arange(0, TOP_K_PAD)
+    goes, ids = _goes(rank_of_slot_ptr, first, rank, num_tokens, choice, TOP_K, BLOCK)  # on its way while the others are counted
     # Each program counts all tokens before its own again: they are few bytes, and nobody waits for another.
-    num_copies = tl.zeros([], tl.int64)
-    num_slots = tl.zeros([], tl.int64)
+    counted = tl.zeros([], tl.int64)
     for start in range(0, first, COUNT_BLOCK):
         earlier, _ = _goes(rank_of_slot_ptr, start, rank, first, choice, TOP_K, COUNT_BLOCK)
-        num_copies += tl.sum(tl.max(earlier, 1), 0)
-        num_slots += tl.sum(tl.sum(earlier, 1), 0)
-    goes, ids = _goes(rank_of_slot_ptr, first, rank, num_tokens, choice, TOP_K, BLOCK)
+        counted += tl.sum(_copies_and_slots(earlier), 0)
+    of_token = _copies_and_slots(goes)
+    before = counted + tl.cumsum(of_token, 0) - of_token
     token = first + tl.arange(0, BLOCK)
     is_token = token < num_tokens
-    sends = tl.max(goes, 1)
-    copy = tl.where(sends > 0, num_copies.to(tl.int32) + tl.cumsum(sends, 0) - sends, -1)
+    copy = tl.where((of_token >> 32) > 0, (before >> 32).to(tl.int32), -1)
     tl.store(copy_ptr + token * num_ranks + rank, copy, mask=is_token)
-    of_token = tl.sum(goes, 1)
-    before = num_slots.to(tl.int32) + tl.cumsum(of_token, 0) - of_token
-    slot = before[:, None] + tl.cumsum(goes, 1) - goes
+    slot = before.to(tl.int32)[:, None] + tl.cumsum(goes, 1) - goes
     at = slot_ptr + token[:, None] * TOP_K + choice[None, :]
     tl.store(at, slot, mask=goes > 0)
     in_slots = is_token[:, None] & (choice < TOP_K)[None, :]
     tl.store(at, tl.full([BLOCK, TOP_K_PAD], -1, tl.int32), mask=in_slots & (ids < 0) & (rank == 0))
     if first + BLOCK >= num_tokens:
-        tl.store(counts_ptr + 2 * rank, num_copies + tl.sum(sends, 0))
-        tl.store(counts_ptr + 2 * rank + 1, num_slots + tl.sum(of_token, 0))
+        counted += tl.sum(of_token, 0)
+        tl.store(counts_ptr + 2 * rank, counted >> 32)
+        tl.store(counts_ptr + 2 * rank + 1, counted & 0xFFFFFFFF)
+
+
+@triton.jit
+def _copies_and_slots(goes):
+    """Of each token, int64: whether a copy goes in the upper half, its slots in the lower, so that one sum and one scan take both."""
+    return (tl.max(goes, 1).to(tl.int64) << 32) | tl.sum(goes, 1).to(tl.int64)
 
 
 @triton.jit
