@@ -45,7 +45,7 @@ def pack_rows_kernel(
     for rank in range(num_ranks):
         row = tl.sum(tl.where(ranks == rank, row_of_rank, 0), 0)
         is_sent = row >= 0
-        tl.store(rows_ptr + row * HIDDEN + column, values, mask=in_row & is_sent)
+        tl.store(rows_ptr + row * HIDDEN + column, values, mask=in_row & is_sent, cache_modifier=".cs")
         there = tl.where(rank_of_slot == rank, local, -1)
         tl.store(slots_ptr + row * 2 * TOP_K + choice, there, mask=is_choice & is_sent)
         tl.store(slots_ptr + (row * 2 + 1) * TOP_K + choice, weight, mask=is_choice & is_sent)

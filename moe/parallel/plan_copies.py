@@ -11,7 +11,7 @@ from torch import Tensor
 from moe.parallel.plan_copies_kernel import plan_copies_kernel
 from moe.runtime.triton_launch import TritonKernel
 
-MAX_ELEMENTS, NUM_WARPS = 4096, 16  # slots of a block: eight a thread, more spill with some releases of Triton
+MAX_ELEMENTS, NUM_WARPS = 2048, 16  # slots of a block: four a thread
 COUNT_BLOCKS = 4  # blocks that are counted at once
 
 

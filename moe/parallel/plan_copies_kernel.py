@@ -21,33 +21,41 @@ def plan_copies_kernel(
     rank = tl.program_id(0)
     first = tl.program_id(1) * BLOCK
     choice = tl.arange(0, TOP_K_PAD)
-    goes, ids = _goes(rank_of_slot_ptr, first, rank, num_tokens, choice, TOP_K, BLOCK)  # on its way while the others are counted
+    goes, ids = _goes(
+        rank_of_slot_ptr, first, rank, num_tokens, choice, TOP_K, BLOCK
+    )  # on its way while the others are counted
     # Each program counts all tokens before its own again: they are few bytes, and nobody waits for another.
-    counted = tl.zeros([], tl.int64)
+    num_copies = tl.zeros([], tl.int64)
+    num_slots = tl.zeros([], tl.int64)
     for start in range(0, first, COUNT_BLOCK):
         earlier, _ = _goes(rank_of_slot_ptr, start, rank, first, choice, TOP_K, COUNT_BLOCK)
-        counted += tl.sum(_copies_and_slots(earlier), 0)
+        of_block = tl.sum(_copies_and_slots(earlier), 0)
+        num_copies += of_block >> 16
+        num_slots += of_block & 0xFFFF
     of_token = _copies_and_slots(goes)
-    before = counted + tl.cumsum(of_token, 0) - of_token
+    before = tl.cumsum(of_token, 0) - of_token
     token = first + tl.arange(0, BLOCK)
     is_token = token < num_tokens
-    copy = tl.where((of_token >> 32) > 0, (before >> 32).to(tl.int32), -1)
+    copy = tl.where((of_token >> 16) > 0, num_copies.to(tl.int32) + (before >> 16), -1)
     tl.store(copy_ptr + token * num_ranks + rank, copy, mask=is_token)
-    slot = before.to(tl.int32)[:, None] + tl.cumsum(goes, 1) - goes
+    slot = num_slots.to(tl.int32) + (before & 0xFFFF)[:, None] + tl.cumsum(goes, 1) - goes
     at = slot_ptr + token[:, None] * TOP_K + choice[None, :]
     tl.store(at, slot, mask=goes > 0)
     in_slots = is_token[:, None] & (choice < TOP_K)[None, :]
     tl.store(at, tl.full([BLOCK, TOP_K_PAD], -1, tl.int32), mask=in_slots & (ids < 0) & (rank == 0))
     if first + BLOCK >= num_tokens:
-        counted += tl.sum(of_token, 0)
-        tl.store(counts_ptr + 2 * rank, counted >> 32)
-        tl.store(counts_ptr + 2 * rank + 1, counted & 0xFFFFFFFF)
+        of_block = tl.sum(of_token, 0)
+        tl.store(counts_ptr + 2 * rank, num_copies + (of_block >> 16))
+        tl.store(counts_ptr + 2 * rank + 1, num_slots + (of_block & 0xFFFF))
 
 
 @triton.jit
 def _copies_and_slots(goes):
-    """Of each token, int64: whether a copy goes in the upper half, its slots in the lower, so that one sum and one scan take both."""
-    return (tl.max(goes, 1).to(tl.int64) << 32) | tl.sum(goes, 1).to(tl.int64)
+    """Of each token: 1 in the upper 16 bits where a copy goes, its slots in the lower, so that one sum and one scan take both.
+
+    A block has fewer than 2^16 slots.
+    """
+    return (tl.max(goes, 1) << 16) | tl.sum(goes, 1)
 
 
 @triton.jit

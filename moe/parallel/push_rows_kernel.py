@@ -54,7 +54,7 @@ def push_rows_kernel(
             is_sent = in_row
             if SELECTS:
                 is_sent = in_row & (tl.max((rank_of_slot == peer).to(tl.int32), 0) > 0)
-            tl.store(tl.multiple_of(address, 16) + place, values, mask=is_sent)
+            tl.store(tl.multiple_of(address, 16) + place, values, mask=is_sent, cache_modifier=".cs")
     else:
         first = (program - num_tokens * num_blocks) * BLOCK_H
         _push_slots(ids_ptr, weights_ptr, slots_of_rank_ptr, first, num_tokens, padded, rank, NUM_RANKS, TOP_K, BLOCK_H)
