@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import moe.integrations.plugins.sglang
 import moe.integrations.plugins.vllm
+from moe.gemm.config import ActivationType
 from moe.integrations import sglang, vllm
 from moe.integrations.engine_layer import EngineLayer, call_layer, local_ids, why_not
 from moe.integrations.hf_experts import Gate
@@ -196,8 +197,15 @@ def test_no_tokens_give_no_rows():
         (LAYER, torch.float16, "dtype: expected bfloat16, got float16"),
         (LAYER._replace(hidden_size=511), torch.bfloat16, "hidden_size: .*511"),
         (LAYER._replace(intermediate_size=20), torch.bfloat16, "intermediate_size: .*20"),
+        (LAYER._replace(gate=Gate(clamp_limit=0.0)), torch.bfloat16, r"limit of the gate: .* positive .*0\.0"),
+        (LAYER._replace(gate=Gate(clamp_limit=float("nan"))), torch.bfloat16, r"limit of the gate: .* positive .*nan"),
+        (
+            LAYER._replace(activation=ActivationType.Situ, gate=Gate(4.0, 0.0)),
+            torch.bfloat16,
+            r"beta of situ: .* positive .*0\.0",
+        ),
     ],
-    ids=["dtype", "hidden size", "intermediate size"],
+    ids=["dtype", "hidden size", "intermediate size", "limit of 0", "limit that is no number", "number of situ"],
 )
 def test_what_the_layer_does_not_compute_is_told_by_field(layer: EngineLayer, dtype: torch.dtype, words: str):
     reason = why_not(layer, dtype, CPU)
