@@ -45,8 +45,7 @@ def check_gradients(model: nn.Module, wanted: dict[str, Tensor]) -> None:
         assert grad is not None, name
         full: Any = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
         error = relative_error(full, wanted[name.removeprefix("module.")])
-        # fully_shard in bfloat16 moves gradients by 2e-2 with the model's own experts too.
-        assert error <= 5e-2, (name, error)
+        assert error <= 5e-3, (name, error)  # the mean is rounded to bfloat16 once more
 
 
 def with_gradients(case: Case) -> Case:
@@ -86,7 +85,8 @@ def ddp_accumulates(group: Any) -> None:
 def check_fully_shard(dtype: torch.dtype, group: Any) -> None:
     model = small_model()
     wanted = wanted_gradients(model)
-    model = model.to(dtype)
+    for parameter in model.parameters():  # and no buffer: frequencies in bfloat16 would be another model's
+        parameter.data = parameter.data.to(dtype)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)
