@@ -61,10 +61,10 @@ def is_plain(tensors: Iterable[Tensor | None]) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
         return False
-    return all(
-        tensor is None or ((type(tensor) is Tensor or type(tensor) is Parameter) and not tensor.is_meta)
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if tensor is not None and ((type(tensor) is not Tensor and type(tensor) is not Parameter) or tensor.is_meta):
+            return False
+    return True
 
 
 def add_maker(name: str, make: Callable[..., Any]) -> None:

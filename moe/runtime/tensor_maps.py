@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
-import torch
 from torch import Tensor
 
 MAX_KEPT_MAPS = 4096  # of a compiled kernel; one takes half a kilobyte
@@ -23,11 +22,6 @@ class Boxes(NamedTuple):
     box: tuple[int, ...]
     layout: Any  # of a box in shared memory; follows from dtype and box
     first: int = 0  # element of the tensor's memory with which they begin: a view of it would take 2 us more
-
-    @property
-    def dtype(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        """What Triton compiles for, as the dtype of a tensor is."""
-        return self.tensor.dtype, self.box
 
     def data_ptr(self) -> int:
         return self.tensor.data_ptr() + (self.first and self.first * self.tensor.element_size())

@@ -80,11 +80,16 @@ class TritonKernel:
             if tensor is None:
                 key.append(None)
                 pointers.append(None)
+                continue
+            if type(tensor) is Boxes:
+                key.append(tensor.box)
+                pointer = tensor.data_ptr()
+                tensor = tensor.tensor
             else:
                 pointer = tensor.data_ptr()
-                bits |= pointer
-                key.append(tensor.dtype)
-                pointers.append(pointer)
+            bits |= pointer
+            key.append(tensor.dtype)
+            pointers.append(pointer)
         for number in numbers:
             key.append(_kind_of_number(number))
         if bits % ALIGNMENT_BYTES:
