@@ -319,4 +319,4 @@ def _add_matrix(grad: Tensor, expert: int, matrix: Tensor, config: GemmConfig, *
     if is_sum:
         grad[expert] += stored
     else:
-        grad[expert] = stored.to(grad.dtype)
+        grad[expert] = stored  # rounded as it is copied
