@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 
 from moe.fused.few_tokens.config import MatvecTile
-from moe.gemm.config import GemmConfig
+from moe.gemm.config import GemmConfig, WeightLayout
 
 ELEMENTS_A_WARP = 256  # bf16 elements that a warp loads at once, 16 bytes a lane
 MAX_BLOCK_K = 1024
 LONG_ROW = 4096  # elements: from here on a row has enough of them for a warp, or for many programs
+MANY_STEPS = 6  # of a slot's row: two slots' are as many as are loaded ahead
 
 
 @functools.cache
@@ -44,7 +45,8 @@ def default_token_tile(config: GemmConfig, top_k: int, *, is_slice: bool = False
     Each slot's row is summed and rounded by itself. Within a warp that takes no barrier, so loads of the next slots go on.
     Besides, dependent programs pile up on the first multiprocessors that gemm1 leaves unless there are enough small ones
     for all. What is loaded before gemm1 has ended comes for nothing, but its registers leave room for fewer warps. Where the
-    last step is masked, its predicates take registers too. A slice loads nothing ahead.
+    last step is masked, its predicates take registers too, and where a plain row has many steps, their addresses do. A
+    slice loads nothing ahead.
     """
     if config.in_features <= ELEMENTS_A_WARP:  # half a warp a row
         return MatvecTile(block_n=4, block_k=_block_k(config.in_features, ELEMENTS_A_WARP // 2), num_prefetched=8)
@@ -55,7 +57,9 @@ def default_token_tile(config: GemmConfig, top_k: int, *, is_slice: bool = False
         return MatvecTile(block_n=4, block_k=block_k, num_warps=2)
     if config.out_features >= LONG_ROW:
         return MatvecTile(block_n=1, block_k=block_k, num_prefetched=16)
-    return MatvecTile(block_n=2, block_k=block_k, num_prefetched=11 if _masks_loads(config) else 12)
+    has_many_steps = config.in_features >= MANY_STEPS * block_k and config.weight_format.layout is WeightLayout.MajorK
+    num_prefetched = 11 if _masks_loads(config) else 10 if has_many_steps else 12
+    return MatvecTile(block_n=2, block_k=block_k, num_prefetched=num_prefetched)
 
 
 def _masks_loads(config: GemmConfig) -> bool:

@@ -29,6 +29,8 @@ LAYERS = {
     "nemotron": (2688, 1856, 128, 128, 6),
     "gpt_oss": (2880, 2880, 32, 32, 4),
     "sonic": (1536, 256, 128, 128, 8),
+    "olmoe": (2048, 1024, 64, 64, 8),
+    "minimax_m2": (3072, 1536, 256, 256, 8),
     "ragged": (1096, 1000, 16, 16, 3),
 }
 UNGATED = ("nemotron",)
@@ -71,6 +73,7 @@ CASES = [
     (90, "qwen3_30b", FLASHINFER),
     (90, "qwen3_235b", FLASHINFER),
     (90, "sonic", FLASHINFER),
+    (90, "minimax_m2", FLASHINFER),
     (90, "deepseek_v3_ep8", FLASHINFER),
     (80, "qwen3_30b", FLASHINFER),
     (100, "qwen3_30b", WeightFormat()),
