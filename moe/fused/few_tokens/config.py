@@ -28,6 +28,7 @@ class MatvecTile(FrozenConfig):
     block_k: PowerOfTwo = Field(ge=64, le=4096)  # elements of the contraction a step
     num_warps: PowerOfTwo = Field(default=1, le=16)
     num_prefetched: int = Field(default=0, ge=0, le=32)  # steps of W2 loaded before a dependent launch waits
+    max_registers: int | None = Field(default=None, ge=32, le=255)  # a thread's; None: `streaming_registers` says it
 
 
 class FewTokenTiles(FrozenConfig):

@@ -97,6 +97,6 @@ def _kernel_of(config: FewTokenConfig, device: torch.device) -> tuple[TritonKern
         TRIGGERS=config.triggers_early,
         num_warps=tile.num_warps,
         launch_pdl=uses_pdl,
-        maxnreg=streaming_registers().gemm1,
+        maxnreg=tile.max_registers or streaming_registers().gemm1,
     )
     return kernel, -(-gemm.out_features // tile.block_n)

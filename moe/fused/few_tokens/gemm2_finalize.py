@@ -109,6 +109,6 @@ def _kernel_of(config: FewTokenConfig, device: torch.device, scale: float) -> tu
         TRIGGERS=config.triggers_early,
         num_warps=tile.num_warps,
         launch_pdl=uses_pdl,
-        maxnreg=streaming_registers().gemm2_finalize,
+        maxnreg=tile.max_registers or streaming_registers().gemm2_finalize,
     )
     return kernel, -(-gemm.out_features // tile.block_n)

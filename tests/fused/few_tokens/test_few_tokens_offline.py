@@ -9,8 +9,10 @@ import torch
 from gemm.cases import format_id
 
 from moe.flow import Added, TopK
-from moe.fused.few_tokens.config import FewTokenConfig
+from moe.fused.few_tokens.config import FewTokenConfig, MatvecTile
 from moe.gemm.config import FLASHINFER, GemmConfig, WeightFormat
+from moe.tuning.gpu import triton_version
+from moe.tuning.table import SHIPPED_TABLES, TableEntry, TuningTable
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -47,13 +49,15 @@ def compile_layer(
     num_tokens: int = 3,
     bias_dtype: torch.dtype | None = None,
     has_added: bool = False,
+    **tiles: MatvecTile,
 ) -> list[Launch]:
     hidden_size, intermediate_size, num_local, num_experts, top_k = LAYERS[layer]
     sizes = {"num_experts": num_local, "weight_format": weight_format}
     activation = "Relu2" if layer in UNGATED else "Swiglu"
     gemm1 = GemmConfig(in_features=hidden_size, out_features=intermediate_size, activation=activation, **sizes)
     gemm2 = GemmConfig(in_features=intermediate_size, out_features=hidden_size, **sizes)
-    config = FewTokenConfig(num_experts=num_experts, top_k=top_k, gemm1=gemm1, gemm2=gemm2, uses_pdl=uses_pdl)
+    gemms = {"gemm1": gemm1, "gemm2": gemm2}
+    config = FewTokenConfig(num_experts=num_experts, top_k=top_k, **gemms, uses_pdl=uses_pdl, **tiles)
     topk = TopK(unallocated(num_tokens, top_k, dtype=torch.int32), unallocated(num_tokens, top_k))
     weights = unallocated(*gemm1.weight_shape), unallocated(*gemm2.weight_shape)
     biases = {}
@@ -95,7 +99,53 @@ def test_weights_load_16_bytes_a_lane_and_nothing_spills(arch, layer, weight_for
         assert launch.options["launch_pdl"] == (arch >= 90)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+def entries_of_this_triton() -> list[TableEntry]:
+    """Of the tables that are shipped for an H200, what names a tile of few tokens."""
+    release = ".".join(triton_version().split(".")[:2])
+    tables = [
+        TuningTable.model_validate_json(path.read_text()) for path in SHIPPED_TABLES.glob(f"*triton{release}.json")
+    ]
+    return [entry for table in tables for entry in table.entries if entry.choice.slot_tile or entry.choice.token_tile]
+
+
+def compile_entry(entry: TableEntry) -> list[Launch]:
+    key, sizes = entry.key, {"num_experts": entry.key.num_local_experts}
+    first = WeightFormat(layout=key.layout, is_shuffled=key.is_shuffled, gate_up_order=key.gate_up_order)
+    second = WeightFormat(layout=key.gemm2_layout, is_shuffled=key.gemm2_is_shuffled)
+    dims = {"in_features": key.hidden_size, "out_features": key.intermediate_size}
+    gemm1 = GemmConfig(**sizes, **dims, activation=key.activation, weight_format=first)
+    dims = {"in_features": key.intermediate_size, "out_features": key.hidden_size}
+    gemm2 = GemmConfig(**sizes, **dims, weight_format=second)
+    tiles = {"slot_tile": entry.choice.slot_tile, "token_tile": entry.choice.token_tile}
+    layer = {"num_experts": key.num_experts, "top_k": key.top_k, "gemm1": gemm1, "gemm2": gemm2}
+    config = FewTokenConfig(**layer, **tiles, uses_pdl=True)
+    topk = TopK(unallocated(3, key.top_k, dtype=torch.int32), unallocated(3, key.top_k))
+    with offline_gpu(90) as gpu:
+        weights = unallocated(*gemm1.weight_shape), unallocated(*gemm2.weight_shape)
+        few_token_experts(topk, unallocated(3, key.hidden_size), *weights, config=config)
+    return gpu.launches
+
+
+def test_no_tile_of_a_shipped_table_spills():
+    spilled = [
+        (entry.bucket, launch.name, launch.report.spill_bytes)
+        for entry in entries_of_this_triton()
+        for launch in compile_entry(entry)
+        if launch.report.spill_bytes
+    ]
+    assert spilled == []
+
+
+@pytest.mark.parametrize("limit", [64, 96])
+def test_a_tile_may_limit_the_registers_of_its_kernel(limit):
+    slot_tile = MatvecTile(block_n=1, block_k=1024, num_warps=4, max_registers=limit)
+    token_tile = MatvecTile(block_n=2, block_k=256, max_registers=limit)
+    for launch in compile_layer(90, "qwen3_30b", slot_tile=slot_tile, token_tile=token_tile):
+        assert f".maxnreg {limit}" in launch.report.ptx
+        assert launch.report.registers <= limit
+
+
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer != "olmoe"])  # to which nothing is added
 def test_what_is_added_spills_nothing_and_is_read_ahead_of_the_wait(layer):
     plain, added = (compile_layer(90, layer, uses_pdl=True, has_added=has)[-1].report for has in (False, True))
     assert added.spill_bytes == 0
