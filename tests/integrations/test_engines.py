@@ -34,14 +34,16 @@ def weights_of(num_experts: int) -> tuple[Tensor, Tensor]:
     return w1, (normal(num_experts, 64, 48, seed=2) / 7).bfloat16()
 
 
-def expected(x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+def expected(x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, limit: float = float("inf")) -> Tensor:
     """In float64, expert by expert; ids outside [0, E) count nothing."""
     result = torch.zeros(x.shape, dtype=torch.float64)
     for token, (row, of_row) in enumerate(zip(ids.tolist(), weights.double())):
         for expert, weight in zip(row, of_row):
             if 0 <= expert < len(w1):
                 gate, up = (w1[expert].double() @ x[token].double()).chunk(2)
-                result[token] += weight * (w2[expert].double() @ (torch.nn.functional.silu(gate) * up))
+                result[token] += weight * (
+                    w2[expert].double() @ (torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit))
+                )
     return result
 
 
@@ -152,6 +154,35 @@ def test_a_call_is_right_and_skips_padding_and_stale_ids(dtype: torch.dtype, wei
     assert output[4].tolist() == [0.0] * 64
     x[4] = 0
     assert relative_error(output, expected(x, ids, weights, w1, w2)) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 9, 300])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_call_through_a_map_is_right_on_a_gpu_and_as_captured(dtype: torch.dtype, num_tokens: int):
+    gpu = torch.device("cuda")
+    w1, w2 = weights_of(6)
+    layer = LAYER._replace(gate=Gate(clamp_limit=0.5))
+    x, expert_map = normal(num_tokens, 64, seed=3).bfloat16(), torch.tensor([3, -1, 0, -1, 3, 1, 5, 2])
+    ids = torch.randint(0, 8, (num_tokens, 2), generator=torch.Generator().manual_seed(4)).to(dtype)
+    ids[num_tokens // 2, 0] = 2071690107
+    weights = torch.rand(num_tokens, 2, generator=torch.Generator().manual_seed(5))
+    given = [value.to(gpu) for value in (ids, expert_map.int(), x, weights, w1, w2)]
+
+    def step(output: Tensor) -> Tensor:
+        ids, expert_map, *others = given
+        return call_layer(layer, others[0], local_ids(ids, expert_map), *others[1:], output)
+
+    output = step(torch.full_like(given[2], float("nan"))).clone()
+    known = (ids >= 0) & (ids < 8)
+    places = torch.where(known, expert_map[ids.clamp(0, 7).long()], -1)
+    assert relative_error(output.cpu(), expected(x, places, weights, w1, w2, limit=0.5)) < 1e-2
+    captured, graph = torch.full_like(output, float("nan")), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        step(captured)
+    graph.replay()
+    assert torch.equal(captured, output)
 
 
 def test_tokens_of_which_no_expert_is_here_give_zeros():
