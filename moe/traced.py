@@ -19,6 +19,7 @@ from torch import Tensor, library
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import Parameter
+from torch.utils._device import DeviceContext
 
 from moe.call import LayerCall, read_tensors, refuse_gradients_of
 from moe.checks import as_float, expect_type
@@ -57,7 +58,9 @@ def is_plain(tensors: Iterable[Tensor | None]) -> bool:
 
     Such a call needs no operator. One with gradients costs more of the host's time than the launches within it.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._len_torch_function_stack() and not _modes_only_say_where_tensors_are_made():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
         return False
@@ -65,6 +68,11 @@ def is_plain(tensors: Iterable[Tensor | None]) -> bool:
         if tensor is not None and ((type(tensor) is not Tensor and type(tensor) is not Parameter) or tensor.is_meta):
             return False
     return True
+
+
+def _modes_only_say_where_tensors_are_made() -> bool:
+    """Whether there is none but that of `torch.set_default_device`, which stays on for as long as a program runs."""
+    return all(isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def add_maker(name: str, make: Callable[..., Any]) -> None:

@@ -10,11 +10,13 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from training.layers import NAMES, Leaves, leaves_of, logits_for, make_layer, trained
 
 import moe
 from moe.flow import SwigluParams, TopK
+from moe.traced import is_plain
 from moe.training.experts import GradBuffers
 
 OPERATORS = torch.ops.moe
@@ -104,6 +106,28 @@ def test_a_watched_call_goes_back_unwatched(device):
         output = training(*leaves)
     output.backward(case.grad_output)
     assert all(torch.equal(leaves.grads[name], plain.grads[name]) for name in NAMES)
+
+
+class Passing(TorchFunctionMode):
+    """Lets every call through."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_default_device_is_no_onlooker_and_other_modes_are():
+    tensors = (torch.zeros(1), None, torch.nn.Parameter(torch.zeros(1)))
+    assert is_plain(tensors)
+    with torch.device("cpu"):
+        assert is_plain(tensors)
+        with Passing():
+            assert not is_plain(tensors)
+    with Watching():
+        assert not is_plain(tensors)
+    assert not is_plain((torch.zeros(1, device="meta"),))
+    seen: list[bool] = []
+    torch.func.vmap(lambda row: seen.append(is_plain((row,))) or row)(torch.zeros(2, 2))
+    assert seen == [False]
 
 
 def test_adding_to_a_buffer_is_told_to_autograd(device):
