@@ -24,7 +24,7 @@ def reference_pipeline(config: MoEConfig) -> MoEPipeline:
         permute=partial(plan_permutation_reference, config=config.planned),
         gemm1=partial(gather_gemm_reference, config=config.gemm1),
         gemm2=partial(grouped_gemm_reference, config=config.gemm2),
-        finalize=partial(finalize_tokens_reference, config=config.finalize),
+        finalize=partial(finalize_tokens_reference, config=config.summed),
         weigh=partial(weigh_tokens_reference, config=config.permute) if config.weighs_input else None,
     )
     return _known_by(recipe_of("reference", config), pipeline)
@@ -73,7 +73,7 @@ def _kernel_pipeline(config: MoEConfig, device: torch.device, *, uses_pdl: bool)
     permute = CheckedStage(*permuter_for(config.planned, device, uses_pdl=uses_pdl, unit_size=units), config.planned)
     gemm1 = CheckedStage(*gemm1_for(config.gemm1, uses_pdl=uses_pdl), config.gemm1)
     gemm2 = CheckedStage(*gemm2_for(config.gemm2, uses_pdl=uses_pdl), config.gemm2)
-    finalize = CheckedStage(*finalizer_for(config.finalize, device, uses_pdl=uses_pdl), config.finalize)
+    finalize = CheckedStage(*finalizer_for(config.summed, device, uses_pdl=uses_pdl), config.summed)
     weigh = CheckedStage(*weigher_for(config.permute, device), config.permute) if config.weighs_input else None
     chain = (permute, gemm1, gemm2, finalize)
     fused = fused_experts_for(config.permute, **gemms, tiles=config.few_tokens, stands_for=chain, uses_pdl=uses_pdl)

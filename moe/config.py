@@ -16,6 +16,7 @@ from moe.permute.config import MIN_TILE_ROWS, FinalizeConfig, PermuteConfig
 from moe.routing.config import RoutingConfig, RoutingMethod
 
 WeightOn = Literal["output", "input"]
+SPARSE_SHARE = 4  # of so many slots or more one has a row: measured, branching over the others wins from here on
 
 
 class MoEConfig(FrozenConfig):
@@ -177,6 +178,14 @@ class MoEConfig(FrozenConfig):
     def planned(self) -> PermuteConfig:
         """What stage 2 plans by. Slots whose inputs are weighed are rows of their own: tokens with one choice."""
         return self.permute.model_copy(update={"top_k": 1}) if self.weighs_input else self.permute
+
+    @property
+    def summed(self) -> FinalizeConfig:
+        """What stage 5 sums by. In a slice of few experts most slots have no row."""
+        is_slice = self.permute.num_local_experts * SPARSE_SHARE <= self.num_experts
+        if not is_slice or self.finalize.is_sparse is not None:
+            return self.finalize
+        return self.finalize.model_copy(update={"is_sparse": True})
 
     @property
     def hidden_size(self) -> int:

@@ -86,7 +86,7 @@ def ready_stages(pipeline: Composition) -> ReadyStages:
     """
     config, checks = pipeline.config, pipeline.checks_inputs
     stages: list[Any] = [pipeline.route, pipeline.permute, pipeline.gemm1, pipeline.gemm2, pipeline.finalize]
-    configs: list[Any] = [config.routing, config.planned, config.gemm1, config.gemm2, config.finalize]
+    configs: list[Any] = [config.routing, config.planned, config.gemm1, config.gemm2, config.summed]
     wrappers: list[Any] = [checked_router, checked_permuter, checked_gemm1, checked_gemm2, checked_finalizer]
     if config.weighs_input:
         if pipeline.weigh is None:

@@ -7,6 +7,7 @@ from small_layer import SMALL
 
 import moe
 from moe import FLASHINFER, MoEConfig
+from moe.permute.config import FinalizeConfig
 from moe.routing.config import RoutingConfig
 
 
@@ -73,6 +74,17 @@ def test_config_survives_json() -> None:
     config = MoEConfig.create(**SMALL, method=2, weight_format=FLASHINFER, num_local_experts=4)
     assert MoEConfig.model_validate_json(config.model_dump_json()) == config
     assert hash(config) == hash(MoEConfig.model_validate_json(config.model_dump_json()))
+
+
+@pytest.mark.parametrize(
+    ("num_local", "asked", "is_sparse"),
+    [(1, None, True), (2, None, True), (3, None, None), (8, None, None), (2, False, False), (8, True, True)],
+)
+def test_finalize_of_a_slice_of_a_quarter_or_less_is_sparse_unless_told_otherwise(num_local, asked, is_sparse) -> None:
+    numbers = {"hidden_size": 64, "intermediate_size": 32, "num_experts": 8, "top_k": 2}
+    config = MoEConfig.create(**numbers, num_local_experts=num_local)
+    config = config.model_copy(update={"finalize": FinalizeConfig(block_h=512, is_sparse=asked)})
+    assert config.summed == FinalizeConfig(block_h=512, is_sparse=is_sparse)
 
 
 def test_what_a_config_prints_evaluates_to_it() -> None:

@@ -122,6 +122,8 @@ class FinalizeConfig(FrozenConfig):
     """Stage 5: how the weighted sum is cut into programs."""
 
     block_h: PowerOfTwo | None = Field(default=None, ge=64, le=8192)  # columns a program; None: by token count
+    # Whether most slots have no row, which many tokens then branch over, with the same result; None: by the share of experts here.
+    is_sparse: bool | None = None
 
     def check(
         self, rows: Tensor, topk: TopK, permutation: Permutation, output: Tensor | None, added: Added | None = None

@@ -18,6 +18,10 @@ COLUMNS_A_WARP = 256  # 16 bytes a lane
 MAX_WARPS = 8
 DEFAULT_BLOCK_H = 1024
 MAX_UNROLLED_CHOICES = 32  # all maps are loaded first; above, code would grow with top_k, and its compilation faster
+SPARSE_TOKENS, SPARSE_BLOCK_H = (
+    1024,
+    8192,
+)  # from here on, where few slots have rows, a token's whole row is on its way at once
 FEW_TOKENS = 16  # up to here blocks of one warp, to spread a row over more of the GPU
 
 
@@ -71,23 +75,27 @@ def launch_finalize_tokens(
         output = rows.new_empty((num_tokens, hidden_size))
     if not output.numel():
         return output
-    block_h = config.block_h or _default_block_h(num_tokens <= FEW_TOKENS, hidden_size)
+    is_sparse = bool(config.is_sparse) and num_tokens >= SPARSE_TOKENS
+    block_h = config.block_h or _default_block_h(num_tokens <= FEW_TOKENS, is_sparse, hidden_size)
     uses_pdl = uses_pdl and launches_dependents(rows.device)
     values, gate, scale = operands_of(added)
-    kernel = _kernel_of(top_k, hidden_size, block_h, uses_pdl, scale)
+    kernel = _kernel_of(top_k, hidden_size, block_h, is_sparse, uses_pdl, scale)
     num_programs = num_tokens * -(-hidden_size // block_h)
     kernel.launch((num_programs, 1, 1), rows, topk.weights, permutation.row_of_slot, output, values, gate)
     return output
 
 
 @functools.cache
-def _kernel_of(top_k: int, hidden_size: int, block_h: int, uses_pdl: bool, scale: float) -> TritonKernel:
+def _kernel_of(
+    top_k: int, hidden_size: int, block_h: int, is_sparse: bool, uses_pdl: bool, scale: float
+) -> TritonKernel:
     return TritonKernel(
         finalize_kernel,
         TOP_K=top_k,
         HIDDEN=hidden_size,
         BLOCK_H=block_h,
         IS_UNROLLED=top_k <= MAX_UNROLLED_CHOICES,
+        IS_SPARSE=is_sparse,
         ADDED_SCALE=scale,
         USES_PDL=uses_pdl,
         num_warps=min(max(block_h // COLUMNS_A_WARP, 1), MAX_WARPS),
@@ -96,6 +104,6 @@ def _kernel_of(top_k: int, hidden_size: int, block_h: int, uses_pdl: bool, scale
 
 
 @functools.cache
-def _default_block_h(is_few: bool, hidden_size: int) -> int:
-    block_h = COLUMNS_A_WARP if is_few else DEFAULT_BLOCK_H
+def _default_block_h(is_few: bool, is_sparse: bool, hidden_size: int) -> int:
+    block_h = SPARSE_BLOCK_H if is_sparse else COLUMNS_A_WARP if is_few else DEFAULT_BLOCK_H
     return min(block_h, max(triton.next_power_of_2(hidden_size), COLUMNS_A_WARP))

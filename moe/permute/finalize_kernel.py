@@ -17,6 +17,7 @@ def finalize_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
     IS_UNROLLED: tl.constexpr,  # over the choices; else the loop stays one, and maps are read in it
+    IS_SPARSE: tl.constexpr,  # most slots have no row, and each is branched over
     ADDED_SCALE: tl.constexpr,  # what `added` is multiplied by where it has no gate
     USES_PDL: tl.constexpr,
 ):
@@ -46,11 +47,11 @@ def finalize_kernel(
     if IS_UNROLLED:
         for choice in tl.static_range(TOP_K):
             row = row_of_choice[choice]
-            total += weight_of_choice[choice] * _load_row(rows_ptr, row, column, in_row, HIDDEN)
+            total = _plus_row(total, weight_of_choice[choice], rows_ptr, row, column, in_row, HIDDEN, IS_SPARSE)
     else:
         for choice in range(TOP_K):
             row, weight = _load_slot(row_of_slot_ptr, weights_ptr, token * TOP_K + choice)
-            total += weight * _load_row(rows_ptr, row, column, in_row, HIDDEN)
+            total = _plus_row(total, weight, rows_ptr, row, column, in_row, HIDDEN, IS_SPARSE)
     if added_ptr is not None:
         total += addend
     tl.store(output_ptr + token * HIDDEN + column, total.to(tl.bfloat16), mask=in_row)
@@ -66,8 +67,13 @@ def _load_slot(row_of_slot_ptr, weights_ptr, slot):
 
 
 @triton.jit
-def _load_row(rows_ptr, row, column, in_row, HIDDEN: tl.constexpr):
-    """A row's columns as float32, zeros where there is no row."""
-    # Compared as a tensor: the interpreter of Triton 3.9 takes no tensor & scalar for a mask.
-    has_row = tl.broadcast_to(row, column.shape) >= 0
-    return tl.load(rows_ptr + row * HIDDEN + column, mask=in_row & has_row, other=0.0).to(tl.float32)
+def _plus_row(total, weight, rows_ptr, row, column, in_row, HIDDEN: tl.constexpr, IS_SPARSE: tl.constexpr):
+    """The total and a row's columns times its weight, where there is a row."""
+    if IS_SPARSE:
+        if row >= 0:
+            total += weight * tl.load(rows_ptr + row * HIDDEN + column, mask=in_row, other=0.0).to(tl.float32)
+    else:
+        # Compared as a tensor: the interpreter of Triton 3.9 takes no tensor & scalar for a mask.
+        has_row = tl.broadcast_to(row, column.shape) >= 0
+        total += weight * tl.load(rows_ptr + row * HIDDEN + column, mask=in_row & has_row, other=0.0).to(tl.float32)
+    return total

@@ -79,7 +79,7 @@ def build_training_pipeline(
         gemm1_wgrad=stage("gemm1_wgrad"),
         gemm2_wgrad=stage("gemm2_wgrad"),
         swiglu_gradients=stage("swiglu_gradients"),
-        sum_slots=CheckedStage(*finalizer_for(config.finalize, device, uses_pdl=False), config.finalize),
+        sum_slots=CheckedStage(*finalizer_for(config.summed, device, uses_pdl=False), config.summed),
         route_backward=CheckedStage(*route_backward_for(config.routing, device), config.routing),
         keeps_bits=partial(keeps_the_bits, device=device),
         recompute=recompute,

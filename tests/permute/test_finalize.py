@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,14 @@ from moe.permute.reference import finalize_tokens_reference, plan_permutation_re
 from moe.testing.closeness import BF16_EPSILON
 
 FLOAT32_EPSILON = 2.0**-24  # half the gap between neighbours, relative
-DEFAULT = FinalizeConfig()
+DEFAULT, SPARSE = FinalizeConfig(), FinalizeConfig(is_sparse=True)
+either_config = pytest.mark.parametrize("config", [DEFAULT, SPARSE], ids=["dense", "sparse"])
+
+
+@pytest.fixture(autouse=True)
+def sparse_kernel_from_the_first_token(monkeypatch):
+    if importlib.util.find_spec("triton") is not None:
+        monkeypatch.setattr("moe.permute.finalize.SPARSE_TOKENS", 0)
 
 
 def permutation_of(row_of_slot: list[list[int]], max_rows: int, device: torch.device) -> Permutation:
@@ -71,22 +79,28 @@ def exact_sum(rows: Tensor, topk: TopK, permutation: Permutation) -> tuple[Tenso
     [(1, 8, 512), (7, 2, 8), (7, 32, 64), (5, 1, 2056), (18, 8, 1032), (3, 3, 13), (20, 22, 264), (3, 33, 264)],
     ids=lambda value: str(value),
 )
-def test_result_is_within_one_rounding_of_float64(num_tokens, top_k, hidden_size, weights, finalize, poisoned_memory):
+@either_config
+def test_result_is_within_one_rounding_of_float64(
+    config, num_tokens, top_k, hidden_size, weights, finalize, poisoned_memory
+):
     case = make_case(num_tokens, top_k, hidden_size, finalize.device, is_exact=False, weights=weights)
-    output = finalize.run(*case, config=DEFAULT)
+    output = finalize.run(*case, config=config)
     exact, magnitude = exact_sum(*case)
     # A product and a sum a choice, each off by FLOAT32_EPSILON of what it holds at most; then one rounding to bf16.
     in_float32 = 2 * top_k * FLOAT32_EPSILON * magnitude
     assert ((output.double() - exact).abs() <= in_float32 + BF16_EPSILON * (exact.abs() + in_float32)).all()
 
 
+@pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("block_h", [None, 64, 256, 1024, 8192])
 @pytest.mark.parametrize(("num_tokens", "hidden_size"), [(4, 264), (19, 1032)], ids=lambda value: str(value))
-def test_kernel_gives_the_bits_of_the_reference(num_tokens, hidden_size, block_h, poisoned_memory, triton_device):
+def test_kernel_gives_the_bits_of_the_reference(
+    num_tokens, hidden_size, block_h, is_sparse, poisoned_memory, triton_device
+):
     from moe.permute.finalize import finalize_tokens
 
     case = make_case(num_tokens, 4, hidden_size, triton_device, is_exact=True, weights=torch.bfloat16)
-    output = finalize_tokens(*case, config=FinalizeConfig(block_h=block_h))
+    output = finalize_tokens(*case, config=FinalizeConfig(block_h=block_h, is_sparse=is_sparse))
     assert torch.equal(output, finalize_tokens_reference(*case, config=DEFAULT))
     assert torch.equal(output.double(), exact_sum(*case)[0].bfloat16().double())
 
@@ -117,12 +131,13 @@ def test_choices_are_summed_in_order_in_float32(values, total, finalize) -> None
     assert output.tolist() == [[total] * 8]
 
 
-def test_slots_without_a_row_are_skipped_whatever_their_weight(finalize, poisoned_memory) -> None:
+@either_config
+def test_slots_without_a_row_are_skipped_whatever_their_weight(config, finalize, poisoned_memory) -> None:
     rows = torch.full((3, 16), float("nan"), dtype=torch.bfloat16, device=finalize.device)
     rows[1] = 3.0
     weights = torch.tensor([[float("nan"), 2.0], [float("inf"), float("nan")]], device=finalize.device)
     permutation = permutation_of([[-1, 1], [-1, -1]], 3, finalize.device)
-    output = finalize.run(rows, TopK(torch.zeros(2, 2), weights), permutation, config=DEFAULT)
+    output = finalize.run(rows, TopK(torch.zeros(2, 2), weights), permutation, config=config)
     assert output.tolist() == [[6.0] * 16, [0.0] * 16]
 
 

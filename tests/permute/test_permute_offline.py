@@ -38,6 +38,7 @@ def launches_of_finalize(
     added: Added | None = None,
     *,
     uses_pdl: bool = False,
+    is_sparse: bool = False,
 ) -> OfflineGpu:
     from moe.permute.finalize import finalize_tokens
     from moe.permute.reference import plan_permutation_reference
@@ -47,7 +48,9 @@ def launches_of_finalize(
     permutation = plan_permutation_reference(topk, config=config)
     rows = torch.empty(permutation.max_rows, hidden_size, dtype=torch.bfloat16)
     with offline_gpu(arch) as gpu:
-        finalize_tokens(rows, topk, permutation, config=FinalizeConfig(), added=added, uses_pdl=uses_pdl)
+        finalize_tokens(
+            rows, topk, permutation, config=FinalizeConfig(is_sparse=is_sparse), added=added, uses_pdl=uses_pdl
+        )
     return gpu
 
 
@@ -144,6 +147,18 @@ def test_finalize_reads_and_writes_sixteen_bytes_at_once(hidden_size, weights, a
     assert launch.report.spill_bytes == 0
     assert launch.report.count("ld.global.v4") == 8
     assert launch.report.count("st.global.v4") == 1
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_many_tokens_of_few_rows_branch_over_the_others_and_read_a_whole_row_at_once(arch) -> None:
+    (few,), (many,) = (
+        launches_of_finalize(n, 7168, torch.bfloat16, arch, is_sparse=True).launches for n in (1023, 1024)
+    )
+    assert few.grid == (1023 * 7, 1, 1)
+    assert many.grid == (1024, 1, 1)
+    assert many.report.spill_bytes == 0
+    assert many.report.count("ld.global.v4") == 8 * 4
+    assert many.report.count("st.global.v4") == 4
 
 
 @pytest.mark.parametrize(
