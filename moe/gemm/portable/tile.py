@@ -12,13 +12,15 @@ from moe.runtime.device import HOPPER_SHARED_BYTES, num_sms, shared_memory_limit
 BARRIER_BYTES = 1024  # what the pipeline's barriers take at the most
 BYTES_PER_ELEMENT = 2
 DECODE_ROWS = 32  # tiles of up to so many rows stream weights and hardly compute
+MIN_DEEP_FEATURES = 1024  # of a contraction: shorter ones were not timed in steps of 128 bytes
 
 
 def default_tile(config: GemmConfig, tile_rows: int, shared_bytes: int = HOPPER_SHARED_BYTES) -> GemmTile:
     """The tile for row tiles of `tile_rows` rows on a GPU where a block may ask for `shared_bytes`.
 
     Few rows: weights are streamed by programs that are small enough for two on a multiprocessor, 256 bytes of a row at a
-    time. Many rows: the widest accumulators that registers hold. The sizes did best on an H200, over seven real layers.
+    time, or, where those do not divide it, 128 bytes of twice the rows. Many rows: the widest accumulators that registers
+    hold. The sizes did best on an H200, over seven real layers.
     """
     weight_rows, block_k, num_warps, num_stages = _sizes(config, tile_rows, shared_bytes)
     return GemmTile(
@@ -33,6 +35,8 @@ def candidate_tiles(config: GemmConfig, tile_rows: int) -> tuple[GemmTile, ...]:
     """Tiles worth measuring for row tiles of `tile_rows` rows; the default comes first."""
     if tile_rows <= DECODE_ROWS:
         sizes = [(128, 128, 4, 4), (128, 64, 8, 3), (64, 256, 4, 3), (64, 128, 4, 4)]
+        if config.in_features % 128:
+            sizes += [(64, 64, 4, 4), (64, 64, 4, 8)]
     elif tile_rows == 64:
         sizes = [(128, 64, 4, 4), (256, 64, 4, 4), (128, 128, 4, 4)]
     else:
@@ -87,6 +91,8 @@ def _has_wide_mma(shared_bytes: int) -> bool:
 def _sizes(config: GemmConfig, tile_rows: int, shared_bytes: int) -> tuple[int, int, int, int]:
     """Rows of the weight, elements of the contraction, warps, stages."""
     if tile_rows <= DECODE_ROWS:
+        if _is_deep(config.in_features) and _has_wide_mma(shared_bytes):
+            return 128, 64, 4, 6
         return (64, 128, 4, 4) if config.is_gated else _decode_sizes(config.in_features)
     if tile_rows == 64:
         is_long = config.in_features >= (4096 if config.is_gated else 1024)
@@ -98,7 +104,12 @@ def _decode_sizes(in_features: int) -> tuple[int, int, int, int]:
     """Of gemm2: wide where the contraction is over before a deep pipeline is full, deeper where it is long."""
     if in_features <= 256:
         return 128, 64, 8, 3
-    return (64, 128, 4, 4) if in_features < 4096 else (64, 256, 4, 3)
+    return (64, 128, 4, 4) if in_features < 4096 or in_features % 256 else (64, 256, 4, 3)
+
+
+def _is_deep(in_features: int) -> bool:
+    """Whether a long contraction goes in steps of 128 bytes: as many are on their way as otherwise, in more stages."""
+    return in_features >= MIN_DEEP_FEATURES and in_features % 128 != 0
 
 
 def _block_n(config: GemmConfig, weight_rows: int) -> int:

@@ -113,6 +113,15 @@ def test_default_tiles_spill_nothing_and_fit(monkeypatch, arch, tile_rows, weigh
     assert launch.report.count(tensor_core if tile_rows >= 64 else "mma.sync") > 0
 
 
+@pytest.mark.parametrize("is_gemm1", [True, False], ids=["gemm1", "gemm2"])
+@pytest.mark.parametrize("tile_rows", [16, 32])
+def test_deep_tiles_of_odd_contractions_spill_nothing_and_fit(tile_rows, is_gemm1):
+    launch = compile_gemm(90, tile_rows, MAJOR_K, is_gemm1=is_gemm1, hidden=2880, intermediate=1856)
+    assert launch.report.spill_bytes == 0
+    assert launch.report.fits
+    assert_loads_and_stores_16_bytes(launch)
+
+
 @pytest.mark.parametrize("tile_rows", [16, 128])
 def test_candidate_tiles_spill_nothing_and_fit(tile_rows):
     config = GemmConfig(
