@@ -18,7 +18,7 @@ from gemm.contract import *  # noqa: F403
 
 from moe.gemm.portable.gemm1 import portable_gemm1
 from moe.gemm.portable.gemm2 import portable_gemm2
-from moe.gemm.portable.tile import candidate_tiles
+from moe.gemm.portable.tile import candidate_tiles, default_tile
 
 MAJOR_MN = WeightFormat(layout="MajorMn")
 FAMILY = Family(
@@ -85,6 +85,23 @@ def test_the_order_of_tiles_does_not_change_results(gemm_device, group_tiles):
     assert int(case.permutation.num_tiles) % 3, "the last group should be ragged"
     FAMILY.assert_is_close(case)
     assert torch.equal(case.by_slot(FAMILY.run(case)), case.by_slot(FAMILY.run(make_case(**arguments))))
+
+
+@pytest.mark.parametrize("in_features", [1088, 1096])
+@pytest.mark.parametrize("activation", ["Swiglu", None])
+def test_deep_pipelines_take_long_contractions_that_128_does_not_divide(
+    gemm_device, poisoned_memory, activation, in_features
+):
+    case = make_case(
+        in_features=in_features,
+        out_features=144,
+        activation=activation,
+        num_tokens=9,
+        num_experts=2,
+        device=gemm_device,
+    )
+    assert default_tile(case.config, case.permutation.tile_rows).num_stages == 6
+    FAMILY.assert_is_close(case)
 
 
 REAL_DIMS = [(2048, 768), (2688, 1856), (2880, 2880), (4096, 192), (7168, 704)]
