@@ -242,6 +242,16 @@ def test_values_at_the_edge_are_treated_as_the_reference_does(numba_device, meth
     assert_same(run(edge_rows(), None, config, numba_device), select_experts_reference(edge_rows(), config=config))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
+def test_whichever_logits_are_nan_the_choice_is_that_of_the_reference(numba_device, method, dtype):
+    is_nan = (torch.arange(64)[:, None] >> torch.arange(6)) % 2 == 1  # all there are of six
+    order = torch.rand(64, 6, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
+    logits = torch.linspace(-4, 4, 6)[order].to(dtype).masked_fill(is_nan, torch.nan)
+    config = config_of(method, 6, 4)
+    assert_same(run(logits, None, config, numba_device), select_experts_reference(logits, config=config))
+
+
 def test_values_at_the_edge_are_treated_in_groups_as_the_reference_does(numba_device):
     config = grouped(12, 4, 3, 2)
     bias = torch.tensor([0, -1, 0, 0, torch.nan, 0, 0, torch.inf, -torch.inf, 0, 0, -1])
